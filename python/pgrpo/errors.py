@@ -1,0 +1,34 @@
+"""The errors a user can meet.
+
+Every message is one sentence that names the value met and what was expected; the command line
+prints it on stderr and exits with code 2. Anything else that escapes is a bug of ours and keeps its
+traceback.
+"""
+
+
+class PgrpoError(Exception):
+    """Base of every error that is the input's, the environment's or a plugin's doing."""
+
+
+class ConfigError(PgrpoError):
+    """A setting is unknown, of the wrong type, out of range or without effect."""
+
+
+class DataError(PgrpoError):
+    """A data set is missing, empty, malformed or lacks what the run asks of it."""
+
+
+class ModelError(PgrpoError):
+    """A model or tokenizer cannot be loaded, or cannot do what the run asks of it."""
+
+
+class PluginError(PgrpoError):
+    """A reward or clustering plugin is unknown, misconfigured or failed on named rollouts."""
+
+
+class CheckpointError(PgrpoError):
+    """A checkpoint is damaged, incomplete or belongs to another run."""
+
+
+class RunFolderError(PgrpoError):
+    """A run folder is in use, already holds a run, or is not a run folder."""

@@ -1,0 +1,82 @@
+"""The records that flow through a step: example -> prompt -> rollout.
+
+Axes are named as everywhere in the package: N rollouts, G rollouts of a group, T tokens,
+K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+ClusterId: TypeAlias = int | str
+"""Name of a preference cluster; ints and strings never collide."""
+
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+"""What a data set's column may hold."""
+
+FloatArray: TypeAlias = NDArray[np.float64]
+"""Float64 throughout: rewards, advantages and log-probabilities outside the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a data set: what is asked of the model on behalf of one user."""
+
+    text: str
+    """The prompt's text, as the user turn of a chat or as it stands (`data.chat`)."""
+    user: str
+    """Whose preferences the reward expresses; clusters are made of users."""
+    columns: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    """Whatever the reward plugin needs, for example `answer`."""
+    choices: tuple[str, ...] | None = None
+    """The texts a completion may take, or None where it is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Everything a run reads: examples to train on, later ones to evaluate on, and the users."""
+
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
+    users: Mapping[str, NDArray[np.float64]]
+    """User -> features [F], computed from the training period alone."""
+    feature_names: tuple[str, ...]
+    """Names of the F features."""
+    vocabulary: tuple[str, ...] = ()
+    """Words of a generated language, from which `model.name = "tiny"` makes its tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An example made ready for the model."""
+
+    example: Example
+    cluster_id: ClusterId
+    token_ids: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...] | None = None
+    """Token ids of each permitted completion, or None where it is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One prompt with one completion. `reward` is raw and stays raw."""
+
+    prompt: Prompt
+    group_id: int
+    """Rollouts with the same number within a step share their prompt."""
+    completion_ids: tuple[int, ...]
+    """[T], never empty; includes the end-of-sequence token when the model produced one."""
+    completion: str
+    rollout_logprobs: tuple[float, ...]
+    """[T] log-probabilities in nats, under the distribution that was sampled from."""
+    truncated: bool
+    """True when max_new_tokens ended the completion."""
+    policy_version: int = 0
+    """Number of weight updates the sampling policy had seen."""
+    reward: float | None = None
+    """Raw reward; None before scoring, or when the reward plugin gave none."""
