@@ -1,0 +1,29 @@
+"""Reinforcement learning that is fair where users differ: per-cluster reward histories (P-GRPO).
+
+Importing this needs NumPy alone; the trainer's parts are imported where they are used.
+"""
+
+from pgrpo._core import __version__
+from pgrpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PgrpoError,
+    PluginError,
+    RunFolderError,
+)
+from pgrpo.normalizer import ClusterNormalizer, ClusterStats
+
+__all__ = [
+    "CheckpointError",
+    "ClusterNormalizer",
+    "ClusterStats",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "PgrpoError",
+    "PluginError",
+    "RunFolderError",
+    "__version__",
+]
