@@ -1,0 +1,145 @@
+"""A data set of one's own: JSON lines or Parquet, one example a row."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from pgrpo.config import TableConfig
+from pgrpo.errors import DataError
+from pgrpo.types import Dataset, Example, FloatArray, Json
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands, for error messages, and its values by column."""
+
+
+def load_table(config: TableConfig) -> Dataset:
+    """Read a table, and the one of held-out examples if there is one.
+
+    Columns other than the prompt's, the user's and the choices' go to `Example.columns`. A user's
+    features are the means of the feature columns over the user's training rows; a user who is met
+    only among held-out examples has the means over those rows (what columns say of a user is input,
+    never a reward).
+
+    Raises:
+        DataError: a file is missing, unreadable or empty, or names the row and column at fault.
+    """
+    train, features = _load(config, config.path)
+    evaluation: list[Example] = []
+    if config.evaluation_path is not None:
+        evaluation, later = _load(config, config.evaluation_path)
+        features = later | features
+    return Dataset(train, evaluation, features, tuple(config.feature_columns))
+
+
+def _load(config: TableConfig, path: str) -> tuple[list[Example], dict[str, FloatArray]]:
+    """The examples of one file, and each user's features [F]."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        state = "is a folder" if file.is_dir() else "does not exist"
+        raise DataError(f"{path} {state}; expected a {config.name} file")
+    examples: list[Example] = []
+    values: dict[str, list[list[float]]] = {}
+    for place, row in _read_jsonl(file) if config.name == "jsonl" else _read_parquet(file):
+        example = _example(config, place, row)
+        numbers = [_number(place, column, row) for column in config.feature_columns]
+        values.setdefault(example.user, []).append(numbers)
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path} holds no rows")
+    return examples, {user: np.mean(rows, axis=0) for user, rows in values.items()}
+
+
+def _example(config: TableConfig, place: str, row: Mapping[str, Any]) -> Example:
+    text = _value(place, config.prompt_column, row)
+    if not isinstance(text, str) or not text:
+        raise DataError(f"{place}: column {config.prompt_column} is {text!r}; expected a text")
+    user = _value(place, config.user_column, row)
+    if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
+        raise DataError(
+            f"{place}: column {config.user_column} is {user!r}; expected a text or whole number"
+        )
+    used = {config.prompt_column, config.user_column, config.choices_column}
+    return Example(
+        text=text,
+        user=str(user),
+        columns={column: cast(Json, value) for column, value in row.items() if column not in used},
+        choices=_choices(config.choices_column, place, row),
+    )
+
+
+def _choices(column: str | None, place: str, row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if column is None:
+        return None
+    value = _value(place, column, row)
+    entries = cast(list[Any], value) if isinstance(value, list) else []
+    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+        raise DataError(f"{place}: column {column} is {value!r}; expected a list of texts")
+    if len(set(entries)) < len(entries):
+        raise DataError(f"{place}: column {column} is {value!r}; the choices must differ")
+    return tuple(entries)
+
+
+def _number(place: str, column: str, row: Mapping[str, Any]) -> float:
+    value = _value(place, column, row)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: column {column} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def _value(place: str, column: str, row: Mapping[str, Any]) -> Any:
+    if column not in row:
+        raise DataError(f"{place}: no column {column!r}; found {', '.join(row)}")
+    if row[column] is None:
+        raise DataError(f"{place}: column {column} has no value")
+    return row[column]
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as problem:
+                raise DataError(f"{path}:{number} is not JSON: {problem}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is not a JSON object")
+            yield f"{path}:{number}", cast(dict[str, Any], row)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", _as_json(f"{path} row {number}", row)
+    except (arrow.ArrowException, OSError) as problem:
+        raise DataError(f"{path} is not a readable Parquet file: {problem}") from None
+
+
+def _as_json(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Parquet has types that JSON has not, and checkpoints and metrics write columns as JSON."""
+    for column, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise DataError(
+                f"{place}: column {column} holds a {kind}; expected numbers, texts or lists"
+            ) from None
+    return row
