@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 ClusterId: TypeAlias = int | str
 """Name of a preference cluster; ints and strings never collide."""
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """What a data set's column may hold."""
 
 FloatArray: TypeAlias = NDArray[np.float64]
