@@ -1,0 +1,132 @@
+"""What a step tells about itself: one record per step, the same for every log and display.
+
+docs/run_folder.md explains each name.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from pgrpo.normalizer import ClusterStats
+from pgrpo.types import ClusterId, FloatArray, Rollout
+
+if sys.platform != "win32":
+    import resource
+
+
+def cluster_records(
+    rollouts: Sequence[Rollout],
+    rewards: FloatArray,
+    advantages: FloatArray,
+    histories: Mapping[ClusterId, ClusterStats],
+    *,
+    eps: float,
+    ddof: int,
+) -> dict[str, dict[str, Any]]:
+    """Per cluster of this step: raw reward, history, mean advantage and the terms of Corollary 3.1.
+
+    With a group's mean and standard deviation m_G, s_G and its cluster's m_p, s_p, P-GRPO's
+    advantage is scale_ratio * (GRPO's advantage) + bias, where
+
+        scale_ratio = (s_G + eps) / (s_p + eps)        bias = (m_G - m_p) / (s_p + eps)
+
+    both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1). NaN rewards are
+    left out.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    cluster_of = [rollout.prompt.cluster_id for rollout in rollouts]
+    groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id)]
+    for cluster, history in histories.items():
+        members = np.array([i for i, c in enumerate(cluster_of) if c == cluster], dtype=int)
+        members = members[np.isfinite(rewards[members])]
+        record: dict[str, Any] = {
+            "reward": None,
+            "num_rollouts": len(members),
+            "count": history.count,
+            "mean": _finite(history.mean),
+            "std": _finite(history.std),
+            "advantage": None,
+            "scale_ratio": None,
+            "bias": None,
+        }
+        if len(members):
+            scale = history.std + eps
+            stats: list[tuple[float, float]] = []
+            for group in groups:
+                values = rewards[group][np.isfinite(rewards[group])]
+                if cluster_of[group[0]] == cluster and len(values) > ddof:
+                    std = float(values.std(ddof=ddof))
+                    stats.append(
+                        ((std + eps) / scale, (float(values.mean()) - history.mean) / scale)
+                    )
+            record["reward"] = float(rewards[members].mean())
+            record["advantage"] = float(advantages[members].mean())
+            if stats:
+                record["scale_ratio"], record["bias"] = np.mean(stats, axis=0).tolist()
+        records[str(cluster)] = record
+    return records
+
+
+def fairness(values: Sequence[float]) -> dict[str, float | None]:
+    """Spread over clusters: the worst value, best minus worst, and the Gini coefficient.
+
+    Gini = sum_ij |v_i - v_j| / (2 K^2 mean), 0 when all are equal; None unless all values are
+    non-negative and one is positive, where it has no meaning.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if not len(v):
+        return {"worst": None, "gap": None, "gini": None}
+    defined = v.min() >= 0 and v.max() > 0
+    gini = float(np.abs(v[:, None] - v[None, :]).mean() / (2 * v.mean())) if defined else None
+    return {"worst": float(v.min()), "gap": float(v.max() - v.min()), "gini": gini}
+
+
+def equal_groups(rollouts: Sequence[Rollout], rewards: FloatArray) -> float:
+    """Share of the groups whose rewards are all equal, in which GRPO has no signal."""
+    groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id)]
+    return float(np.mean([np.ptp(rewards[group]) == 0 for group in groups]))
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory this process has held so far, in bytes; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_scalars(
+    tensorboard: SummaryWriter | None, record: Mapping[str, Any], step: int, prefix: str = ""
+) -> None:
+    """Every number of a record, by its path."""
+    if tensorboard is None:
+        return
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            write_scalars(tensorboard, cast(Mapping[str, Any], value), step, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            tensorboard.add_scalar(prefix + name, value, step)  # type: ignore[no-untyped-call]
+
+
+def processor_name() -> str:
+    """The processor as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

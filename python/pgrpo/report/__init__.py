@@ -1,0 +1,43 @@
+"""One page that shows what a run did, or how several runs compare.
+
+`runs` reads the folders, `study` does the statistics, `figures` and `page` draw them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgrpo.errors import RunFolderError
+from pgrpo.report.page import render
+from pgrpo.report.runs import read_run
+from pgrpo.report.study import Study
+from pgrpo.run_folder import disk_errors
+
+__all__ = ["write_report"]
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write one HTML page about the given run folders.
+
+    The page needs no network and no other file. Runs that differ in nothing but seeds form one
+    arm; curves are averaged over its seeds. `out` is replaced as a whole or not at all.
+
+    Raises:
+        RunFolderError: no run is given, a folder lacks a file or holds a damaged one, the same
+            arm and seed is given twice, or `out` cannot be written.
+    """
+    if not runs:
+        raise RunFolderError("no run folder was given, a report needs at least one")
+    if out.is_dir():
+        raise RunFolderError(f"{out} is a folder; the report is written to an HTML file")
+    html = render(Study.of([read_run(Path(folder)) for folder in runs]))
+    draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with disk_errors(f"{out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_text(html, encoding="utf-8")
+            os.replace(draft, out)
+        finally:
+            draft.unlink(missing_ok=True)

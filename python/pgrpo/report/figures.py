@@ -1,0 +1,355 @@
+"""The charts, as plain plotly figures: {"data": traces, "layout": layout}.
+
+Text and grid colours are absent here: the page sets them by the reader's colour scheme. Names come
+from data sets and configs, so whatever plotly shows as text is escaped.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from pgrpo.report.study import Curve, Estimate
+from pgrpo.types import FloatArray
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+Range = tuple[float, float]
+
+ARM_COLORS = (
+    "#2f6fde", "#e07b1a", "#1f9d6b", "#a855c7", "#d64550", "#0f9fb5", "#8a8f2a", "#8b5e3c",
+)  # fmt: skip
+"""Distinct hues that hold against white and near-black alike."""
+
+MINORITY_COLOR = "#e0115f"
+
+PART_COLORS = ("#4f6d8f", "#8aa5bf", "#b79f76", "#a3a3a3")
+"""Generate, reward, update, other: muted, so that they are not taken for arms."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named curve in its colour."""
+
+    name: str
+    color: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Estimates of one arm at given positions."""
+
+    name: str
+    color: str
+    positions: Sequence[float]
+    estimates: Sequence[Estimate]
+
+
+def arm_colors(names: Sequence[str]) -> dict[str, str]:
+    """One colour per arm, in order, repeating after eight."""
+    return {name: ARM_COLORS[i % len(ARM_COLORS)] for i, name in enumerate(names)}
+
+
+def cluster_colors(names: Sequence[str], minority: str | None) -> dict[str, str]:
+    """A ramp from the largest cluster (violet) to the smaller ones (green); the minority is red."""
+    ramp = [name for name in names if name != minority]
+    colors: dict[str, str] = {}
+    for i, name in enumerate(ramp):
+        hue = 0.74 - 0.5 * i / max(1, len(ramp) - 1)
+        r, g, b = colorsys.hls_to_rgb(hue, 0.5 if hue > 0.55 else 0.4, 0.5)
+        colors[name] = f"#{round(255 * r):02x}{round(255 * g):02x}{round(255 * b):02x}"
+    return colors | ({minority: MINORITY_COLOR} if minority is not None else {})
+
+
+def lines(
+    drawn: Sequence[Line],
+    height: int = 320,
+    reference: float | None = None,
+    y_range: Range | None = None,
+    raw: bool = True,
+    percent: bool = False,
+) -> Figure:
+    """Curves over the steps, each with its band and faint unsmoothed points."""
+    bands = [_band(line.curve.steps, line.curve.low, line.curve.high, line.color) for line in drawn]
+    points = [_points(line) for line in drawn] if raw else []
+    traces = [t for t in (*bands, *points) if t] + [_line(line) for line in drawn]
+    layout = _layout(height, percent)
+    layout["xaxis"] |= _step_axis(np.concatenate([line.curve.steps for line in drawn]))
+    layout["hovermode"] = "x unified"
+    if y_range is not None:
+        layout["yaxis"]["range"] = list(y_range)
+    if reference is not None:
+        layout["shapes"] = [_reference(reference)]
+    return {"data": traces, "layout": layout}
+
+
+def spreads(drawn: Sequence[tuple[Line, Curve]], height: int = 220) -> Figure:
+    """Means with dotted lines at mean +- std: (line of the mean, curve of the std)."""
+    edges: list[Trace] = []
+    for line, std in drawn:
+        mean = np.interp(std.steps, line.curve.steps, line.curve.raw)
+        low, high = mean - std.raw, mean + std.raw
+        edges += [_edge(std.steps, edge, line.color) for edge in (low, high)]
+    traces = edges + [_line(line) for line, _ in drawn]
+    layout = _layout(height)
+    layout["xaxis"] |= _step_axis(np.concatenate([line.curve.steps for line, _ in drawn]))
+    layout["hovermode"] = "x unified"
+    return {"data": traces, "layout": layout}
+
+
+def evaluations(drawn: Sequence[Dots], chance: float | None, height: int = 320) -> Figure:
+    """Held-out reward over the steps, with standard errors."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": escape(dots.name),
+            "x": list(dots.positions),
+            "y": _values([e.mean for e in dots.estimates]),
+            "error_y": _errors(dots),
+            "line": {"color": dots.color, "width": 2.2},
+            "marker": {"color": dots.color, "size": 8},
+            "hovertemplate": "%{y:.3f}",
+        }
+        for dots in drawn
+    ]
+    layout = _layout(height)
+    layout["xaxis"] |= _step_axis(np.concatenate([np.array(d.positions, float) for d in drawn]))
+    layout["hovermode"] = "x unified"
+    if chance is not None:
+        layout["shapes"] = [_reference(chance)]
+    return {"data": traces, "layout": layout}
+
+
+def before_and_after(
+    names: Sequence[str], before: Sequence[Dots], after: Sequence[Dots], chance: float | None
+) -> Figure:
+    """One row per name: an open mark before, a filled one after, one lane per arm."""
+    lanes = len(after)
+    height = 70 + len(names) * (22 + 15 * lanes)
+    traces: list[Trace] = []
+    for lane, (first, last) in enumerate(zip(before, after, strict=True)):
+        rows = [i + (lane - (lanes - 1) / 2) * 0.6 / max(1, lanes - 1) for i in range(len(names))]
+        for y, a, b in zip(rows, first.estimates, last.estimates, strict=True):
+            line = {"color": last.color, "width": 2}
+            ends = _values([a.mean, b.mean])
+            traces.append(
+                {"type": "scatter", "mode": "lines", "x": ends, "y": [y, y], "line": line,
+                 "opacity": 0.45, "hoverinfo": "skip"}
+            )  # fmt: skip
+        for dots, when, symbol in ((first, "before", "circle-open"), (last, "after", "circle")):
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": f"{escape(dots.name)}, {when}",
+                    "x": _values([e.mean for e in dots.estimates]),
+                    "y": rows,
+                    "error_x": _errors(dots) if when == "after" else {"visible": False},
+                    "marker": {"color": dots.color, "size": 9, "symbol": symbol,
+                               "line": {"width": 2, "color": dots.color}},
+                    "hovertemplate": "%{x:.3f}",
+                }
+            )  # fmt: skip
+    layout = _layout(height)
+    layout["margin"]["l"] = 16
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(names))),
+        "ticktext": [escape(shorten(name, 28)) for name in names],
+        "range": [len(names) - 0.5, -0.5],
+        "showgrid": False,
+        "ticklabelstandoff": 6,
+    }
+    layout["xaxis"] |= {"showgrid": True, "title": {"text": "held-out reward"}}
+    if chance is not None:
+        layout["shapes"] = [_reference(chance, vertical=True)]
+    return {"data": traces, "layout": layout}
+
+
+def stacked(rows: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure:
+    """Seconds of a step as stacked horizontal bars, one row per arm."""
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": part,
+            "y": list(range(len(rows))),
+            "x": _values(list(seconds)),
+            "text": [f"{s:.2f}" if s > 0 else "" for s in seconds],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "textfont": {"color": "#ffffff", "size": 12},
+            "marker": {"color": color},
+            "hovertemplate": "%{x:.3f} s",
+        }
+        for (part, seconds), color in zip(parts.items(), PART_COLORS, strict=True)
+    ]
+    layout = _layout(70 + 42 * len(rows))
+    layout |= {"barmode": "stack", "bargap": 0.35, "uniformtext": {"mode": "hide", "minsize": 11}}
+    layout["margin"]["l"] = 16
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(rows))),
+        "ticktext": [escape(shorten(name, 28)) for name in rows],
+        "range": [len(rows) - 0.5, -0.5],
+        "showgrid": False,
+        "ticklabelstandoff": 6,
+    }
+    layout["xaxis"] |= {
+        "showgrid": True,
+        "title": {"text": "seconds per step"},
+        "rangemode": "tozero",
+    }
+    return {"data": traces, "layout": layout}
+
+
+def extent(curves: Sequence[Curve]) -> Range | None:
+    """Least and greatest value drawn by `lines`."""
+    parts = [part for c in curves for part in (c.mean, c.low, c.high, c.raw)]
+    values = np.concatenate(parts) if parts else np.array([])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else None
+
+
+def common_range(panels: Sequence[Sequence[Curve]]) -> Range | None:
+    """One y range for several panels, or None where it would flatten one of them.
+
+    Clusters can be rewarded on scales of their own; a panel that would fill less than a fifth of
+    the common range gets, like all others, an axis of its own.
+    """
+    extents = [e for e in map(extent, panels) if e is not None]
+    if not extents:
+        return None
+    low, high = min(e[0] for e in extents), max(e[1] for e in extents)
+    heights = [e[1] - e[0] for e in extents]
+    if max(heights) > 0 and min(heights) < 0.2 * (high - low):
+        return None
+    pad = 0.06 * (high - low)
+    return (low - pad, high + pad) if high > low else None
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters, the middle left out."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head].rstrip()}…{text[len(text) - (length - 1 - head) :].lstrip()}"
+
+
+def translucent(color: str, alpha: float) -> str:
+    """A #rrggbb colour with an opacity."""
+    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},{alpha})"
+
+
+def _line(line: Line) -> Trace:
+    finite = np.isfinite(line.curve.mean)
+    # A line through one or two points is hardly seen.
+    mode = "lines" if finite.sum() > 2 else "lines+markers"
+    return {
+        "type": "scatter",
+        "mode": mode,
+        "name": escape(line.name),
+        "x": line.curve.steps[finite].tolist(),
+        "y": _values(line.curve.mean[finite].tolist()),
+        "line": {"color": line.color, "width": 2.2},
+        "hovertemplate": "%{y:.3~f}",
+    }
+
+
+def _points(line: Line) -> Trace | None:
+    finite = np.isfinite(line.curve.raw)
+    if finite.sum() < 3:
+        return None
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": line.curve.steps[finite].tolist(),
+        "y": _values(line.curve.raw[finite].tolist()),
+        "marker": {"color": translucent(line.color, 0.28), "size": 4},
+        "hoverinfo": "skip",
+    }
+
+
+def _band(steps: FloatArray, low: FloatArray, high: FloatArray, color: str) -> Trace | None:
+    finite = np.isfinite(low) & np.isfinite(high)
+    if not finite.any():
+        return None
+    x, low, high = steps[finite], low[finite], high[finite]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*x.tolist(), *x[::-1].tolist()],
+        "y": _values([*high.tolist(), *low[::-1].tolist()]),
+        "fill": "toself",
+        "fillcolor": translucent(color, 0.14),
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+
+
+def _edge(steps: FloatArray, values: FloatArray, color: str) -> Trace:
+    finite = np.isfinite(values)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": steps[finite].tolist(),
+        "y": _values(values[finite].tolist()),
+        "line": {"color": translucent(color, 0.7), "width": 1.2, "dash": "dot"},
+        "hoverinfo": "skip",
+    }
+
+
+def _errors(dots: Dots) -> dict[str, Any]:
+    errors = [e.se if math.isfinite(e.se) else 0.0 for e in dots.estimates]
+    return {"type": "data", "array": _values(errors), "thickness": 1.4, "width": 0,
+            "color": dots.color}  # fmt: skip
+
+
+def _values(values: Sequence[float]) -> list[float | None]:
+    """Six significant digits; what is not finite becomes a gap."""
+    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+
+
+def _step_axis(steps: FloatArray) -> dict[str, Any]:
+    first, last = float(steps.min()), float(steps.max())
+    pad = 0.015 * (last - first) or 0.5
+    axis: dict[str, Any] = {
+        "range": [first - pad, last + pad],
+        "tickformat": "d",
+        "title": {"text": "step"},
+    }
+    return axis | ({"dtick": 1} if last - first < 5 else {})
+
+
+def _reference(at: float, vertical: bool = False) -> dict[str, Any]:
+    across, along = ("x", "y") if vertical else ("y", "x")
+    return {
+        "type": "line",
+        f"{along}ref": "paper",
+        f"{along}0": 0,
+        f"{along}1": 1,
+        f"{across}0": at,
+        f"{across}1": at,
+        "layer": "below",
+        "line": {"color": "#8c8c8c", "width": 1.4, "dash": "dash"},
+    }
+
+
+def _layout(height: int, percent: bool = False) -> dict[str, Any]:
+    return {
+        "height": height,
+        "autosize": True,
+        "showlegend": False,
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+        "xaxis": {"automargin": True, "zeroline": False, "showgrid": False, "nticks": 7},
+        "yaxis": {"automargin": True, "zeroline": False, "nticks": 6}
+        | ({"tickformat": ".3~p"} if percent else {}),
+    }

@@ -1,0 +1,204 @@
+"""What may be said about the runs, in words: never more than the numbers show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pgrpo.report.study import Arm, Difference, Estimate, Study, mean_change
+
+NO_RANKING = "One seed supports no ranking"
+WITHIN_NOISE = "difference within noise"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome in one line, and the numbers behind it."""
+
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def verdict(study: Study) -> Verdict:
+    """Which arm ended higher, or how far a single arm came."""
+    said = _single(study, study.arms[0]) if len(study.arms) == 1 else _several(study)
+    unfinished = sum(run.info.status != "finished" for run in study.runs)
+    notes: list[str] = []
+    if unfinished:
+        notes.append(f"{unfinished} of {plural(len(study.runs), 'run')} had not finished.")
+    if len({run.steps[-1].step for run in study.runs}) > 1:
+        notes.append(f"Runs differ in length; all are compared up to step {study.last_step}.")
+    return Verdict(said.headline, (*said.sentences, *notes))
+
+
+def _single(study: Study, arm: Arm) -> Verdict:
+    if study.evaluated and study.evaluated[0] < study.evaluated[1]:
+        first, last = study.evaluated
+        before, after = study.held_out(arm, first), study.held_out(arm, last)
+        ends = [[study.evaluation(run, step).reward for run in arm.runs] for step in (first, last)]
+        x, y = ([math.nan if r is None else r for r in rewards] for rewards in ends)
+        where = f"On held-out prompts, from step {first} to step {last}"
+    elif study.last_step - min(run.steps[0].step for run in arm.runs) < 1:
+        reward = value(study.last(arm, lambda step: step.reward))
+        return Verdict("One step says nothing about learning.", (f"Its mean reward is {reward}.",))
+    else:
+        before, after = (f(arm, lambda step: step.reward) for f in (study.first, study.last))
+        seeds = [Arm(arm.name, (run,)) for run in arm.runs]
+        x = [study.first(seed, lambda step: step.reward).mean for seed in seeds]
+        y = [study.last(seed, lambda step: step.reward).mean for seed in seeds]
+        steps = plural(study.window, "step")
+        where = f"In training, from the first to the last {steps} up to step {study.last_step}"
+    if not (math.isfinite(before.mean) and math.isfinite(after.mean)):
+        return Verdict("No reward was recorded at both ends.", ())
+    change = after.mean - before.mean
+    numbers = f"{where}, reward went from {value(before)} to {value(after)}"
+    difference = mean_change(x, y)
+    if difference is None:
+        return Verdict(
+            f"{arm.name}: reward {number(before.mean)} → {number(after.mean)}, one seed.",
+            (f"{numbers}, a change of {number(change, sign=True)}.", f"{NO_RANKING}."),
+        )
+    if difference.clear:
+        headline = f"{arm.name}: reward {'rose' if change > 0 else 'fell'}."
+    else:
+        headline = f"{arm.name}: no change of reward beyond noise."
+    return Verdict(
+        headline,
+        (
+            f"{numbers} (mean ± standard error, {plural(len(arm.runs), 'seed')}).",
+            f"The change is {_interval(difference)}.",
+        ),
+    )
+
+
+def _several(study: Study) -> Verdict:
+    achieved = {arm.name: study.achieved(arm) for arm in study.arms}
+    by_reward = sorted(
+        (arm for arm in study.arms if math.isfinite(achieved[arm.name].mean)),
+        key=lambda arm: -achieved[arm.name].mean,
+    )
+    measured = [
+        f"{arm.name} reached {value(achieved[arm.name])} ({plural(len(arm.runs), 'seed')})"
+        for arm in by_reward
+    ]
+    if study.evaluated:
+        where = f"On held-out prompts at step {study.evaluated[1]}"
+    else:
+        steps = plural(study.window, "step")
+        where = f"In training reward over the last {steps} up to step {study.last_step}"
+    numbers = (
+        f"{where}, {enumerate_words(measured)} (mean ± standard error)."
+        if measured
+        else "No reward was recorded."
+    )
+    if not study.same_rewards:
+        return Verdict(
+            "The arms had different data or rewards, so their rewards do not compare.", (numbers,)
+        )
+    ranked = study.ranked
+    if len(ranked) < 2:
+        return Verdict(f"{NO_RANKING}.", (numbers,))
+    sentences = [numbers, _lead(study, ranked, None)]
+    unranked = [arm.name for arm in study.arms if arm not in ranked]
+    if unranked:
+        sentences.append(f"{NO_RANKING}: {enumerate_words(unranked)}.")
+    if study.minority is not None and study.same_clusters:
+        sentences.append(_minority(study, ranked, study.minority))
+    return Verdict(_headline(study, ranked), tuple(sentences))
+
+
+def _headline(study: Study, ranked: Sequence[Arm]) -> str:
+    best = ranked[0].name
+    beaten, tied = _beaten(study, ranked, None)
+    if not beaten:
+        return f"{_names([arm.name for arm in ranked])}: {WITHIN_NOISE}."
+    if tied:
+        return f"{best} ended higher than {_names(beaten)}; to {_names(tied)} {WITHIN_NOISE}."
+    return f"{best} ended higher than {_names(beaten)}."
+
+
+def _beaten(
+    study: Study, ranked: Sequence[Arm], cluster: str | None
+) -> tuple[list[str], list[str]]:
+    """Names of the arms that the best one clearly leads, and of the others."""
+    best, *others = ranked
+    clear = {arm.name: study.difference(best, arm, cluster) for arm in others}
+    beaten = [name for name, lead in clear.items() if lead and lead.clear and lead.mean > 0]
+    return beaten, [name for name in clear if name not in beaten]
+
+
+def _lead(study: Study, ranked: Sequence[Arm], cluster: str | None) -> str:
+    """The best arm's lead: with its interval over one other arm, in words over several."""
+    best, *others = ranked
+    if len(others) > 1:
+        beaten, _ = _beaten(study, ranked, cluster)
+        if not beaten:
+            return f"No lead of {best.name} is beyond noise."
+        return f"The lead of {best.name} is beyond noise over {enumerate_words(beaten)}."
+    difference = study.difference(best, others[0], cluster)
+    if difference is None:
+        return "Too few seeds have a value for an interval."
+    noise = "" if difference.clear else f": {WITHIN_NOISE}"
+    return f"{best.name} minus {others[0].name} is {_interval(difference)}{noise}."
+
+
+def _minority(study: Study, ranked: Sequence[Arm], cluster: str) -> str:
+    values = [f"{arm.name} {value(study.achieved(arm, cluster))}" for arm in ranked]
+    size = f"share {percent(study.clusters[cluster].share)}"
+    if study.evaluated and study.cluster_evaluations:
+        part = study.evaluation(ranked[0].runs[0], study.evaluated[1]).clusters.get(cluster)
+        size += f", {plural(part.num_prompts if part else 0, 'held-out prompt')}"
+    lead = _lead(study, ranked, cluster)
+    return f"In the smallest cluster, “{cluster}” ({size}): {enumerate_words(values)}. {lead}"
+
+
+def _interval(difference: Difference) -> str:
+    return f"{number(difference.mean, sign=True)} (95 % interval {interval(difference)})"
+
+
+def _names(names: Sequence[str]) -> str:
+    """The names, or their number where they would not fit a headline."""
+    return enumerate_words(names) if len(names) <= 3 else f"{len(names)} arms"
+
+
+def interval(difference: Difference) -> str:
+    """`low to high`, signed."""
+    return f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}"
+
+
+def number(x: float, sign: bool = False) -> str:
+    """Three decimals, fewer for large numbers, scientific for tiny ones; a dash for NaN."""
+    if not math.isfinite(x):
+        return "–"
+    if abs(x) < 1e-12:
+        # What is left where two equal numbers were subtracted.
+        x = 0.0
+    if x != 0 and (abs(x) < 1e-3 or abs(x) >= 1e6):
+        text = f"{abs(x):.1e}"
+    else:
+        text = f"{abs(x):,.{3 if abs(x) < 10 else 1 if abs(x) < 1000 else 0}f}"
+    minus = "−" if x < 0 and text.strip("0.") else ""
+    return (minus or ("+" if sign and x > 0 else "")) + text
+
+
+def value(estimate: Estimate) -> str:
+    """A mean, with its standard error where it is known."""
+    if not math.isfinite(estimate.se):
+        return number(estimate.mean)
+    return f"{number(estimate.mean)} ± {number(estimate.se)}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage, with a decimal below ten."""
+    return "–" if not math.isfinite(share) else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

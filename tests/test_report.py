@@ -1,0 +1,724 @@
+"""The report: what it says is checked against NumPy, what it shows against the parsed page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from plotly import graph_objects
+from scipy import stats
+
+from pgrpo.errors import RunFolderError
+from pgrpo.metrics import fairness
+from pgrpo.report import write_report
+from pgrpo.report.runs import read_run
+from pgrpo.report.study import (
+    Study,
+    mean_and_band,
+    mean_change,
+    moving_mean,
+    of_cluster,
+    tukey_difference,
+)
+from pgrpo.report.verdict import NO_RANKING, WITHIN_NOISE, number
+
+CLUSTERS = {"0": 0.42, "1": 0.27, "2": 0.17, "3": 0.1, "4": 0.04}
+GENRES = ("Drama", "Comedy", "Action", "Horror", "Film-Noir")
+PROMPTS, GROUP = 16, 8
+
+Tree = dict[str, Any]
+
+
+def make_run(
+    folder: Path,
+    estimator: str = "pgrpo",
+    seed: int = 0,
+    *,
+    gain: float = 0.3,
+    minority_gain: float | None = None,
+    num_steps: int = 40,
+    evaluate: bool = True,
+    samples: bool = True,
+    config: Mapping[str, Any] | None = None,
+    info: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    text: str = "",
+) -> Path:
+    """A run whose 0/1 rewards rise by `gain` from chance, drawn rollout by rollout."""
+    rng = np.random.default_rng([seed, *estimator.encode()])
+    folder.mkdir(parents=True)
+    name = {c: (names or {}).get(c, c) for c in CLUSTERS}
+    minority_gain = gain if minority_gain is None else minority_gain
+    settings: Tree = {
+        "run": {"num_steps": num_steps, "prompts_per_step": PROMPTS, "seed": seed},
+        "model": {"name": "tiny"},
+        "data": {"name": "movielens", "path": "ml-1m", "candidates": 4},
+        "clustering": {"name": "kmeans", "num_clusters": len(CLUSTERS)},
+        "rewards": [{"name": "choice", "weight": 1.0}],
+        "generation": {"group_size": GROUP},
+        "estimator": {"name": estimator, "eps": 1e-4}
+        | ({"history": "cluster"} if estimator == "pgrpo" else {}),
+        "optimizer": {"learning_rate": 1e-4},
+    }
+    for key, value in (config or {}).items():
+        section, _, leaf = key.partition(".")
+        settings[section][leaf] = value
+    (folder / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    description: Tree = {
+        "status": "finished",
+        "processor": "Example CPU @ 2.6 GHz",
+        "num_threads": 2,
+        "precision": "fp32",
+        "versions": {"pgrpo": "0.1.0", "torch": "2.9.0", "transformers": "5.16.0"},
+        "num_parameters": 1_234_567,
+        "started": "2026-01-05T10:20:30+00:00",
+        "chance": 0.25,
+        "reward_name": "choice",
+        "clusters": {
+            name[c]: {"num_users": round(1000 * share), "share": share, "about": f"mostly {genre}"}
+            for (c, share), genre in zip(CLUSTERS.items(), GENRES, strict=True)
+        },
+    } | dict(info or {})
+    (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
+
+    def chance_of(cluster: str, step: int) -> float:
+        reach = minority_gain if cluster == "4" else gain
+        return 0.25 + reach * (1 - math.exp(-3 * step / 40))
+
+    steps: list[Tree] = []
+    logged: list[Tree] = []
+    history: dict[str, list[float]] = {c: [] for c in CLUSTERS}
+    for step in range(1, num_steps + 1):
+        drawn = rng.choice(list(CLUSTERS), size=PROMPTS, p=list(CLUSTERS.values()))
+        rewards = {
+            c: rng.binomial(1, chance_of(c, step), (int((drawn == c).sum()), GROUP)).astype(float)
+            for c in CLUSTERS
+            if (drawn == c).any()
+        }
+        clusters: dict[str, Tree] = {}
+        for c, r in rewards.items():
+            history[c].extend(r.ravel().tolist())
+            mean, std = float(np.mean(history[c])), float(np.std(history[c]))
+            clusters[name[c]] = {
+                "reward": float(r.mean()),
+                "num_rollouts": r.size,
+                "count": float(len(history[c])),
+                "mean": mean,
+                "std": std,
+                "advantage": float(((r - mean) / (std + 1e-4)).mean()),
+                "scale_ratio": float(((r.std(axis=1) + 1e-4) / (std + 1e-4)).mean()),
+                "bias": float(((r.mean(axis=1) - mean) / (std + 1e-4)).mean()),
+            }
+        if seed % 2:
+            # The other permitted way to say that a cluster had no rollout.
+            clusters |= {
+                name[c]: dict.fromkeys(("reward", "bias")) for c in CLUSTERS.keys() - rewards.keys()
+            }
+        of_clusters = [float(r.mean()) for r in rewards.values()]
+        everything = np.concatenate(list(rewards.values()))
+        update = 1.1 + 0.1 * rng.random()
+        steps.append(
+            {
+                "step": step,
+                "reward": float(everything.mean()),
+                "loss": 0.01,
+                "grad_norm": float(0.5 + 0.2 * rng.random()),
+                "learning_rate": 1e-4,
+                "num_rollouts": everything.size,
+                "completion_tokens": float(2 + rng.random()),
+                "truncated": 0.0,
+                "equal_groups": float((np.ptp(everything, axis=1) == 0).mean()),
+                "kl": None,
+                "clipped": float(0.02 * rng.random()),
+                "policy_version": step,
+                "peak_memory_bytes": 1_500_000_000,
+                "clusters": clusters,
+                "fairness": fairness(of_clusters),
+                "timing_s": {
+                    "generate": 0.8,
+                    "reward": 0.05,
+                    "update": update,
+                    "total": 0.9 + update,
+                },
+            }
+        )
+        logged += [
+            {
+                "step": step,
+                "prompt": text or f"The user liked 9 {GENRES[int(c)]} films. Next?\nA) B) C) D)",
+                "completion": text or "B",
+                "reward": float(rewards[c][0, 0]),
+                "advantage": float(rng.normal()),
+                "cluster_id": name[c],
+                "user": int(rng.integers(6000)),
+            }
+            for c in list(rewards)[:2]
+        ]
+    write_lines(folder / "metrics.jsonl", steps)
+    if samples:
+        write_lines(folder / "samples.jsonl", logged)
+    if evaluate:
+        counts = {c: round(500 * share) for c, share in CLUSTERS.items()}
+        evaluations: list[Tree] = []
+        for step in dict.fromkeys((0, *range(10, num_steps, 10), num_steps)):
+            right = {c: int(rng.binomial(n, chance_of(c, step))) for c, n in counts.items()}
+            evaluations.append(
+                {
+                    "step": step,
+                    **score(sum(right.values()), sum(counts.values())),
+                    "num_prompts": sum(counts.values()),
+                    "clusters": {
+                        name[c]: {**score(right[c], n), "num_prompts": n} for c, n in counts.items()
+                    },
+                }
+            )
+        write_lines(folder / "evaluations.jsonl", evaluations)
+    return folder
+
+
+def score(right: int, n: int) -> Tree:
+    """Mean and standard deviation of n rewards, `right` of them 1 and the others 0."""
+    return {"reward": right / n, "std": float(np.std([1.0] * right + [0.0] * (n - right)))}
+
+
+def write_lines(path: Path, records: list[Tree]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def edit_lines(path: Path, edit: Callable[[Tree], None]) -> None:
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        edit(record)
+    write_lines(path, records)
+
+
+def two_arms(folder: Path, gains: tuple[float, float], num_seeds: int = 3, **kw: Any) -> list[Path]:
+    return [
+        make_run(folder / f"{arm}-{seed}", arm, seed, gain=gain, **kw)
+        for arm, gain in zip(("pgrpo", "grpo"), gains, strict=True)
+        for seed in range(num_seeds)
+    ]
+
+
+@dataclass
+class Parsed(HTMLParser):
+    """The page as a browser would see it."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    scripts: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    _open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self._open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self._open:
+            self.scripts[-1] += data
+        elif "style" not in self._open:
+            self.words.append(data)
+            if "td" in self._open or "th" in self._open:
+                self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def figures(self) -> dict[str, Tree]:
+        return json.loads(self.scripts[0])
+
+    def attributes(self, name: str) -> list[str]:
+        return [
+            value or "" for _, attrs in self.tags for key, value in attrs.items() if key == name
+        ]
+
+    @property
+    def verdict(self) -> str:
+        start = self.text.index("reward: choice")
+        return self.text[start : self.text.index("Summary", start)]
+
+
+def parse(path: Path) -> Parsed:
+    page = Parsed()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page._open == []
+    return page
+
+
+def report(runs: list[Path], folder: Path) -> Parsed:
+    out = folder / "report.html"
+    write_report(runs, out)
+    return parse(out)
+
+
+def test_page_is_self_contained(tmp_path: Path) -> None:
+    page = report(two_arms(tmp_path, (0.4, 0.3)), tmp_path)
+    assert page.attributes("src") == page.attributes("href") == []
+    assert not any(tag in ("link", "img", "iframe", "object") for tag, _ in page.tags)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    css = html[html.index("<style>") : html.index("</style>")]
+    assert "grid" in css and "url(" not in css and "@import" not in css
+    data, plotly, script = page.scripts
+    assert plotly.count("Plotly") > 10 and "Plotly" not in data and "Plotly.react" in script
+
+
+def test_only_the_own_scripts_may_run(tmp_path: Path) -> None:
+    page = report([make_run(tmp_path / "run")], tmp_path)
+    policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs) or ""
+    for script in page.scripts[1:]:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "script-src 'unsafe" not in policy
+
+
+def test_every_arm_and_cluster_is_on_the_page(tmp_path: Path) -> None:
+    names = dict(zip(CLUSTERS, ("drama", "comedy", "action", "horror", "noir"), strict=True))
+    page = report(two_arms(tmp_path, (0.4, 0.3), names=names), tmp_path)
+    panels = [name for name in names.values() if f"{name} " in page.text]
+    assert panels == list(names.values())
+    assert page.text.count("smallest") >= 2 and "noir 4.0 % smallest" in page.text
+    arms = [row[0] for row in page.rows if len(row) == 10][1:]
+    assert arms == ["pgrpo", "grpo"]
+    places = {attrs["id"] for tag, attrs in page.tags if attrs.get("class") == "figure"}
+    assert places == page.figures.keys()
+
+
+def test_figures_are_valid_plotly(tmp_path: Path) -> None:
+    page = report(two_arms(tmp_path, (0.4, 0.3)), tmp_path)
+    for figure in page.figures.values():
+        assert len(graph_objects.Figure(figure).data) > 0
+
+
+def test_an_arm_has_one_colour_everywhere(tmp_path: Path) -> None:
+    page = report(two_arms(tmp_path, (0.4, 0.3)), tmp_path)
+    colors: dict[str, set[str]] = {"pgrpo": set(), "grpo": set()}
+    for figure in page.figures.values():
+        for trace in figure["data"]:
+            if trace.get("name") in colors:
+                colors[trace["name"]].add(trace["line"]["color"])
+    assert [len(found) for found in colors.values()] == [1, 1]
+    assert colors["pgrpo"] != colors["grpo"]
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;</td>$css %{x}"
+
+
+def test_untrusted_text_is_shown_not_run(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run",
+        names={"4": HOSTILE, "0": "<b>bold</b>"},
+        text=HOSTILE,
+        info={"processor": HOSTILE, "reward_name": HOSTILE, "status": HOSTILE},
+        config={"data.path": HOSTILE},
+    )
+    out = tmp_path / "report.html"
+    write_report([run], out)
+    page = parse(out)
+    assert [tag for tag, _ in page.tags if tag in ("script", "img", "b")] == ["script"] * 3
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert sum(HOSTILE in cell for row in page.rows for cell in row) >= 5
+    labels = [t for f in page.figures.values() for t in f["layout"]["yaxis"].get("ticktext", [])]
+    assert "&lt;b&gt;bold&lt;/b&gt;" in labels
+    names = {trace.get("name", "") for f in page.figures.values() for trace in f["data"]}
+    assert not any("<" in text for text in [*labels, *names])
+
+
+def test_verdict_in_the_clear_case(tmp_path: Path) -> None:
+    said = report(two_arms(tmp_path, (0.6, 0.1)), tmp_path).verdict
+    assert "pgrpo ended higher than grpo." in said
+    assert "(3 seeds)" in said and "held-out prompts at step 40" in said
+    assert WITHIN_NOISE not in said.partition("In the smallest")[0]
+
+
+def test_verdict_in_the_tie_case(tmp_path: Path) -> None:
+    said = report(two_arms(tmp_path, (0.3, 0.3)), tmp_path).verdict
+    assert WITHIN_NOISE in said and "higher" not in said
+
+
+def test_verdict_needs_more_than_one_seed(tmp_path: Path) -> None:
+    said = report(two_arms(tmp_path, (0.7, 0.0), num_seeds=1), tmp_path).verdict
+    assert NO_RANKING in said and "higher" not in said
+
+
+def test_verdict_leaves_out_the_arm_with_one_seed(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.6, 0.1))
+    runs.append(make_run(tmp_path / "rloo", "rloo", 0, gain=0.74))
+    said = report(runs, tmp_path).verdict
+    assert "pgrpo ended higher than grpo." in said and f"{NO_RANKING}: rloo." in said
+
+
+def test_verdict_among_many_arms_names_those_it_cannot_part(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.6, 0.1))
+    runs += [make_run(tmp_path / f"rloo-{s}", "rloo", s, gain=0.6) for s in range(3)]
+    page = report(runs, tmp_path)
+    best = "pgrpo" if "pgrpo ended" in page.verdict else "rloo"
+    other = {"pgrpo": "rloo", "rloo": "pgrpo"}[best]
+    assert f"{best} ended higher than grpo; to {other} {WITHIN_NOISE}." in page.verdict
+    assert "Differences" in page.text and f"{best} minus" in page.text
+
+
+def test_verdict_does_not_compare_unlike_rewards(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"a{s}", seed=s, gain=0.6) for s in range(3)]
+    runs += [
+        make_run(tmp_path / f"b{s}", seed=s, gain=0.1, config={"data.candidates": 9})
+        for s in range(3)
+    ]
+    said = report(runs, tmp_path).verdict
+    assert "do not compare" in said and "higher" not in said
+
+
+def test_verdict_is_not_fooled_by_seeds_that_agree(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.3, 0.3), num_seeds=2)
+    for run in runs:
+        right = 10 if "pgrpo" in run.name else 11
+        write_lines(
+            run / "evaluations.jsonl", [{"step": 40, "reward": right / 20, "num_prompts": 20}]
+        )
+    said = report(runs, tmp_path).verdict
+    assert WITHIN_NOISE in said and "higher" not in said
+
+
+def test_verdict_of_one_arm(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    assert "pgrpo: reward rose." in report(runs, tmp_path).verdict
+    said = report(runs[:1], tmp_path).verdict
+    assert "one seed" in said and "rose" not in said and NO_RANKING in said
+
+
+def test_verdict_falls_back_on_training(tmp_path: Path) -> None:
+    said = report(two_arms(tmp_path, (0.6, 0.1), evaluate=False), tmp_path).verdict
+    assert "training reward over the last 10 steps" in said and "pgrpo ended higher" in said
+
+
+def test_evaluation_before_training_alone_is_no_outcome(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.6, 0.1), info={"status": "running"})
+    for run in runs:
+        path = run / "evaluations.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    said = report(runs, tmp_path).verdict
+    assert "training reward over the last 10 steps" in said
+    assert "6 of 6 runs had not finished." in said
+
+
+def test_runs_of_different_length_are_compared_where_all_have_been(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.4, 0.3), evaluate=False)
+    path = runs[-1] / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()[:25]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    study = Study.of([read_run(run) for run in runs])
+    assert study.last_step == 25
+    expected = [np.mean([step.reward for step in read_run(run).steps[15:25]]) for run in runs[:3]]
+    assert study.last(study.arms[0], lambda s: s.reward).mean == pytest.approx(np.mean(expected))
+    assert "Runs differ in length; all are compared up to step 25." in report(runs, tmp_path).text
+
+
+def test_summary_row_agrees_with_numpy(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.4, 0.3))
+    row = next(row for row in report(runs, tmp_path).rows if row[0] == "pgrpo" and len(row) == 10)
+    steps = [read_lines(run / "metrics.jsonl") for run in runs[:3]]
+    held_out = [read_lines(run / "evaluations.jsonl") for run in runs[:3]]
+
+    def cell(values: list[float], binomial: float = 0.0) -> str:
+        se = max(np.std(values, ddof=1) / np.sqrt(len(values)), binomial)
+        return f"{np.mean(values):.3f}± {se:.3f}"
+
+    assert row[1] == "30, 1, 2"
+    assert row[2] == cell([np.mean([s["reward"] for s in run[:10]]) for run in steps])
+    assert row[3] == cell([np.mean([s["reward"] for s in run[-10:]]) for run in steps])
+    for column, index in ((4, 0), (5, -1)):
+        values = [run[index]["reward"] for run in held_out]
+        variance = np.mean([p * (1 - p) for p in values])
+        assert row[column] == cell(values, np.sqrt(variance / 500))
+    clusters = {
+        c: np.mean([run[-1]["clusters"][c]["reward"] for run in held_out]) for c in CLUSTERS
+    }
+    v = np.array(list(clusters.values()))
+    worst = min(clusters, key=lambda c: clusters[c])
+    assert row[6].startswith(f"{v.min():.3f}±") and row[6].endswith(worst)
+    assert row[7].startswith(f"{v.max() - v.min():.3f}±")
+    assert row[8] == f"{np.abs(np.subtract.outer(v, v)).sum() / (2 * len(v) ** 2 * v.mean()):.3f}"
+    totals = [np.mean([s["timing_s"]["total"] for s in run]) for run in steps]
+    assert row[9] == f"{np.mean(totals):.3f}"
+
+
+def test_curve_agrees_with_numpy(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    study = Study.of([read_run(run) for run in runs])
+    curve = study.curve(study.arms[0], lambda step: step.reward)
+    assert curve is not None and study.smoothing == 5
+    raw = np.array([[s["reward"] for s in read_lines(run / "metrics.jsonl")] for run in runs])
+    smooth = np.stack([[row[max(0, t - 2) : t + 3].mean() for t in range(40)] for row in raw])
+    np.testing.assert_allclose(curve.raw, raw.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(curve.mean, smooth.mean(axis=0), rtol=1e-12)
+    reach = 1.96 * smooth.std(axis=0, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(curve.high, smooth.mean(axis=0) + reach, rtol=1e-12)
+    np.testing.assert_allclose(curve.low, smooth.mean(axis=0) - reach, rtol=1e-12)
+
+
+def test_a_cluster_without_rollouts_is_a_gap_not_a_zero(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", evaluate=False)
+
+    def leave_out(record: Tree) -> None:
+        if record["step"] % 3 == 0:
+            record["clusters"].pop("0")
+
+    edit_lines(run / "metrics.jsonl", leave_out)
+    study = Study.of([read_run(run)])
+    curve = study.curve(study.arms[0], of_cluster("0", "reward"))
+    assert curve is not None
+    present = {
+        s["step"]: s["clusters"]["0"]["reward"]
+        for s in read_lines(run / "metrics.jsonl")
+        if "0" in s["clusters"]
+    }
+    assert np.isnan(curve.raw).sum() == 40 - len(present)
+    expected = np.mean([present[step] for step in range(8, 13) if step in present])
+    assert curve.mean[9] == pytest.approx(expected)
+
+
+def test_moving_mean() -> None:
+    nan = math.nan
+    values = np.array([nan, 1.0, nan, 3.0, 5.0, nan])
+    np.testing.assert_array_equal(moving_mean(values, 3), [nan, 1.0, 2.0, 4.0, 4.0, nan])
+    np.testing.assert_array_equal(moving_mean(values, 1), values)
+    np.testing.assert_array_equal(moving_mean(np.array([2.0]), 5), [2.0])
+
+
+def test_band_is_the_range_of_two_and_absent_for_one() -> None:
+    values = np.array([[1.0, 4.0, 7.0], [3.0, math.nan, 7.0], [5.0, math.nan, math.nan]])
+    mean, low, high = mean_and_band(values)
+    np.testing.assert_allclose(mean, [3.0, 4.0, 7.0])
+    reach = 1.96 * stats.sem([1.0, 3.0, 5.0])
+    np.testing.assert_allclose(low, [3 - reach, math.nan, 7.0])
+    np.testing.assert_allclose(high, [3 + reach, math.nan, 7.0])
+
+
+def test_difference_is_that_of_tukey() -> None:
+    groups = {"a": [0.61, 0.64, 0.66], "b": [0.52, 0.57, 0.5, 0.55], "c": [0.6, 0.59]}
+    expected = stats.tukey_hsd(*groups.values()).confidence_interval(0.95)
+    found = tukey_difference(groups, "a", "b")
+    assert (found.low, found.high) == pytest.approx((expected.low[0, 1], expected.high[0, 1]))
+    assert found.clear and not tukey_difference(groups, "a", "c").clear
+
+
+def test_change_is_that_of_a_paired_t_test() -> None:
+    before, after = [0.2, 0.25, 0.3, math.nan], [0.5, 0.45, 0.4, 0.9]
+    expected = stats.ttest_rel(after[:3], before[:3]).confidence_interval(0.95)
+    found = mean_change(before, after)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert mean_change(before[:1], after[:1]) is None
+
+
+def test_held_out_error_is_at_least_that_of_the_prompts(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    last = [read_lines(run / "evaluations.jsonl")[-1] for run in runs]
+    alone = Study.of([read_run(runs[0])])
+    p = last[0]["reward"]
+    assert alone.held_out(alone.arms[0], 40).se == pytest.approx(np.sqrt(p * (1 - p) / 500))
+    study = Study.of([read_run(run) for run in runs])
+    expected = np.sqrt(np.mean([e["reward"] * (1 - e["reward"]) for e in last]) / 500)
+    assert stats.sem([e["reward"] for e in last]) < expected
+    assert study.held_out(study.arms[0], 40).se == pytest.approx(expected)
+    edit_lines(runs[0] / "evaluations.jsonl", lambda e: e.update(reward=0.0))
+    study = Study.of([read_run(run) for run in runs])
+    rewards = [0.0, last[1]["reward"], last[2]["reward"]]
+    assert study.held_out(study.arms[0], 40).se == pytest.approx(stats.sem(rewards))
+
+
+def test_held_out_rewards_of_their_own_have_no_chance_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert report([run], tmp_path).text.count("chance, 0.250") == 3
+    with open(run / "config.toml", "a", encoding="utf-8") as file:
+        file.write('[[evaluation]]\nname = "overlap"\n')
+    page = report([run], tmp_path)
+    assert page.text.count("chance, 0.250") == 2 and "scored by rewards of their own" in page.text
+
+
+def test_arms_are_estimator_history_and_whatever_else_shapes_training(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", seed=0),
+        make_run(tmp_path / "b", seed=1, config={"run.num_steps": 80, "data.seed": 1}),
+        make_run(tmp_path / "c", seed=0, config={"estimator.history": "one"}),
+        make_run(tmp_path / "d", seed=0, config={"estimator.history": "shuffled"}),
+        make_run(tmp_path / "e", "grpo", seed=0),
+        make_run(tmp_path / "f", "grpo", seed=0, config={"generation.group_size": 2}),
+    ]
+    study = Study.of([read_run(run) for run in runs])
+    assert {arm.name: len(arm.runs) for arm in study.arms} == {
+        "pgrpo": 2,
+        "pgrpo (one history)": 1,
+        "pgrpo (shuffled clusters)": 1,
+        "grpo · group_size 8": 1,
+        "grpo · group_size 2": 1,
+    }
+
+
+def test_settings_that_differ_come_first(tmp_path: Path) -> None:
+    page = report(two_arms(tmp_path, (0.4, 0.3)), tmp_path)
+    text = page.text[page.text.index("Settings What the runs differ in first.") :]
+    common = text.index("settings common to all runs")
+    assert text.index("estimator.name") < text.index("run.seed") < common
+    assert common < text.index("generation.group_size")
+
+
+def test_same_arm_and_seed_twice_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="/run and .*/run are both pgrpo with run.seed 0"):
+        write_report([run, run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_short_run_without_optional_files(tmp_path: Path, num_steps: int) -> None:
+    run = make_run(tmp_path / "run", num_steps=num_steps, evaluate=False, samples=False)
+    page = report([run], tmp_path)
+    assert "Held-out" not in page.text and "Samples" not in page.text
+    assert ("One step says nothing" in page.text) == (num_steps == 1)
+    assert any(trace["mode"] == "lines+markers" for trace in page.figures["figure-0"]["data"]) == (
+        num_steps < 3
+    )
+
+
+def test_run_of_nulls(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_steps=5, evaluate=False)
+
+    def clear(record: Tree) -> None:
+        for key in record.keys() - {"step"}:
+            record[key] = {} if isinstance(record[key], dict) else None
+
+    edit_lines(run / "metrics.jsonl", clear)
+    page = report([run], tmp_path)
+    assert "No reward was recorded" in page.verdict and page.figures == {}
+
+
+def test_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", names={"0": "d\u00e9j\u00e0"})
+    path = run / "metrics.jsonl"
+    data = path.read_bytes().replace(b"\\u00e9", "\u00e9".encode())
+    torn = data[: data.rindex("\u00e9".encode()) + 1]
+    path.write_bytes(torn)
+    assert [step.step for step in read_run(run).steps] == list(range(1, 40))
+    path.write_bytes(data.rstrip(b"\n"))
+    assert [step.step for step in read_run(run).steps] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "complaint"),
+    [
+        ("metrics.jsonl", "{", "line 3 is damaged"),
+        ("metrics.jsonl", "", "line 3 is damaged"),
+        ("metrics.jsonl", "[1]", "line 3 is damaged"),
+        ("metrics.jsonl", '{"reward": 1.0}', "line 3 is damaged: step"),
+        ("metrics.jsonl", '{"step": 3, "reward": "high"}', "line 3 is damaged: reward is 'high'"),
+        ("evaluations.jsonl", '{"step": 3, "clusters": []}', "line 3 is damaged: clusters"),
+        ("samples.jsonl", '{"step": 3}', "line 3 is damaged: prompt"),
+    ],
+)
+def test_damaged_line_is_named(tmp_path: Path, name: str, line: str, complaint: str) -> None:
+    run = make_run(tmp_path / "run")
+    lines = (run / name).read_text(encoding="utf-8").splitlines()
+    lines[2] = line
+    (run / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=complaint) as caught:
+        write_report([run], tmp_path / "report.html")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_complete_but_damaged_last_line_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_steps=2)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "rew\n')
+    with pytest.raises(RunFolderError, match="metrics.jsonl line 3 is damaged"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json"])
+def test_folder_without_an_essential_file(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", num_steps=1)
+    (run / name).unlink()
+    with pytest.raises(RunFolderError, match=f"is not a run folder: it has no {name}"):
+        read_run(run)
+
+
+def test_other_refusals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_steps=1)
+    with pytest.raises(RunFolderError, match="no run folder was given"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(RunFolderError, match="nowhere does not exist"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(RunFolderError, match="is a folder"):
+        write_report([run], tmp_path)
+    (run / "metrics.jsonl").write_text('{"step": 1', encoding="utf-8")
+    with pytest.raises(RunFolderError, match="holds no finished step"):
+        write_report([run], tmp_path / "report.html")
+    run = make_run(tmp_path / "other", num_steps=1)
+    (run / "config.toml").write_text("name = ", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="config.toml is not valid TOML"):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_failed_write_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = make_run(tmp_path / "run", num_steps=2), tmp_path / "reports" / "report.html"
+    write_report([run], out)
+    before = out.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunFolderError, match="report.html cannot be written: Permission denied"):
+        write_report([run], out)
+    assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (0.0, "0.000"),
+        (-0.0004, "−4.0e-04"),
+        (-0.25, "−0.250"),
+        (1e-17, "0.000"),
+        (12.34, "12.3"),
+        (12345.6, "12,346"),
+        (math.nan, "–"),
+    ],
+)
+def test_number(x: float, text: str) -> None:
+    assert number(x) == text
+    assert number(abs(x), sign=True).startswith("+") == (abs(x) > 1e-12)
+
+
+def read_lines(path: Path) -> list[Tree]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
