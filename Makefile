@@ -14,7 +14,7 @@ UV := $(BIN)/python -m uv
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/src/*.rs rust/*/src/*/*.rs)
 
-.PHONY: quickstart test lint demo rust-test python-test constraints clean
+.PHONY: quickstart test lint demo docs rust-test python-test bench-step constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO and P-GRPO on MovieLens with SmolLM2, on a CPU
 	$(BIN)/pgrpo compare examples/movielens-100k.toml --estimators grpo,pgrpo --seeds 0 --out $(OUT)
@@ -53,6 +53,14 @@ $(VENV)/train.stamp: $(VENV)/uv.stamp pyproject.toml constraints.txt $(RUST)
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) --editable '.[dev]'
 	touch $@
+
+docs: $(VENV)/train.stamp  ## renew docs/config.md from the docstrings of the settings
+	$(BIN)/python docs/generate_config.py
+
+bench-step: $(VENV)/train.stamp  ## one optimisation step against TRL's
+	$(INSTALL) --editable '.[bench]'
+	for tokens in 8 64; do $(BIN)/python benches/step_vs_trl.py --new-tokens $$tokens \
+	  --out benches/results/step_vs_trl-$$tokens.json || exit 1; done
 
 constraints: $(VENV)/uv.stamp  ## renew constraints.txt
 	{ echo "# Exact versions for development and CI, renewed by make constraints."; \

@@ -1,9 +1,24 @@
-"""Small real models for the tests: tiny configurations of families people train."""
+"""What several tests share: small real models of families people train, and tiny runs."""
 
 from __future__ import annotations
 
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
+import tomli_w
 import torch
+
+# Before transformers is imported, which reads it then.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -19,6 +34,7 @@ from transformers import (
 )
 
 from pgrpo.attention import ATTENTION
+from pgrpo.cli import main
 from pgrpo.models import LanguageModel
 
 # Tiny tensors gain nothing from threads, and lose much when the machine is shared.
@@ -73,3 +89,122 @@ def tiny_model(family: str, seed: int = 0, precision: str = "fp32") -> LanguageM
 @pytest.fixture(params=list(FAMILIES))
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param)
+
+
+# Runs of a second or two, through the command line.
+
+Tree = dict[str, Any]
+
+TINY_RUN: Tree = {
+    "run": {
+        "num_steps": 4,
+        "prompts_per_step": 4,
+        "num_threads": 1,
+        "tensorboard": False,
+        "checkpoint_every": 1,
+        "eval_every": 2,
+        "eval_prompts": 8,
+    },
+    "model": {"name": "tiny", "precision": "fp32"},
+    "data": {"name": "personas", "num_examples": 64, "words": 2},
+    "clustering": {"name": "kmeans", "num_clusters": 3},
+    "rewards": [{"name": "persona"}],
+    "generation": {"group_size": 2, "max_new_tokens": 3},
+    "optimizer": {"learning_rate": 5e-3},
+}
+
+
+def tiny_run(changes: Mapping[str, Any] | None = None) -> Tree:
+    """Settings of a tiny run; `{"run.num_steps": 3, "data": {...}}` replaces some of them."""
+    tree = copy.deepcopy(TINY_RUN)
+    for key, value in (changes or {}).items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def write_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """The settings of `tiny_run` as a TOML file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(tiny_run(changes)), encoding="utf-8")
+    return path
+
+
+def train(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """A whole tiny run in this process; returns its folder."""
+    assert main(["train", str(write_config(folder, changes)), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def trace(folder: Path) -> Tree:
+    """All that a run computed: logs without timings and memory, weights, optimizer, histories."""
+
+    def records(name: str) -> list[Tree]:
+        lines = (folder / name).read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    metrics = records("metrics.jsonl")
+    for record in metrics:
+        del record["timing_s"], record["peak_memory_bytes"]
+    *_, last = sorted((folder / "checkpoints").glob("step-*"))
+    names = ("model/model.safetensors", "model/adapter_model.safetensors", "optimizer.safetensors")
+    return {
+        "metrics": metrics,
+        "samples": records("samples.jsonl"),
+        "evaluations": records("evaluations.jsonl") if metrics else [],
+        "checkpoint": last.name,
+        "state": json.loads((last / "state.json").read_text("utf-8")),
+        "weights": {name: (last / name).read_bytes() for name in names if (last / name).exists()},
+    }
+
+
+def _command_in_child(arguments: Sequence[str], kill_at: int | None, folder: str) -> None:
+    if kill_at is not None:
+        seen = 0
+
+        def kill(event: str, details: tuple[Any, ...]) -> None:
+            # Python reports what it is about to do; libraries' own writes fall in between.
+            nonlocal seen
+            if event.startswith(("open", "os.", "shutil.")):
+                met = any(isinstance(d, str | Path) and str(d).startswith(folder) for d in details)
+                seen += met
+                if met and seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+    sys.exit(main(arguments))
+
+
+processes = multiprocessing.get_context("forkserver")
+# Children are forked from a process that has imported everything, so that they start at once.
+processes.set_forkserver_preload(
+    [
+        "pgrpo.compare",
+        "peft",
+        "pytest",
+        "sklearn.cluster",
+        *(model_class.__module__ for _, model_class, _ in FAMILIES.values()),
+    ]
+)
+
+
+def start(*arguments: object, kill_at: int | None = None, folder: Path | None = None) -> Any:
+    """`pgrpo ARGUMENTS` in a process of its own; it kills itself before its `kill_at`th operation on
+    a path that starts with `folder`."""
+    command = [str(argument) for argument in arguments]
+    process = processes.Process(target=_command_in_child, args=(command, kill_at, str(folder)))
+    process.start()
+    return process

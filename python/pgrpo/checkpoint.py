@@ -4,7 +4,7 @@
 
     model/                 the weights (or adapters) and tokenizer, as transformers loads them
     optimizer.safetensors  AdamW's moments by parameter name
-    state.json             step, histories, clusterer, user -> cluster
+    state.json             step, number of updates, histories, clusterer
     manifest.json          size and SHA-256 of every other file
 
 Every random number of a run comes from a generator keyed by (seed, purpose, step), and the place in
@@ -81,9 +81,10 @@ def save_checkpoint(
         RunFolderError: the disk is full or refuses; what was there is untouched.
     """
     final, partial = folder / f"step-{step:06d}", folder / f".partial-{step:06d}"
+    what = f"checkpoint of step {step} cannot be written in {folder}"
     discard_partial(folder)
     try:
-        with disk_errors(f"checkpoint of step {step} cannot be written in {folder}"):
+        with disk_errors(what):
             partial.mkdir(parents=True)
             policy.model.model.save_pretrained(str(partial / "model"))
             policy.model.tokenizer.save_pretrained(str(partial / "model"))
@@ -98,11 +99,15 @@ def save_checkpoint(
                 shutil.rmtree(final)
             os.rename(partial, final)
             _flush(folder)
-    except (RunFolderError, SafetensorError):
+    except (RunFolderError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise RunFolderError(f"{what}: {error}") from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.path)
+        # Under another name, one that is half deleted is not taken for a checkpoint.
+        os.rename(old.path, doomed := folder / f".partial-{old.path.name}")
+        shutil.rmtree(doomed)
     return Checkpoint(final, step)
 
 
@@ -147,6 +152,8 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
+        for name in sorted({"optimizer.safetensors", "state.json"} - manifest.keys()):
+            return f"manifest.json does not list {name}"
         for name, expected in manifest.items():
             if not (path / name).is_file():
                 return f"{name} is missing"

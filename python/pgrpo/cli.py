@@ -17,6 +17,7 @@ from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
 
 if TYPE_CHECKING:
     from pgrpo.config import Config
+    from pgrpo.report import Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         return int(options.run(options) or 0)
     except PgrpoError as error:
-        print(f"pgrpo: {error}", file=sys.stderr)
+        # What a plugin or a library said may have line breaks of its own.
+        print("pgrpo:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] == "pgrpo":
@@ -114,7 +116,7 @@ def _demo(options: argparse.Namespace) -> None:
         config = load_config(path)
     out = options.out or _fresh(Path("runs/demo"))
     print(DEMO_TEXT)
-    _say_report(compare(config, ["grpo", "pgrpo", "pgrpo:one"], [0, 1, 2], out))
+    _say(compare(config, ["grpo", "pgrpo", "pgrpo:one"], [0, 1, 2], out), out / "report.html")
 
 
 DEMO_TEXT = """\
@@ -127,9 +129,7 @@ the personas with wide scales should dominate.
 
 
 def _train(options: argparse.Namespace) -> None:
-    from pgrpo.display import Display
     from pgrpo.run_folder import RunFolder
-    from pgrpo.trainer import Trainer
 
     if (options.config is None) == (options.resume is None):
         raise ConfigError("train needs a config file, or --resume RUN")
@@ -139,31 +139,41 @@ def _train(options: argparse.Namespace) -> None:
         folder = RunFolder(options.resume)
         config = folder.config()
         if folder.is_finished:
-            raise RunFolderError(f"the run in {options.resume} is finished")
+            raise RunFolderError(
+                f"the run in {options.resume} is finished; pgrpo report {options.resume} writes its "
+                "report again"
+            )
     else:
         config = _load(options)
         folder = RunFolder(options.out or _fresh(Path("runs") / options.config.stem))
         folder.require_new()
+    # Only now, for it takes seconds, and what is wrong with a config should be told at once.
+    from pgrpo.display import Display
+    from pgrpo.trainer import Trainer
+
     display = Display(config.estimator.name, config.run.num_steps)
     with folder, display:
-        Trainer(config, folder, display).run()
-    _say_report(folder.path / "report.html")
+        verdict = Trainer(config, folder, display).run()
+    _say(verdict, folder.path / "report.html")
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pgrpo.compare import compare
-
     seeds = _numbers(options.seeds, "--seeds")
     arms = [arm.strip() for arm in options.estimators.split(",") if arm.strip()]
     if not arms:
         raise ConfigError("--estimators names no arm")
-    _say_report(compare(_load(options), arms, seeds, options.out))
+    config = _load(options)
+    from pgrpo.compare import compare
+
+    _say(compare(config, arms, seeds, options.out), options.out / "report.html")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    counts = [None] if options.candidates is None else _numbers(options.candidates, "--candidates")
+    if options.prompts < 1:
+        raise ConfigError(f"--prompts is {options.prompts}; expected 1 or more")
     from pgrpo.evaluation import evaluate_run
 
-    counts = _numbers(options.candidates, "--candidates") if options.candidates else [None]
     results = evaluate_run(options.folder, counts, options.prompts)
     if options.json:
         print(json.dumps(results, indent=2))
@@ -178,14 +188,14 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{result['num_prompts']} prompts"
         )
         for cluster, values in result["clusters"].items():
-            print(f"  cluster {cluster}: {values['reward']:.3f}, {values['num_prompts']} prompts")
+            reward = "none" if values["reward"] is None else f"{values['reward']:.3f}"
+            print(f"  cluster {cluster}: {reward}, {values['num_prompts']} prompts")
 
 
 def _report(options: argparse.Namespace) -> None:
     from pgrpo.report import write_report
 
-    write_report(options.folders, options.out)
-    _say_report(options.out)
+    _say(write_report(options.folders, options.out), options.out)
 
 
 def _plugins(options: argparse.Namespace) -> None:
@@ -205,9 +215,12 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} is {text!r}; expected whole numbers with commas") from None
+        numbers = []
+    if not numbers:
+        raise ConfigError(f"{option} is {text!r}; expected whole numbers with commas")
+    return numbers
 
 
 def _fresh(path: Path) -> Path:
@@ -220,8 +233,10 @@ def _fresh(path: Path) -> Path:
     return fresh
 
 
-def _say_report(path: Path) -> None:
-    print(f"report: {path.resolve().as_uri()}")
+def _say(verdict: Verdict, report: Path) -> None:
+    """The outcome in words, and where to look at it."""
+    print("\n".join(["", verdict.headline, *verdict.sentences]))
+    print(f"report: {report.resolve().as_uri()}")
 
 
 def _quiet_libraries() -> None:

@@ -45,7 +45,7 @@ class KMeans:
         n_init: int = Field(10, ge=1)
         """Random starts, of which the best is kept."""
         seed: int = Field(0, ge=0)
-        """Seeds the starts; the run's seed unless given."""
+        """Seeds the starts; the same under every seed of the run."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -202,7 +202,7 @@ class Sklearn:
         estimator: str
         """Dotted path of the class, such as sklearn.cluster.AgglomerativeClustering."""
         seed: int = Field(0, ge=0)
-        """Becomes random_state where the estimator has one; the run's seed unless given."""
+        """Becomes random_state where the estimator has one."""
 
     def __init__(self, config: Config) -> None:
         self._estimator = _build_estimator(config)

@@ -12,12 +12,12 @@ from filelock import FileLock, Timeout
 from pgrpo.config import Config, EstimatorConfig, parse_config, resolved_tree, suggest
 from pgrpo.display import Display
 from pgrpo.errors import ConfigError, RunFolderError
-from pgrpo.report import write_report
-from pgrpo.run_folder import RunFolder
+from pgrpo.report import Verdict, write_report
+from pgrpo.run_folder import RunFolder, disk_errors
 from pgrpo.trainer import Trainer
 
 
-def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
+def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Verdict:
     """Run every arm with every seed, then write `out/report.html`.
 
     An arm is an estimator's name, or `NAME:one` and `NAME:shuffled` for the control arms that read
@@ -38,7 +38,6 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
         if folder.holds_run:
             _check_same(folder.config(), planned, folder.path)
     with _locked(out):
-        rewards: dict[str, dict[int, float]] = {}
         for seed in seeds:
             peers: dict[str, dict[int, float]] = {}
             for arm in arms:
@@ -52,10 +51,7 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                     with folder, display:
                         Trainer(plans[f"{name}/seed-{seed}"], folder, display).run()
                 peers[name] = {r["step"]: r["reward"] for r in folder.records("metrics.jsonl")}
-            rewards |= peers
-    report = out / "report.html"
-    write_report([out / name for name in plans], report)
-    return report
+    return write_report([out / name for name in plans], out / "report.html")
 
 
 def arm_folder(arm: str) -> str:
@@ -66,7 +62,7 @@ def arm_folder(arm: str) -> str:
 def arm_config(config: Config, arm: str, seed: int) -> Config:
     """The config with this arm's estimator and seed; settings the estimator does not know are
     dropped."""
-    name, _, history = arm.partition(":")
+    name, colon, history = arm.partition(":")
     tree = resolved_tree(config)
     tree["run"]["seed"] = seed
     known = list(EstimatorConfig.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
@@ -75,7 +71,7 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
     idle = EstimatorConfig.model_validate({"name": name}).inactive()
     settings: dict[str, Any] = {k: v for k, v in tree["estimator"].items() if k not in idle}
     settings["name"] = name
-    if history:
+    if colon:
         settings["history"] = history
     elif "history" in settings:
         settings["history"] = "cluster"
@@ -104,7 +100,8 @@ def _check_same(found: Config, planned: Config, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Generator[None]:
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(f"{out} cannot be used"):
+        out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
             yield

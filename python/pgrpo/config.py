@@ -107,7 +107,8 @@ class ModelConfig(Section):
     """Train adapters instead of all weights."""
 
     def inactive(self) -> set[str]:
-        return set() if self.chat else {"system_prompt"}
+        pinned = self.name == "tiny" or self.name.startswith("pypi:")
+        return ({"revision"} if pinned else set()) | (set() if self.chat else {"system_prompt"})
 
 
 class MovieLensConfig(Section):
@@ -199,8 +200,8 @@ class RewardConfig(PluginSection):
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds one call may take."""
     on_error: Literal["fail", "retry", "no_reward"] = "fail"
-    """When a call raises, hangs or returns nonsense: stop the run, try again (three times, with
-    growing pauses), or go on with these rollouts unrewarded."""
+    """When a call raises, hangs or returns nonsense: stop the run, try again (three attempts
+    in all, with growing pauses), or go on with these rollouts unrewarded."""
 
 
 class GenerationConfig(Section):
@@ -215,7 +216,7 @@ class GenerationConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the sampling distribution, which is also the one that is trained."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
-    """A longer prompt is refused at load, never cut silently."""
+    """A longer prompt stops the run when its turn comes; it is never cut silently."""
 
 
 class EstimatorConfig(Section):
@@ -264,7 +265,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after the warm-up; linear and cosine reach 0 at num_steps."""
+    """What the rate does after the warm-up; linear and cosine fall towards 0 at num_steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -304,6 +305,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.minibatches is {batches}, more than the {groups} prompts of a step"
             )
+        if self.generation.group_size == 1 and self.estimator.name in ("grpo", "dr_grpo", "rloo"):
+            raise ValueError(
+                f"estimator {self.estimator.name!r} learns nothing from groups of one; "
+                "generation.group_size must be at least 2"
+            )
         return self
 
 
@@ -315,7 +321,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, and check the whole.
 
     A value is read as TOML (`8`, `true`, `[1, 2]`) and otherwise taken as a string. Relative
-    `data.path` and `model.name` folders are taken relative to the config file when they exist there.
+    data paths and a relative `model.name` folder are taken relative to the config file when they
+    exist there, else to the working folder; the config holds where they are.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or does not describe a run.
@@ -327,6 +334,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} does not exist") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; a config is a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
@@ -335,8 +344,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         table = tree.get(section)
         for key in keys if isinstance(table, dict) else ():
             value = cast(Tree, table).get(key)
-            if isinstance(value, str) and (path.parent / value).exists():
-                cast(Tree, table)[key] = str((path.parent / value).resolve())
+            if not isinstance(value, str) or value in ("", "tiny"):
+                continue
+            for place in (path.parent / value, Path(value)):
+                if place.exists():
+                    cast(Tree, table)[key] = str(place.resolve())
+                    break
     return parse_config(tree, source=str(path))
 
 
@@ -427,6 +440,8 @@ def _explain(model: type[BaseModel], complaint: Any) -> str:
     # The discriminator's tag stands in the location of a complaint about a data section.
     if location[:1] == ["data"] and len(location) > 1 and model is Config:
         location.pop(1)
+    # So do the alternatives of a union that a value fits none of.
+    location = [part for part in location if part not in ("str", "list[str]")]
     where = ".".join(str(part) for part in location) or "the config"
     kind: str = complaint["type"]
     if kind == "extra_forbidden":
@@ -441,10 +456,20 @@ def _explain(model: type[BaseModel], complaint: Any) -> str:
         if given is None:
             return f"data.name is missing; known: {', '.join(tags)}"
         return f"data.name is {given!r}{suggest(str(given), tags)}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where} is {_short(complaint['input'])}; expected a table"
+    if kind == "too_short":
+        return f"{where} is {_short(complaint['input'])}; expected at least one entry"
     message: str = complaint["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message if where == "the config" else f"{where}: {message}"
-    return f"{where} is {complaint['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where} is {_short(complaint['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: object) -> str:
+    """A value as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:

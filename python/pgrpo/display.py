@@ -40,7 +40,9 @@ class Display:
         peers: Mapping[str, Mapping[int, float]] | None = None,
         console: Console | None = None,
     ) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console(
+            markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
         self._title = title
         self._num_steps = num_steps
         self.about = dict(about or {})
@@ -69,7 +71,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line of news: what is being prepared, saved or found."""
-        self._console.print(f"[{self._title}] {text}", markup=False)
+        self._console.print(f"[{self._title}] {text}")
+        sys.stdout.flush()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """A held-out evaluation was made."""
@@ -97,6 +100,10 @@ class Display:
         if self._live is not None:
             self._live.update(self._table(record, sample, left_s))
             return
+        now = time.monotonic()
+        if now - self._last_line < _LINE_EVERY_S and step < self._num_steps:
+            return
+        self._last_line = now
         clusters = "  ".join(
             f"{c}: {_mean(r):.2f}" for c, r in sorted(self._cluster_rewards.items())
         )
@@ -105,7 +112,6 @@ class Display:
             f"mean of last {len(self._rewards)} {_mean(self._rewards):.3f}  by cluster {clusters}  "
             f"{record['timing_s']['total']:.1f} s  left {_clock(left_s)}"
         )
-        sys.stdout.flush()
 
     def _table(
         self, record: Mapping[str, Any], sample: Mapping[str, Any] | None, left_s: float

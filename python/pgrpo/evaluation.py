@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pgrpo.checkpoint import latest_checkpoint
 from pgrpo.config import DataConfig, MovieLensConfig, check
@@ -29,7 +30,10 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
         DataError: nothing is held out.
     """
     if not len(dataset.evaluation):
-        raise DataError("the data set holds out no examples; set run.eval_every = 0")
+        raise DataError(
+            "the data set holds out no examples to evaluate on; give it some "
+            "(data.evaluation_path), or set run.eval_every = 0"
+        )
     wanted = min(num_prompts, len(dataset.evaluation))
     places = np.linspace(0, len(dataset.evaluation) - 1, wanted).round().astype(int).tolist()
     return [dataset.evaluation[place] for place in places]
@@ -105,6 +109,8 @@ def evaluate_run(
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet")
+    if config.run.num_threads:
+        torch.set_num_threads(config.run.num_threads)
     registry = load_registry()
     data = load_dataset(config.data)
     model = load_language_model(
@@ -113,7 +119,7 @@ def evaluate_run(
         seed=derive_seed(config.run.seed, "weights"),
         weights=checkpoint.model,
     )
-    clusterer = registry.clusterer(config.clustering, seed=config.run.seed)
+    clusterer = registry.clusterer(config.clustering)
     clusterer.load_state_dict(checkpoint.state()["clusterer"])
     users = list(data.users)
     features = np.array([data.users[user] for user in users]).reshape(len(users), -1)

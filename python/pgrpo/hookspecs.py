@@ -10,8 +10,8 @@ names in the entry-point group `pgrpo`:
         register("length", lambda rollouts: [float(len(r.completion)) for r in rollouts])
 
 A plugin with settings is a class whose attribute `Config` is a subclass of `pgrpo.config.Section`.
-It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where `Config` has a field
-`seed`, the run's seed is its value unless the TOML file gives another.
+It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where the `Config` of
+a reward has a field `seed`, the run's seed is its value unless the TOML file gives another.
 """
 
 from __future__ import annotations

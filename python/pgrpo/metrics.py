@@ -5,18 +5,21 @@ docs/run_folder.md explains each name.
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from pgrpo.normalizer import ClusterStats
+from pgrpo.run_folder import disk_errors
 from pgrpo.types import ClusterId, FloatArray, Rollout
 
 if sys.platform != "win32":
@@ -91,9 +94,10 @@ def fairness(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def equal_groups(rollouts: Sequence[Rollout], rewards: FloatArray) -> float:
-    """Share of the groups whose rewards are all equal, in which GRPO has no signal."""
+    """Share of the groups whose rewards are all equal, in which GRPO has no signal. NaN rewards are
+    left out."""
     groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id)]
-    return float(np.mean([np.ptp(rewards[group]) == 0 for group in groups]))
+    return float(np.mean([len(set(rewards[g][np.isfinite(rewards[g])])) <= 1 for g in groups]))
 
 
 def peak_memory_bytes() -> int | None:
@@ -104,17 +108,53 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def write_scalars(
-    tensorboard: SummaryWriter | None, record: Mapping[str, Any], step: int, prefix: str = ""
-) -> None:
-    """Every number of a record, by its path."""
-    if tensorboard is None:
-        return
+class EventFile:
+    """A TensorBoard event file, written on the spot.
+
+    torch's SummaryWriter writes from a thread of its own, where a full disk is noticed too late to
+    be told.
+
+    Args:
+        folder: what `tensorboard --logdir` is pointed at.
+        first_step: of what will be written; TensorBoard forgets what earlier files say of it and of
+            later steps, which a resumed run takes again.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # tensorboard's modules are untyped, and made when they are imported.
+        protocol: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        records: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
+        self._event, self._summary = protocol.Event, summary.Summary
+        self._framed = records.RecordWriter
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+        self._path = folder / name
+        with disk_errors(f"{self._path} cannot be written"):
+            folder.mkdir(exist_ok=True)
+        self._add(file_version="brain.Event:2")
+        start = protocol.SessionLog(status=protocol.SessionLog.START)
+        self._add(step=first_step, session_log=start)
+
+    def write(self, record: Mapping[str, Any], step: int, prefix: str = "") -> None:
+        """Every number of a record, by its path."""
+        values = [
+            self._summary.Value(tag=path, simple_value=value)
+            for path, value in _numbers(record, prefix)
+        ]
+        self._add(step=step, summary=self._summary(value=values))
+
+    def _add(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        with disk_errors(f"{self._path} cannot be written"), open(self._path, "ab") as file:
+            self._framed(file).write(event.SerializeToString())
+
+
+def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, Mapping):
-            write_scalars(tensorboard, cast(Mapping[str, Any], value), step, f"{prefix}{name}/")
+            yield from _numbers(cast(Mapping[str, Any], value), f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
-            tensorboard.add_scalar(prefix + name, value, step)  # type: ignore[no-untyped-call]
+            yield prefix + name, value
 
 
 def processor_name() -> str:

@@ -81,9 +81,13 @@ class Registry:
         """
         return cast(Reward, _build(self.rewards, "reward", section, seed))
 
-    def clusterer(self, section: ClusteringConfig, seed: int = 0) -> Clusterer:
-        """Build the clusterer a config section names; raises as `reward` does."""
-        return cast(Clusterer, _build(self.clusterers, "clusterer", section, seed))
+    def clusterer(self, section: ClusteringConfig) -> Clusterer:
+        """Build the clusterer a config section names; raises as `reward` does.
+
+        The run's seed does not reach it: runs under several seeds are only comparable cluster by
+        cluster if their clusters are the same.
+        """
+        return cast(Clusterer, _build(self.clusterers, "clusterer", section, None))
 
     def listing(self) -> list[Plugin]:
         """All plugins, rewards first, each kind by name."""
@@ -191,7 +195,9 @@ def _complaint(plugin: Plugin) -> str | None:
     return None
 
 
-def _build(plugins: Mapping[str, Plugin], kind: Kind, section: PluginSection, seed: int) -> object:
+def _build(
+    plugins: Mapping[str, Plugin], kind: Kind, section: PluginSection, seed: int | None
+) -> object:
     plugin = plugins.get(section.name)
     if plugin is None:
         raise PluginError(
@@ -201,7 +207,7 @@ def _build(plugins: Mapping[str, Plugin], kind: Kind, section: PluginSection, se
     if config_class is None and options:
         raise ConfigError(f"{kind} {section.name!r} takes no settings, but got {min(options)!r}")
     if config_class is not None:
-        if "seed" in config_class.model_fields:
+        if "seed" in config_class.model_fields and seed is not None:
             options.setdefault("seed", seed)
         arguments.append(check(config_class, options, f"{kind} {section.name!r}"))
     if not inspect.isclass(plugin.thing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,6 +28,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._is_new = False
 
     @property
     def holds_run(self) -> bool:
@@ -40,6 +42,7 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         with disk_errors(f"run folder {self.path} cannot be used"):
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()
@@ -51,6 +54,12 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_new and not self.holds_run:
+            # The config was refused: an empty folder would only be in the way of the next attempt.
+            with contextlib.suppress(OSError):
+                self.checkpoints.rmdir()
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
         self._lock.release()
 
     def require_new(self) -> None:
@@ -113,18 +122,18 @@ class RunFolder:
         """The whole lines of a JSON-lines log; a last line that was cut short is left out."""
         try:
             text = (self.path / name).read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.split("\n")[:-1]]
         except FileNotFoundError:
             return []
-        try:
-            return [json.loads(line) for line in text.split("\n")[:-1]]
         except ValueError as error:
             raise RunFolderError(f"{self.path / name} is damaged: {error}") from None
 
     def rewind(self, step: int) -> None:
-        """Forget what the logs say of later steps, which will be taken again."""
+        """Forget what the logs say of later steps, which will be taken again; after step 0, of the
+        evaluation before the first step too."""
         for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
-                kept = [record for record in self.records(name) if record["step"] <= step]
+                kept = [record for record in self.records(name) if 0 <= record["step"] <= step > 0]
                 self.write(name, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -138,10 +147,8 @@ class disk_errors:  # noqa: N801 - a context manager, used like a function
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        full = "No space left on device" in str(error) or (
-            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        )
-        if full:
+        # Libraries written in Rust report the system's refusal in errors of their own.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise RunFolderError(f"{self._what}: the disk is full") from error
         if isinstance(error, OSError):
             raise RunFolderError(f"{self._what}: {error.strerror or error}") from error

@@ -85,9 +85,12 @@ class PromptBuilder:
 
     def _encode_choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         ids = tuple(self._encode(text) for text in texts)
-        if len(ids) < 2 or len(set(ids)) < len(ids) or not all(ids):
+        if len(ids) < 2:
+            raise DataError(f"the choices are {texts!r}; expected at least two")
+        if len(set(ids)) < len(ids) or not all(ids):
             raise DataError(
-                f"choices must be at least two different, non-empty texts, not {texts!r}"
+                f"the model cannot tell the choices {texts!r} apart: as tokens, two of them are equal "
+                "or one is empty"
             )
         # Where one choice is the beginning of another, only an end token tells them apart.
         if any(a != b and b[: len(a)] == a for a in ids for b in ids):

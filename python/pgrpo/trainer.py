@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from pgrpo import metrics
 from pgrpo.checkpoint import Checkpoint, discard_partial, latest_checkpoint, save_checkpoint
@@ -29,7 +28,7 @@ from pgrpo.models import LanguageModel, load_language_model
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.plugins import Registry, load_registry
 from pgrpo.policy import Policy
-from pgrpo.report import write_report
+from pgrpo.report import Verdict, write_report
 from pgrpo.run_folder import RunFolder
 from pgrpo.scoring import Scorer
 from pgrpo.seeds import derive_seed, seed_globals
@@ -91,7 +90,7 @@ class Trainer:
         self.histories = (
             self.normalizer
             if estimator.history == "cluster"
-            else ClusterNormalizer("pgrpo", nan_policy="zero")
+            else ClusterNormalizer("pgrpo", ddof=estimator.ddof, nan_policy="zero")
         )
         self.history_of = self._history_keys()
         self.done = 0
@@ -100,14 +99,14 @@ class Trainer:
             self._restore(checkpoint)
         folder.rewind(self.done)
 
-    def run(self) -> None:
-        """Take all remaining steps; write the report at the end."""
+    def run(self) -> Verdict:
+        """Take all remaining steps and write the report; returns what it says first."""
         config, run = self.config, self.config.run
         if not self.folder.holds_run:
             self.folder.create(config)
         self._write_info("running")
         tensorboard = (
-            SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.done + 1)
+            metrics.EventFile(self.folder.path / "tensorboard", self.done + 1)
             if run.tensorboard
             else None
         )
@@ -118,16 +117,15 @@ class Trainer:
                 record, samples = self.step(step)
                 self.folder.append("metrics.jsonl", record)
                 self.folder.append("samples.jsonl", *samples)
-                metrics.write_scalars(tensorboard, record, step)
+                if tensorboard is not None:
+                    tensorboard.write(record, step)
                 self.display.step(record, samples[0] if samples else None)
                 self._evaluate_if_due(step, tensorboard)
                 if step % run.checkpoint_every == 0 or step == run.num_steps:
                     self._save(step)
-        if tensorboard is not None:
-            tensorboard.close()
         self._write_info("finished")
-        write_report([self.folder.path], self.folder.path / "report.html")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
+        return write_report([self.folder.path], self.folder.path / "report.html")
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Generate, score, normalise, update: the step's metrics and samples."""
@@ -143,11 +141,7 @@ class Trainer:
         )
         watch.lap("generate")
 
-        rewards = self.scorer.score(rollouts)
-        if not np.isfinite(rewards).any():
-            raise PluginError(
-                f"no rollout of step {step} got a reward; there is nothing to learn from"
-            )
+        rewards = self._score(step, rollouts)
         advantages = self._advantages(rollouts, rewards)
         watch.lap("reward")
 
@@ -191,6 +185,20 @@ class Trainer:
             "timing_s": watch.total(),
         }
         return record, self._samples(step, rollouts, rewards, advantages)
+
+    def _score(self, step: int, rollouts: Sequence[Rollout]) -> FloatArray:
+        """Raw rewards [N], NaN where there is none; on failure the steps so far are saved first."""
+        try:
+            rewards = self.scorer.score(rollouts)
+            if not np.isfinite(rewards).any():
+                raise PluginError(
+                    f"no rollout of step {step} got a reward; there is nothing to learn from"
+                )
+        except PluginError:
+            if step - 1 > self.done:
+                self._save(step - 1)
+            raise
+        return rewards
 
     def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
         """Fold the step's rewards into the histories and normalise them: [N]."""
@@ -238,7 +246,7 @@ class Trainer:
             for i in chosen
         ]
 
-    def _evaluate_if_due(self, step: int, tensorboard: SummaryWriter | None) -> None:
+    def _evaluate_if_due(self, step: int, tensorboard: metrics.EventFile | None) -> None:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
             return
@@ -249,7 +257,8 @@ class Trainer:
         )
         record = {"step": step, **result}
         self.folder.append("evaluations.jsonl", record)
-        metrics.write_scalars(tensorboard, {"held_out": result}, step)
+        if tensorboard is not None:
+            tensorboard.write(result, step, prefix="held_out/")
         self.display.evaluation(record)
 
     def _cluster(self, registry: Registry, checkpoint: Checkpoint | None) -> dict[str, ClusterId]:
@@ -258,7 +267,7 @@ class Trainer:
         users = list(dataset.users)
         features = np.array([dataset.users[user] for user in users], dtype=np.float64)
         features = features.reshape(len(users), len(dataset.feature_names))
-        self.clusterer = registry.clusterer(self.config.clustering, seed=self.config.run.seed)
+        self.clusterer = registry.clusterer(self.config.clustering)
         if checkpoint is None:
             self.clusterer.fit(users, features, _Both(dataset))
         else:
@@ -331,7 +340,8 @@ class Trainer:
 
     def _write_info(self, status: str) -> None:
         """run.json: what the report has to know besides the logs."""
-        lengths = [len(e.choices) for e in held_out(self.dataset, 64) if e.choices]
+        examples = held_out(self.dataset, 64) if len(self.dataset.evaluation) else []
+        lengths = [len(e.choices) for e in examples if e.choices]
         info = {
             "status": status,
             "started": self.folder.info().get("started")

@@ -28,7 +28,7 @@ class Example:
     """One row of a data set: what is asked of the model on behalf of one user."""
 
     text: str
-    """The prompt's text, as the user turn of a chat or as it stands (`data.chat`)."""
+    """The prompt's text, as the user turn of a chat or as it stands (`model.chat`)."""
     user: str
     """Whose preferences the reward expresses; clusters are made of users."""
     columns: Mapping[str, Json] = field(default_factory=dict[str, Json])

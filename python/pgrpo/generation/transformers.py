@@ -129,11 +129,20 @@ class TransformersEngine:
             else:
                 logits = self._model.logits(hidden[members]).cpu()
             logs = (logits / self._temperature).log_softmax(-1)
-            if greedy:
-                drawn = logs.argmax(-1)
-            else:
-                drawn = torch.multinomial(logs.exp(), 1, generator=random)[:, 0]
+            drawn = logs.argmax(-1) if greedy else _draw(logs, random)
             values = logs.gather(1, drawn[:, None])[:, 0].tolist()
             for n, index, value in zip(members, drawn.tolist(), values, strict=True):
                 tokens[n].append(union[index] if constrained else index)
                 logprobs[n].append(value)
+
+
+def _draw(logs: Tensor, random: torch.Generator) -> Tensor:
+    """One token per row of log-probabilities [N, V] by inverting the distribution function.
+
+    It takes a single random number per row, where torch.multinomial draws one per token: 0.05 s for
+    64 rows of a 49,152 token vocabulary.
+    """
+    cumulated = logs.double().exp().cumsum(-1)
+    level = torch.rand(len(logs), 1, generator=random, dtype=torch.float64) * cumulated[:, -1:]
+    # The first token whose cumulated probability lies above the level, so never an impossible one.
+    return torch.searchsorted(cumulated, level, right=True)[:, 0].clamp(max=logs.shape[1] - 1)

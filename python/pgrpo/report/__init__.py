@@ -13,16 +13,20 @@ from pgrpo.errors import RunFolderError
 from pgrpo.report.page import render
 from pgrpo.report.runs import read_run
 from pgrpo.report.study import Study
+from pgrpo.report.verdict import Verdict, verdict
 from pgrpo.run_folder import disk_errors
 
-__all__ = ["write_report"]
+__all__ = ["Verdict", "write_report"]
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
+def write_report(runs: Sequence[Path], out: Path) -> Verdict:
     """Write one HTML page about the given run folders.
 
     The page needs no network and no other file. Runs that differ in nothing but seeds form one
     arm; curves are averaged over its seeds. `out` is replaced as a whole or not at all.
+
+    Returns:
+        What the page says first: the outcome in words.
 
     Raises:
         RunFolderError: no run is given, a folder lacks a file or holds a damaged one, the same
@@ -32,7 +36,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         raise RunFolderError("no run folder was given, a report needs at least one")
     if out.is_dir():
         raise RunFolderError(f"{out} is a folder; the report is written to an HTML file")
-    html = render(Study.of([read_run(Path(folder)) for folder in runs]))
+    study = Study.of([read_run(Path(folder)) for folder in runs])
+    html = render(study)
     draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with disk_errors(f"{out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,3 +46,4 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
             os.replace(draft, out)
         finally:
             draft.unlink(missing_ok=True)
+    return verdict(study)

@@ -1,0 +1,143 @@
+"""Writes config.md, the reference of all settings, from the docstrings under them.
+
+Run it as `python docs/generate_config.py` after changing a setting; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pgrpo import clustering, config, rewards
+
+TABLES: list[tuple[str, type[BaseModel]]] = [
+    ("[run]", config.RunConfig),
+    ("[model]", config.ModelConfig),
+    ("[model.lora]", config.LoraConfig),
+    ('[data] with name = "movielens"', config.MovieLensConfig),
+    ('[data] with name = "personas"', config.PersonasConfig),
+    ('[data] with name = "jsonl" or "parquet"', config.TableConfig),
+    ("[clustering]", config.ClusteringConfig),
+    ("[[rewards]] and [[evaluation]]", config.RewardConfig),
+    ("[generation]", config.GenerationConfig),
+    ("[estimator]", config.EstimatorConfig),
+    ("[loss]", config.LossConfig),
+    ("[optimizer]", config.OptimizerConfig),
+]
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
+
+HEAD = """\
+# Settings of a run
+
+<!-- Written by docs/generate_config.py from the docstrings in the code; change them there. -->
+
+A run is one TOML file. Whatever is not in it takes the default below; settings without a default are
+required. The file is checked before anything is loaded: an unknown key, a wrong type, a value out
+of range and a setting that would have no effect are refused with one sentence and exit code 2.
+
+On the command line `--set section.key=value` overrides a setting; `rewards.0.weight=2` reaches into
+a list, counted from 0. A value is read as TOML (`8`, `true`, `[1, 2]`), else as a string.
+
+These would have no effect, and are therefore refused:
+
+- `run.eval_prompts` without `run.eval_every`
+- `model.system_prompt` without `model.chat = true`
+- `model.revision` of `tiny` and of a `pypi:` model
+- `estimator.history` and `estimator.order` with another estimator than `pgrpo`
+- `estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`
+
+A relative `data.path`, `data.evaluation_path` or `model.name` folder is looked for beside the config
+file first, then in the working folder. `pgrpo train` writes the complete config to `config.toml` of
+the run folder, which can be run again as it is.
+
+`[model]`, `[data]`, `[clustering]` and one `[[rewards]]` are required; the other tables may be left
+out. [examples](../examples) holds whole files.
+"""
+
+PLUGINS = """\
+## Plugins that are built in
+
+Keys of `[clustering]` and `[[rewards]]` beyond those above belong to the plugin that `name` names.
+`pgrpo plugins` lists these and everything else that is installed; [plugins.md](plugins.md) tells
+how to write one.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, section in TABLES:
+        parts.append(f"## {title}\n\n{_prose(section.__doc__)}\n\n{_table(section)}")
+    parts.append(PLUGINS)
+    for kind, register_all in (
+        ("Clusterer", clustering.pgrpo_register_clusterers),
+        ("Reward", rewards.pgrpo_register_rewards),
+    ):
+        found: dict[str, Any] = {}
+        register_all(found.__setitem__)
+        for name, plugin in found.items():
+            text = f"### {kind} `{name}`\n\n{_prose(plugin.__doc__)}\n"
+            settings = getattr(plugin, "Config", None)
+            parts.append(f"{text}\n{_table(settings)}" if settings else text)
+    return "\n".join(parts)
+
+
+def _table(section: type[BaseModel]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section.model_fields.items():
+        if key == "name" and field.description is None:
+            continue  # the heading tells
+        cells = [f"`{key}`", _type(field), _default(field), _prose(field.description)]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(field: FieldInfo) -> str:
+    limits = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(limit, name)
+    ]
+    return ", ".join([_type_name(field.annotation), *limits])
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f'`"{value}"`' for value in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}s"
+    if arguments and origin is not dict:
+        assert origin in (Union, type(int | str)), annotation
+        return " or ".join(_type_name(part) for part in arguments if part is not NoneType)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
+    return NAMES[origin or annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default()
+    if default is None:
+        return "none"
+    if isinstance(default, dict):
+        inner = ", ".join(f"{key} = {json.dumps(value)}" for key, value in default.items())
+        return f"`{{ {inner} }}`"
+    return f"`{json.dumps(default)}`"
+
+
+def _prose(text: str | None) -> str:
+    assert text, "every section, setting and plugin explains itself"
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("config.md").write_text(reference(), encoding="utf-8")

@@ -1,0 +1,267 @@
+"""Configs: what is written is what is read, and what would have no effect is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tomli_w
+from conftest import Tree, tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from pgrpo import config as config_module
+from pgrpo.config import (
+    Config,
+    EstimatorName,
+    PluginSection,
+    Section,
+    apply_override,
+    load_config,
+    parse_config,
+    resolved_toml,
+    resolved_tree,
+)
+from pgrpo.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = [*sorted((ROOT / "examples").glob("*.toml")), ROOT / "python" / "pgrpo" / "demo.toml"]
+SECTIONS = [
+    thing
+    for thing in vars(config_module).values()
+    if isinstance(thing, type) and issubclass(thing, Section | PluginSection)
+]
+
+
+def reload(config: Config, folder: Path) -> Config:
+    path = folder / "config.toml"
+    path.write_text(resolved_toml(config), "utf-8")
+    return load_config(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_written_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert reload(config, tmp_path) == config
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_setting_explains_itself(section: type[BaseModel]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        # The sections of a config explain themselves, and the discriminator is known by its section.
+        annotations = [field.annotation, *get_args(field.annotation)]
+        is_section = any(isinstance(a, type) and issubclass(a, BaseModel) for a in annotations)
+        if not is_section and name != "data" and not (name == "name" and "Literal" in str(field)):
+            assert field.description, f"{section.__name__}.{name}"
+
+
+def number(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False, exclude_min=True, exclude_max=True)
+
+
+def some(**entries: st.SearchStrategy[Any]) -> st.SearchStrategy[Tree]:
+    return st.fixed_dictionaries({}, optional=entries)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+DATA = st.one_of(
+    st.fixed_dictionaries(
+        {"name": st.just("personas")},
+        optional={"words": st.integers(2, 9), "minority_share": number(0, 1)},
+    ),
+    st.fixed_dictionaries(
+        {"name": st.just("movielens"), "path": TEXT},
+        optional={
+            "candidates": st.integers(2, 26),
+            "negatives": st.sampled_from(["uniform", "popularity"]),
+            "template": st.sampled_from(["facts", "titles", "both"]),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"name": st.sampled_from(["jsonl", "parquet"]), "path": TEXT},
+        optional={"choices_column": TEXT, "feature_columns": st.lists(TEXT, max_size=3)},
+    ),
+)
+ESTIMATOR = st.one_of(
+    st.fixed_dictionaries(
+        {"name": st.just("pgrpo")},
+        optional={"history": st.sampled_from(["cluster", "one", "shuffled"]), "eps": number(0, 9)},
+    ),
+    st.fixed_dictionaries({"name": st.just("grpo")}, optional={"ddof": st.integers(0, 1)}),
+    st.fixed_dictionaries({"name": st.sampled_from(["rloo", "dr_grpo", "batch"])}),
+)
+TREES = st.fixed_dictionaries(
+    {
+        "model": st.one_of(
+            st.fixed_dictionaries(
+                {"name": TEXT, "chat": st.just(True)}, optional={"system_prompt": TEXT}
+            ),
+            st.fixed_dictionaries(
+                {"name": TEXT},
+                optional={
+                    "precision": st.sampled_from(["auto", "fp32", "bf16", "autocast"]),
+                    "lora": some(
+                        rank=st.integers(1, 64),
+                        targets=st.one_of(TEXT, st.lists(TEXT, min_size=1, max_size=3)),
+                    ),
+                },
+            ),
+        ),
+        "data": DATA,
+        "clustering": st.fixed_dictionaries(
+            {"name": TEXT}, optional={"num_clusters": st.integers(1, 9), "deep": some(x=TEXT)}
+        ),
+        "rewards": st.lists(
+            st.fixed_dictionaries(
+                {"name": TEXT},
+                optional={
+                    "weight": st.floats(-9, 9),
+                    "on_error": st.sampled_from(["fail", "retry", "no_reward"]),
+                    "pattern": TEXT,
+                },
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    },
+    optional={
+        "run": some(num_steps=st.integers(1, 10**6), seed=st.integers(0, 2**32)),
+        "estimator": ESTIMATOR,
+        "loss": some(clip_low=number(0, 1), kl_coef=st.floats(0, 1), importance_cap=number(0, 9)),
+        "optimizer": some(learning_rate=number(0, 1), epochs=st.integers(1, 4)),
+        "evaluation": st.lists(st.fixed_dictionaries({"name": TEXT}), max_size=2),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TREES)
+def test_any_config_is_written_back_to_an_equal_one(tree: Tree) -> None:
+    config = parse_config(tree)
+    again = parse_config(config_module.tomllib.loads(resolved_toml(config)))
+    assert again == config
+    assert resolved_toml(again) == resolved_toml(config)
+
+
+def test_the_resolved_config_is_complete() -> None:
+    config = parse_config(tiny_run())
+    tree = resolved_tree(config)
+    assert tree["run"].keys() == type(config.run).model_fields.keys()
+    assert tree["optimizer"].keys() == type(config.optimizer).model_fields.keys()
+    assert tree["rewards"] == [
+        {"name": "persona", "weight": 1.0, "timeout_s": 60.0, "on_error": "fail"}
+    ]
+    assert "system_prompt" not in tree["model"], "it has no effect without a chat"
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"run": {"eval_prompts": 5}}, "run: eval_prompts"),
+        ({"model.system_prompt": "Be brief."}, "model: system_prompt"),
+        ({"model.revision": "main"}, "model: revision"),
+        ({"model": {"name": "pypi:x==1", "revision": "main"}}, "model: revision"),
+        ({"estimator": {"name": "grpo", "history": "cluster"}}, "estimator: history"),
+        ({"estimator": {"name": "batch", "order": "update_then_normalize"}}, "estimator: order"),
+        ({"estimator": {"name": "rloo", "ddof": 0}}, "estimator: ddof"),
+        ({"estimator": {"name": "dr_grpo", "eps": 1e-4}}, "estimator: eps"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tiny_run(changes), "run.toml")
+    said = f"run.toml: {idle} has no effect here: remove it, or change what it depends on"
+    assert str(caught.value) == said
+
+
+def test_estimators_can_all_be_chosen() -> None:
+    for name in get_args(EstimatorName):
+        assert parse_config(tiny_run({"estimator.name": name})).estimator.name == name
+
+
+def test_configs_are_frozen() -> None:
+    config = parse_config(tiny_run())
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 3
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("run.num_steps=7", ("run", "num_steps"), 7),
+        (" run.num_steps = 7", ("run", "num_steps"), 7),
+        ("run.tensorboard=true", ("run", "tensorboard"), True),
+        ("optimizer.learning_rate=1e-3", ("optimizer", "learning_rate"), 1e-3),
+        ("model.name=some/folder", ("model", "name"), "some/folder"),
+        ("model.name=", ("model", "name"), ""),
+        ("model.name=pypi:x==1.2", ("model", "name"), "pypi:x==1.2"),
+        ('model.name="8"', ("model", "name"), "8"),
+        ("rewards.1.weight=-2.5", ("rewards", 1, "weight"), -2.5),
+        ('data.feature_columns=["a", "b"]', ("data", "feature_columns"), ["a", "b"]),
+        ("data={name = 'personas', words = 3}", ("data",), {"name": "personas", "words": 3}),
+        ("loss.kl_coef=0.1", ("loss", "kl_coef"), 0.1),
+    ],
+)
+def test_overrides(override: str, path: tuple[str | int, ...], value: object) -> None:
+    tree = tiny_run({"rewards": [{"name": "a"}, {"name": "b"}]})
+    apply_override(tree, override)
+    node: Any = tree
+    for part in path:
+        node = node[part]
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_later_overrides_win_and_everything_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(tiny_run()), "utf-8")
+    config = load_config(path, ["run.seed=3", "run.seed=4", "rewards.0.weight=2"])
+    assert (config.run.seed, config.rewards[0].weight) == (4, 2.0)
+    with pytest.raises(ConfigError, match=f"{path}: run.seed is -1: "):
+        load_config(path, ["run.seed=-1"])
+
+
+# Where relative paths are.
+
+
+def table_run(**data: str) -> Tree:
+    return tiny_run({"data": {"name": "jsonl", **data}, "model.name": "weights"})
+
+
+def test_paths_are_relative_to_the_config_then_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+        (folder / "both.jsonl").touch()
+    (here / "later.jsonl").touch()
+    (here / "weights").mkdir()
+    path = beside / "run.toml"
+    monkeypatch.chdir(here)
+    path.write_text(tomli_w.dumps(table_run(path="both.jsonl", evaluation_path="later.jsonl")))
+    config = load_config(path)
+    assert config.data.path == str(beside / "both.jsonl")
+    assert config.data.evaluation_path == str(here / "later.jsonl")
+    assert config.model.name == str(here / "weights")
+    # The run goes on from wherever it is resumed.
+    monkeypatch.chdir("/")
+    assert reload(config, tmp_path) == config
+
+
+def test_what_does_not_exist_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    (tmp_path / "tiny").mkdir()
+    path.write_text(tomli_w.dumps(table_run(path="pypi:recbole==1.2.1")))
+    config = load_config(path)
+    assert (config.data.path, config.model.name) == ("pypi:recbole==1.2.1", "weights")
+    path.write_text(tomli_w.dumps(tiny_run()))
+    assert load_config(path).model.name == "tiny", "a folder of that name does not take its place"
+    path.write_text(tomli_w.dumps(table_run(path="")))
+    assert load_config(path).data.path == ""

@@ -1,0 +1,215 @@
+"""What the documentation shows is run: its code, its examples and its reference of settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgrpo.cli import main
+from pgrpo.config import Config, load_config, parse_config, resolved_tree
+from pgrpo.data import load_dataset
+from pgrpo.errors import ConfigError
+from pgrpo.plugins import load_registry
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def generate_config():
+    spec = importlib.util.spec_from_file_location("generate_config", DOCS / "generate_config.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_of_settings_is_up_to_date():
+    written = (DOCS / "config.md").read_text()
+    assert written == generate_config().reference(), "run `make docs`"
+
+
+def test_the_reference_has_every_section():
+    sections = {section for _, section in generate_config().TABLES}
+    config = Config.model_json_schema()["$defs"]
+    assert {section.__name__ for section in sections} == set(config)
+
+
+@pytest.mark.parametrize(
+    "key", re.findall(r"^- (`.*)", (DOCS / "config.md").read_text(), re.MULTILINE)
+)
+def test_settings_said_to_have_no_effect_are_refused(key):
+    idle = {
+        "`run.eval_prompts` without `run.eval_every`": [{"run": {"eval_prompts": 5}}],
+        "`model.system_prompt` without `model.chat = true`": [
+            {"model": {"name": "tiny", "system_prompt": "x"}}
+        ],
+        "`model.revision` of `tiny` and of a `pypi:` model": [
+            {"model": {"name": name, "revision": "main"}} for name in ("tiny", "pypi:a==1")
+        ],
+        "`estimator.history` and `estimator.order` with another estimator than `pgrpo`": [
+            {"estimator": {"name": name} | setting}
+            for name in ("grpo", "dr_grpo", "rloo", "batch")
+            for setting in ({"history": "one"}, {"order": "normalize_then_update"})
+        ],
+        "`estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`": [
+            {"estimator": {"name": name} | setting}
+            for name in ("dr_grpo", "rloo")
+            for setting in ({"ddof": 1}, {"eps": 0.1})
+        ],
+    }
+    tree = {
+        "model": {"name": "tiny"},
+        "data": {"name": "personas"},
+        "clustering": {"name": "single"},
+        "rewards": [{"name": "persona"}],
+    }
+    parse_config(tree)
+    for change in idle[key]:
+        with pytest.raises(ConfigError, match="has no effect"):
+            parse_config(tree | change)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_configs_with_plugins_that_can_be_built(path):
+    config, registry = load_config(path), load_registry()
+    registry.clusterer(config.clustering)
+    for section in [*config.rewards, *config.evaluation]:
+        registry.reward(section)
+    assert parse_config(resolved_tree(config)) == config
+
+
+def test_the_row_that_own_data_shows_is_one(tmp_path):
+    text = (ROOT / "examples" / "own-data.toml").read_text()
+    comment = re.search(r"^#   (\{.*?\})$", text, re.DOTALL | re.MULTILINE)[1].replace("#", "")
+    row = json.loads(" ".join(comment.split()))
+    for name in ("own-train.jsonl", "own-held-out.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    (tmp_path / "own-data.toml").write_text(text)
+    config = load_config(tmp_path / "own-data.toml")
+    dataset = load_dataset(config.data)
+    clusterer = load_registry().clusterer(config.clustering)
+    clusterer.fit(["u17"], None, [*dataset.train, *dataset.evaluation])
+    assert clusterer.assign(["u17"], None) == ["patient"]
+    assert dataset.train[0].choices == (" yes", " no")
+    assert dataset.train[0].columns["answer"] == " no"
+
+
+def test_the_code_of_the_estimators_page_runs(capsys):
+    for code in blocks("estimators.md", "python"):
+        exec(compile(code, "estimators.md", "exec"), {})
+    assert capsys.readouterr().out == "4\n"
+
+
+@pytest.fixture
+def my_plugins(tmp_path, monkeypatch):
+    """The plugins page's module, found through its entry point as if it were installed."""
+    project, _ = map(tomllib.loads, blocks("plugins.md", "toml"))
+    (module,) = project["tool"]["setuptools"]["py-modules"]
+    site = tmp_path / "site"
+    info = site / f"{module}-{project['project']['version']}.dist-info"
+    info.mkdir(parents=True)
+    (site / f"{module}.py").write_text("\n".join(blocks("plugins.md", "python")))
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['project']['name']}\n"
+        f"Version: {project['project']['version']}\n"
+    )
+    entries = project["project"]["entry-points"]["pgrpo"]
+    (info / "entry_points.txt").write_text(
+        "[pgrpo]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+    )
+    monkeypatch.syspath_prepend(str(site))
+    yield
+    sys.modules.pop(module, None)
+
+
+def test_the_plugins_of_the_plugins_page_train(my_plugins, tmp_path, capsys):
+    _, config = blocks("plugins.md", "toml")
+    (tmp_path / "run.toml").write_text(config)
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "run.toml"), "--out", str(run)]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert {cluster for line in lines for cluster in line["clusters"]} == {"high", "low"}
+    # variety and patient give nearly 1 to six random words; length 0.5 to six, 1 to four.
+    assert all(0.8 < line["reward"] < 1.6 for line in lines)
+
+    assert main(["plugins"]) == 0
+    listed = capsys.readouterr().out
+    assert "clusterer halves (my-plugins 0.1.0): Two clusters, parted at the median" in listed
+    assert "    words: Wanted number of words. Required." in listed
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_settings_that_a_page_names_exist(page):
+    sections = ["run", "model", "generation", "estimator", "loss", "optimizer"]
+    known = {
+        f"{section}.{key}"
+        for section in sections
+        for key in Config.model_fields[section].annotation.model_fields
+    }
+    pattern = rf"`((?:{'|'.join(sections)})\.(?!json|safetensors)[a-z_]+)"
+    assert set(re.findall(pattern, (DOCS / page).read_text())) <= known
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("personas") / "run"
+    changes = {"num_steps": 2, "prompts_per_step": 16, "eval_prompts": 16}
+    overrides = [part for k, v in changes.items() for part in ("--set", f"run.{k}={v}")]
+    example = str(ROOT / "examples" / "personas.toml")
+    assert main(["train", example, "--out", str(out), *overrides]) == 0
+    return out
+
+
+def chapter(page: str, title: str) -> str:
+    """What a page says below `## title`."""
+    return (DOCS / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def names(record: dict) -> set[str]:
+    """Every key of a record, and of the records below it; cluster ids and packages are data."""
+    found: set[str] = set()
+    for key, value in record.items():
+        found.add(key)
+        if key == "clusters":
+            found |= {name for cluster in value.values() for name in cluster}
+        elif isinstance(value, dict) and key != "versions":
+            found |= names(value)
+    return found
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "evaluations.jsonl", "samples.jsonl"])
+def test_every_name_in_a_log_is_documented(run, log):
+    text = chapter("run_folder.md", log)
+    for line in (run / log).read_text().splitlines():
+        assert not {name for name in names(json.loads(line)) if f"`{name}`" not in text}
+
+
+def test_every_file_of_a_run_is_documented(run):
+    info = json.loads((run / "run.json").read_text())
+    text = chapter("run_folder.md", "run.json")
+    assert not {name for name in names(info) if f"`{name}`" not in text}
+
+    page = (DOCS / "run_folder.md").read_text()
+    assert not {path.name for path in run.iterdir() if path.name not in page}
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    text = chapter("run_folder.md", "checkpoints/step-000040/")
+    state = json.loads((checkpoint / "state.json").read_text())
+    found = {path.name for path in checkpoint.iterdir()} | state.keys()
+    assert not {name for name in found if f"`{name}" not in text}
