@@ -140,6 +140,16 @@ def train(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     return folder / "run"
 
 
+def install_plugin(site: Path, source: str) -> None:
+    """Install a distribution `my-plugin` into a folder that is on sys.path."""
+    sys.modules.pop("my_plugin", None)
+    info = site / "my_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "my_plugin.py").write_text(source, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pgrpo]\nentry = my_plugin\n")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {

@@ -177,6 +177,12 @@ def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+def test_estimators_that_compare_within_groups_need_some(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name!r} learns nothing from groups of one"):
+        parse_config(tiny_run({"estimator.name": name, "generation.group_size": 1}))
+
+
 def test_estimators_can_all_be_chosen() -> None:
     for name in get_args(EstimatorName):
         assert parse_config(tiny_run({"estimator.name": name})).estimator.name == name

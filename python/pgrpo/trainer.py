@@ -68,6 +68,9 @@ class Trainer:
         self.builder = PromptBuilder(
             self.model.tokenizer, config.model, config.generation, self.clusters
         )
+        # Built now, so that what is wrong with them is told before the first step.
+        examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
+        self.held_out_prompts = [self.builder.build(example) for example in examples]
         self.policy = Policy(
             self.model,
             config.loss,
@@ -250,10 +253,11 @@ class Trainer:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
             return
-        examples = held_out(self.dataset, run.eval_prompts)
-        prompts = [self.builder.build(example) for example in examples]
         result = evaluate(
-            self.engine, prompts, self.held_out_scorer, self.config.optimizer.token_budget
+            self.engine,
+            self.held_out_prompts,
+            self.held_out_scorer,
+            self.config.optimizer.token_budget,
         )
         record = {"step": step, **result}
         self.folder.append("evaluations.jsonl", record)

@@ -1,0 +1,113 @@
+"""Examples as the model gets them."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_tokenizer
+
+from pgrpo.config import GenerationConfig, ModelConfig
+from pgrpo.errors import DataError, ModelError
+from pgrpo.tokenization import PromptBuilder
+from pgrpo.types import Example
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] == 'user' and 'w10' or 'w11' }} {{ m['content'] }} "
+    "{% endfor %}{% if add_generation_prompt %}w12{% endif %}"
+)
+
+
+def make_builder(
+    max_prompt_tokens: int = 100, template: str = "", **model: object
+) -> PromptBuilder:
+    tokenizer = tiny_tokenizer()
+    if template:
+        tokenizer.chat_template = template
+    return PromptBuilder(
+        tokenizer,
+        ModelConfig.model_validate({"name": "m", **model}),
+        GenerationConfig(max_prompt_tokens=max_prompt_tokens),
+        {"u": "c", "v": 3},
+    )
+
+
+def test_plain_text() -> None:
+    prompt = make_builder().build(Example("w5 w9 never", "v"))
+    assert (prompt.token_ids, prompt.cluster_id, prompt.choices) == ((5, 9, 2), 3, None)
+
+
+def test_a_chat_goes_through_the_template() -> None:
+    example = Example("w5", "u")
+    builder = make_builder(template=TEMPLATE, chat=True)
+    assert builder.build(example).token_ids == (10, 5, 12)
+    builder = make_builder(template=TEMPLATE, chat=True, system_prompt="w7 w8")
+    assert builder.build(example).token_ids == (11, 7, 8, 10, 5, 12)
+    # Without chat the template has no part.
+    assert make_builder(template=TEMPLATE).build(example).token_ids == (5,)
+
+
+def test_special_tokens_are_not_added_twice() -> None:
+    """A tokenizer that begins every text with a token of its own must not do so behind a template."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "w20 " + TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w20 $A", special_tokens=[("w20", 20)]
+    )
+    settings = GenerationConfig()
+    plain = PromptBuilder(tokenizer, ModelConfig(name="m"), settings, {"u": 0})
+    chat = PromptBuilder(tokenizer, ModelConfig(name="m", chat=True), settings, {"u": 0})
+    example = Example("w5", "u", choices=("w6", "w7"))
+    assert plain.build(example).token_ids == (20, 5)
+    assert chat.build(example).token_ids == (20, 10, 5, 12)
+    assert chat.build(example).choices == ((6,), (7,))
+
+
+def test_a_chat_needs_a_template() -> None:
+    with pytest.raises(ModelError, match="model 'm' has no chat template; set model.chat = false"):
+        make_builder(chat=True)
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (Example("w5 w5 w5 w5", "u"), "of user 'u' has 4 tokens, more than generation.max_prompt"),
+        (Example("  ", "u"), "the prompt of user 'u' has no tokens: '  '"),
+        (Example("w5", "nobody"), "user 'nobody' has no cluster"),
+        (Example("w5", "u", choices=("w5",)), r"the choices are \('w5',\); expected at least two"),
+        (Example("w5", "u", choices=("w5", "")), "cannot tell the choices"),
+        (Example("w5", "u", choices=("rain", "shine")), "cannot tell the choices"),
+    ],
+)
+def test_what_cannot_be_a_prompt(example: Example, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        make_builder(max_prompt_tokens=3).build(example)
+
+
+def test_choices() -> None:
+    builder = make_builder()
+    example = Example("w5", "u", choices=("w6 w7", "w8", "w6 w9"))
+    assert builder.build(example).choices == ((6, 7), (8,), (6, 9))
+    # Where one begins another, only an end tells them apart.
+    example = Example("w5", "u", choices=("w6", "w6 w7", "w8"))
+    assert builder.build(example).choices == ((6, 1), (6, 7, 1), (8, 1))
+
+
+def test_choices_that_begin_one_another_need_an_end_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    builder = PromptBuilder(tokenizer, ModelConfig(name="m"), GenerationConfig(), {"u": 0})
+    with pytest.raises(DataError, match="begins another, and there is no end token"):
+        builder.build(Example("w5", "u", choices=("w6", "w6 w7")))
+
+
+def test_choices_are_remembered_and_the_memory_is_bounded() -> None:
+    builder = make_builder()
+    first = builder.build(Example("w5", "u", choices=("w6", "w7"))).choices
+    for n in range(5000):
+        choices = (f"w{3 + n % 94} w{3 + n // 94}", "w6")
+        prompt = builder.build(Example("w5", "u", choices=choices))
+        assert prompt.choices is not None
+        assert prompt.choices[0][:2] == (3 + n % 94, 3 + n // 94)
+        assert len(builder._choice_ids) <= 4097
+    assert builder.build(Example("w5", "u", choices=("w6", "w7"))).choices == first
