@@ -11,7 +11,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 UV := $(BIN)/python -m uv
-INSTALL := $(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt
+INSTALL := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test bench-step constraints clean

@@ -46,7 +46,6 @@ a list, counted from 0. A value is read as TOML (`8`, `true`, `[1, 2]`), else as
 
 These would have no effect, and are therefore refused:
 
-- `run.eval_prompts` without `run.eval_every`
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
 - `estimator.history` and `estimator.order` with another estimator than `pgrpo`

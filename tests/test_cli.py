@@ -98,7 +98,6 @@ def make_model(folder: Path) -> str:
         ({"model": {"precision": "fp32"}}, "model.name is missing"),
         ({"estimator": {"name": "pgpro"}}, "estimator.name is 'pgpro': input should be 'pgrpo'"),
         ({"estimator": {"name": "grpo", "history": "one"}}, "history has no effect here"),
-        ({"run.eval_every": 0}, "eval_prompts has no effect here"),
         ({"optimizer.minibatches": 5}, "minibatches is 5, more than the 4 prompts of a step"),
         ({"rewards": [{"name": "personna"}]}, "there is no reward 'personna'; did you mean"),
         (

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from pgrpo.clustering import describe
+from pgrpo.clustering import cluster_users, describe
 from pgrpo.config import ClusteringConfig
 from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
 from pgrpo.plugins import load_registry
-from pgrpo.types import Example
+from pgrpo.types import Dataset, Example
 
 SIZES = (50, 30, 12)
 CENTERS = np.array([[0.0, 0.0, 900.0], [0.3, 0.0, -900.0], [0.3, 5.0, 0.0]])
@@ -229,3 +229,55 @@ def test_describe_names_what_stands_out():
     assert "above average in Romance" in told["many"]["about"]
     everyone = describe(features, [0] * 10, names)
     assert everyone[0] == {"num_users": 10, "share": 1.0, "about": "like all users"}
+
+
+class Careless:
+    """A clusterer as a hurried author writes it; the test sets what it returns."""
+
+    def __init__(self, labels, state=None):
+        self._labels, self._state = labels, state
+
+    def fit(self, users, features, examples):
+        assert len(examples[:2]) == 2
+        assert examples[-1] is not None
+
+    def assign(self, users, features):
+        if isinstance(self._labels, Exception):
+            raise self._labels
+        return self._labels
+
+    def state_dict(self):
+        return self._state or {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("labels", "state", "message"),
+    [
+        ([0, 1, 0.5], None, "a cluster is an int or a string, not 0.5"),
+        ([0, 1], None, "returned 2 clusters for 3 users"),
+        ([1, "1", 2], None, "differ only in type"),
+        (ValueError("no such\nthing"), None, "ValueError: no such thing"),
+        ([0, 1, 2], {"centers": np.zeros(2)}, "not JSON serializable"),
+    ],
+)
+def test_a_careless_clusterer_is_named_before_the_first_step(labels, state, message):
+    examples = [Example("x", f"u{i}") for i in range(3)]
+    users = {f"u{i}": np.zeros(1) for i in range(3)}
+    dataset = Dataset(examples, [Example("y", "u0")], users, ("f",))
+    with pytest.raises(PluginError, match=message) as error:
+        cluster_users(Careless(labels, state), dataset)
+    assert "Careless" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_labels_become_plain_ones():
+    users = {f"u{i}": np.zeros(1) for i in range(3)}
+    examples = [Example("x", user) for user in users]
+    clusters = cluster_users(
+        Careless(np.array([2, 0, 2])), Dataset(examples, examples, users, ("f",))
+    )
+    assert clusters == {"u0": 2, "u1": 0, "u2": 2}
+    assert {type(cluster) for cluster in clusters.values()} == {int}

@@ -160,7 +160,6 @@ def test_the_resolved_config_is_complete() -> None:
 @pytest.mark.parametrize(
     ("changes", "idle"),
     [
-        ({"run": {"eval_prompts": 5}}, "run: eval_prompts"),
         ({"model.system_prompt": "Be brief."}, "model: system_prompt"),
         ({"model.revision": "main"}, "model: revision"),
         ({"model": {"name": "pypi:x==1", "revision": "main"}}, "model: revision"),

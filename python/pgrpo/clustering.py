@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, cast
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pgrpo.config import Section, suggest
-from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
-from pgrpo.hookspecs import hookimpl
-from pgrpo.types import ClusterId, Example, FloatArray, Json
+from pgrpo.errors import CheckpointError, ConfigError, DataError, PgrpoError, PluginError
+from pgrpo.hookspecs import Clusterer, hookimpl
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Json
 
 _NOTABLE_Z = 0.1
 """Nearer to the mean of all users than this, a feature tells nothing of a cluster."""
@@ -32,6 +33,70 @@ def pgrpo_register_clusterers(register: Callable[[str, Any], None]) -> None:
     register("column", Column)
     register("single", Single)
     register("sklearn", Sklearn)
+
+
+def cluster_users(
+    clusterer: Clusterer, dataset: Dataset, state: Mapping[str, Json] | None = None
+) -> dict[str, ClusterId]:
+    """Fit a clusterer to a data set, or restore it, and say every user's cluster.
+
+    What a plugin returns is checked here, before the first step: one int or string per user, no two
+    of them alike in print, and a state that JSON can hold.
+
+    Raises:
+        PluginError: the clusterer raised, or returned something else.
+    """
+    users = list(dataset.users)
+    features = np.array([dataset.users[user] for user in users], dtype=np.float64)
+    features = features.reshape(len(users), len(dataset.feature_names))
+    name = type(clusterer).__name__
+    try:
+        if state is None:
+            clusterer.fit(users, features, _AllExamples(dataset))
+        else:
+            clusterer.load_state_dict(state)
+        assigned = [_cluster_id(cluster) for cluster in clusterer.assign(users, features)]
+        json.dumps(clusterer.state_dict(), allow_nan=False)
+    except PgrpoError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"clusterer {name} failed: {type(error).__name__}: {reason}") from error
+    if len(assigned) != len(users):
+        raise PluginError(
+            f"clusterer {name} returned {len(assigned)} clusters for {len(users)} users"
+        )
+    if len({str(cluster) for cluster in assigned}) < len(set(assigned)):
+        raise PluginError(
+            f"clusterer {name} returned clusters that differ only in type, as 1 and '1'"
+        )
+    return dict(zip(users, assigned, strict=True))
+
+
+def _cluster_id(cluster: object) -> ClusterId:
+    """A plain int or string, also out of NumPy's types."""
+    if isinstance(cluster, np.generic):
+        cluster = cast(object, cluster.item())
+    if isinstance(cluster, bool) or not isinstance(cluster, int | str):
+        raise TypeError(f"a cluster is an int or a string, not {cluster!r}")
+    return cluster
+
+
+class _AllExamples(Sequence[Example]):
+    """Training and held-out examples behind one another, made as they are read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._parts = (dataset.train, dataset.evaluation)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        train, evaluation = self._parts
+        return train[place] if place < len(train) else evaluation[place - len(train)]
 
 
 class KMeans:

@@ -44,7 +44,13 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                 name = arm_folder(arm)
                 folder = RunFolder(out / name / f"seed-{seed}")
                 title = name if len(seeds) == 1 else f"{name} seed {seed}"
-                display = Display(title, config.run.num_steps, peers=peers)
+                place = seeds.index(seed) * len(arms) + arms.index(arm)
+                display = Display(
+                    title,
+                    config.run.num_steps,
+                    peers=peers,
+                    runs_after=len(plans) - place - 1,
+                )
                 if folder.is_finished:
                     display.note(f"finished earlier: {folder.path}")
                 else:

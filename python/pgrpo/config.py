@@ -55,7 +55,7 @@ class RunConfig(Section):
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts (groups) of one step."""
     seed: int = Field(default=0, ge=0)
-    """Seeds sampling, shuffling, initialisation and clustering. Same seed, same machine: same run."""
+    """Seeds sampling, shuffling and initialisation. Same seed, same machine: same run."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -70,9 +70,6 @@ class RunConfig(Section):
     """Processor threads of torch; 0: as many as it chooses. A tiny model is faster with one."""
     tensorboard: bool = True
     """Also write TensorBoard event files to the run folder."""
-
-    def inactive(self) -> set[str]:
-        return set() if self.eval_every else {"eval_prompts"}
 
 
 class LoraConfig(Section):
@@ -275,8 +272,9 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
     token_budget: int = Field(default=16384, ge=1)
-    """Most tokens in one forward pass; a step takes as many passes as it needs, with the same
-    gradient."""
+    """Most tokens in one forward pass, a group's prompt counted once; a step takes as many passes as
+    it needs, with the same gradient. Prompts of very unequal length need more memory than their
+    tokens say, for attention pads them."""
     epochs: int = Field(default=1, ge=1)
     """Passes over a step's rollouts."""
     minibatches: int = Field(default=1, ge=1)

@@ -29,6 +29,7 @@ class Display:
         num_steps: length of the run.
         about: cluster -> what is known of it.
         peers: name -> rewards by step of arms already run, shown beside this one's.
+        runs_after: runs of the same length that follow, for the time that is left.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Display:
         *,
         about: Mapping[str, str] | None = None,
         peers: Mapping[str, Mapping[int, float]] | None = None,
+        runs_after: int = 0,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console(
@@ -45,6 +47,7 @@ class Display:
         )
         self._title = title
         self._num_steps = num_steps
+        self._runs_after = runs_after
         self.about = dict(about or {})
         self._peers = dict(peers or {})
         self._rewards: deque[float] = deque(maxlen=_AVERAGE_STEPS)
@@ -91,7 +94,8 @@ class Display:
             if values["reward"] is not None:
                 kept = self._cluster_rewards.setdefault(cluster, deque(maxlen=_AVERAGE_STEPS))
                 kept.append(values["reward"])
-        left_s = (self._num_steps - step) * _mean(self._seconds)
+        left = self._num_steps * (1 + self._runs_after) - step
+        left_s = left * _mean(self._seconds)
         peers = "".join(
             f" ({name} {rewards[step]:.3f})"
             for name, rewards in self._peers.items()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pgrpo.checkpoint import latest_checkpoint
+from pgrpo.clustering import cluster_users
 from pgrpo.config import DataConfig, MovieLensConfig, check
 from pgrpo.data import load_dataset
 from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
@@ -120,10 +121,7 @@ def evaluate_run(
         weights=checkpoint.model,
     )
     clusterer = registry.clusterer(config.clustering)
-    clusterer.load_state_dict(checkpoint.state()["clusterer"])
-    users = list(data.users)
-    features = np.array([data.users[user] for user in users]).reshape(len(users), -1)
-    clusters = dict(zip(users, clusterer.assign(users, features), strict=True))
+    clusters = cluster_users(clusterer, data, checkpoint.state()["clusterer"])
     builder = PromptBuilder(model.tokenizer, config.model, config.generation, clusters)
     engine = make_engine(config.generation, model)
     sections = config.evaluation or config.rewards

@@ -31,14 +31,14 @@ def rollout_weights(lengths: Sequence[int], aggregation: str, constant_length: i
     For N rollouts of L_n trained tokens: `dapo` 1 / sum(L), the mean over tokens; `grpo`
     1 / (N L_n), the mean over rollouts of each one's mean; `dr_grpo` 1 / (N constant_length).
     """
-    total, num = max(sum(lengths), 1), len(lengths)
+    total, num = max(sum(lengths), 1), max(len(lengths), 1)
     match aggregation:
         case "dapo":
-            return [1 / total] * num
+            return [1 / total] * len(lengths)
         case "grpo":
             return [1 / (num * max(length, 1)) for length in lengths]
         case "dr_grpo":
-            return [1 / (num * constant_length)] * num
+            return [1 / (num * constant_length)] * len(lengths)
         case _:
             raise ValueError(f"aggregation is {aggregation!r}; known: dapo, grpo, dr_grpo")
 

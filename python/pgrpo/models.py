@@ -6,13 +6,13 @@ runs the decoder over packed groups, `logits` applies the head to the few rows t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -29,8 +29,6 @@ from pgrpo.assets import model_folder
 from pgrpo.attention import ATTENTION, PrefixCache, SharedPrefix
 from pgrpo.config import ModelConfig
 from pgrpo.errors import ModelError
-
-_log = logging.getLogger(__name__)
 
 
 class LanguageModel:
@@ -50,6 +48,11 @@ class LanguageModel:
         config: Any = bare.config.get_text_config()
         if not getattr(bare, "_supports_attention_backend", False):
             raise ModelError(f"{type(bare).__name__} does not let its attention be replaced")
+        kinds: list[str] = getattr(config, "layer_types", None) or []
+        for kind in kinds:
+            # Anything else (convolution, recurrence, chunks) would mix the packed prompts.
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ModelError(f"{type(bare).__name__} has {kind} layers, which cannot be packed")
         for name in ("logit_scale", "logits_scaling"):
             if getattr(config, name, 1.0) not in (None, 1.0):
                 raise ModelError(
@@ -99,7 +102,7 @@ class LanguageModel:
         return rows
 
     def logits(self, hidden: Tensor, permitted: Tensor | None = None) -> Tensor:
-        """[R, hidden] -> [R, V] float32, or [R, U] over the U token ids of `permitted` only."""
+        """[R, hidden] -> [R, V] in fp32 or better, or [R, U] over the U token ids of `permitted` only."""
         if permitted is None:
             logits: Tensor = self.head(hidden)
         else:
@@ -108,7 +111,7 @@ class LanguageModel:
             logits = torch.nn.functional.linear(
                 hidden, weight, None if bias is None else bias[permitted]
             )
-        logits = logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
@@ -195,7 +198,7 @@ def _pretrained(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=ATTENTION, **extra
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = (
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         )
@@ -240,15 +243,19 @@ def _with_adapters(model: PreTrainedModel, config: ModelConfig, weights: Path | 
     import peft
 
     assert config.lora is not None
-    if weights is not None:
-        return peft.PeftModel.from_pretrained(model, str(weights), is_trainable=True)
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=config.lora.targets,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    try:
+        if weights is not None:
+            return peft.PeftModel.from_pretrained(model, str(weights), is_trainable=True)
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.lora.rank,
+                lora_alpha=config.lora.alpha,
+                target_modules=config.lora.targets,
+                lora_dropout=0.0,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model.lora does not fit the model: {reason}") from error

@@ -226,24 +226,26 @@ class Policy:
                 the optimizer step that would have followed.
         """
         c = self._config
+        starts = [
+            i for i, r in enumerate(rollouts) if i == 0 or r.group_id != rollouts[i - 1].group_id
+        ]
+        # Groups without a reward may have left fewer than there are minibatches.
+        num_parts = min(c.minibatches, len(starts))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # With a single optimizer step the current policy is the old one, so its log-probabilities
         # come out of the update's own pass.
-        moves = c.epochs * c.minibatches
+        moves = c.epochs * num_parts
         old = self.logprobs(rollouts) if moves > 1 else [None] * len(rollouts)
         ref = self._ref_logprobs(rollouts)
-        starts = [
-            i for i, r in enumerate(rollouts) if i == 0 or r.group_id != rollouts[i - 1].group_id
-        ]
         bounds = [*starts, len(rollouts)]
         totals = np.zeros(4)
         norms: list[float] = []
         for _ in range(c.epochs):
-            for part in range(c.minibatches):
+            for part in range(num_parts):
                 members = [
                     i
-                    for g in range(part, len(starts), c.minibatches)
+                    for g in range(part, len(starts), num_parts)
                     for i in range(bounds[g], bounds[g + 1])
                 ]
                 lengths = [num_trained_tokens(rollouts[i]) for i in members]

@@ -17,11 +17,11 @@ import torch
 
 from pgrpo import metrics
 from pgrpo.checkpoint import Checkpoint, discard_partial, latest_checkpoint, save_checkpoint
-from pgrpo.clustering import describe
+from pgrpo.clustering import cluster_users, describe
 from pgrpo.config import Config
 from pgrpo.data import load_dataset
 from pgrpo.display import Display, Stopwatch
-from pgrpo.errors import CheckpointError, PluginError
+from pgrpo.errors import CheckpointError, PgrpoError, PluginError
 from pgrpo.evaluation import evaluate, held_out
 from pgrpo.generation import Engine, make_engine
 from pgrpo.models import LanguageModel, load_language_model
@@ -33,7 +33,7 @@ from pgrpo.run_folder import RunFolder
 from pgrpo.scoring import Scorer
 from pgrpo.seeds import derive_seed, seed_globals
 from pgrpo.tokenization import PromptBuilder
-from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Rollout
+from pgrpo.types import ClusterId, Example, FloatArray, Rollout
 
 
 class Trainer:
@@ -97,7 +97,9 @@ class Trainer:
         )
         self.history_of = self._history_keys()
         self.done = 0
+        self.saved = 0
         self.policy_version = 0
+        self._mid_step = False
         if checkpoint is not None:
             self._restore(checkpoint)
         folder.rewind(self.done)
@@ -114,18 +116,27 @@ class Trainer:
             else None
         )
         with self.scorer, self.held_out_scorer:
-            if self.done == 0:
-                self._evaluate_if_due(0, tensorboard)
-            for step in range(self.done + 1, run.num_steps + 1):
-                record, samples = self.step(step)
-                self.folder.append("metrics.jsonl", record)
-                self.folder.append("samples.jsonl", *samples)
-                if tensorboard is not None:
-                    tensorboard.write(record, step)
-                self.display.step(record, samples[0] if samples else None)
-                self._evaluate_if_due(step, tensorboard)
-                if step % run.checkpoint_every == 0 or step == run.num_steps:
-                    self._save(step)
+            try:
+                # A run that failed in an evaluation was saved before it.
+                evaluated = {r["step"] for r in self.folder.records("evaluations.jsonl")}
+                if self.done not in evaluated:
+                    self._evaluate_if_due(self.done, tensorboard)
+                for step in range(self.done + 1, run.num_steps + 1):
+                    record, samples = self.step(step)
+                    self.folder.append("metrics.jsonl", record)
+                    self.folder.append("samples.jsonl", *samples)
+                    if tensorboard is not None:
+                        tensorboard.write(record, step)
+                    self.display.step(record, samples[0] if samples else None)
+                    self.done, self._mid_step = step, False
+                    self._evaluate_if_due(step, tensorboard)
+                    if step % run.checkpoint_every == 0 or step == run.num_steps:
+                        self._save(step)
+            except (PgrpoError, KeyboardInterrupt):
+                # Between steps all is in order, and nothing of the steps so far need be lost.
+                if not self._mid_step and self.done > self.saved:
+                    self._save(self.done)
+                raise
         self._write_info("finished")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
         return write_report([self.folder.path], self.folder.path / "report.html")
@@ -144,7 +155,12 @@ class Trainer:
         )
         watch.lap("generate")
 
-        rewards = self._score(step, rollouts)
+        rewards = self.scorer.score(rollouts)
+        if not np.isfinite(rewards).any():
+            raise PluginError(
+                f"no rollout of step {step} got a reward; there is nothing to learn from"
+            )
+        self._mid_step = True
         advantages = self._advantages(rollouts, rewards)
         watch.lap("reward")
 
@@ -188,20 +204,6 @@ class Trainer:
             "timing_s": watch.total(),
         }
         return record, self._samples(step, rollouts, rewards, advantages)
-
-    def _score(self, step: int, rollouts: Sequence[Rollout]) -> FloatArray:
-        """Raw rewards [N], NaN where there is none; on failure the steps so far are saved first."""
-        try:
-            rewards = self.scorer.score(rollouts)
-            if not np.isfinite(rewards).any():
-                raise PluginError(
-                    f"no rollout of step {step} got a reward; there is nothing to learn from"
-                )
-        except PluginError:
-            if step - 1 > self.done:
-                self._save(step - 1)
-            raise
-        return rewards
 
     def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
         """Fold the step's rewards into the histories and normalise them: [N]."""
@@ -253,6 +255,7 @@ class Trainer:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
             return
+        self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         result = evaluate(
             self.engine,
             self.held_out_prompts,
@@ -268,21 +271,18 @@ class Trainer:
     def _cluster(self, registry: Registry, checkpoint: Checkpoint | None) -> dict[str, ClusterId]:
         """Fit the clusterer (or restore it) and assign every user: user -> cluster."""
         dataset = self.dataset
-        users = list(dataset.users)
-        features = np.array([dataset.users[user] for user in users], dtype=np.float64)
-        features = features.reshape(len(users), len(dataset.feature_names))
         self.clusterer = registry.clusterer(self.config.clustering)
-        if checkpoint is None:
-            self.clusterer.fit(users, features, _Both(dataset))
-        else:
-            self.clusterer.load_state_dict(checkpoint.state()["clusterer"])
-        assigned = self.clusterer.assign(users, features)
+        state = checkpoint.state()["clusterer"] if checkpoint else None
+        clusters = cluster_users(self.clusterer, dataset, state)
+        features = np.array(list(dataset.users.values())).reshape(len(clusters), -1)
         self.about = {
             str(cluster): dict(text)
-            for cluster, text in describe(features, assigned, dataset.feature_names).items()
+            for cluster, text in describe(
+                features, list(clusters.values()), dataset.feature_names
+            ).items()
         }
         self.display.about = {cluster: str(text["about"]) for cluster, text in self.about.items()}
-        return dict(zip(users, assigned, strict=True))
+        return clusters
 
     def _history_keys(self) -> dict[str, ClusterId]:
         """User -> name of the history its rollouts are normalised by."""
@@ -324,7 +324,7 @@ class Trainer:
         save_checkpoint(
             self.folder.checkpoints, step, self.policy, state, self.config.run.keep_checkpoints
         )
-        self.done = step
+        self.saved = step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
@@ -338,7 +338,7 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} lacks {error} in state.json"
             ) from None
-        self.done = checkpoint.step
+        self.done = self.saved = checkpoint.step
         self.engine.sync(self.policy_version)
         self.display.note(f"continuing after step {self.done}")
 
@@ -365,20 +365,6 @@ class Trainer:
             "clusters": self.about,
         }
         self.folder.write_info(info)
-
-
-class _Both(Sequence[Example]):
-    """Training and held-out examples behind one another, for clusterers that read columns."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._parts = (dataset.train, dataset.evaluation)
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self._parts)
-
-    def __getitem__(self, index: Any) -> Any:
-        train, evaluation = self._parts
-        return train[index] if index < len(train) else evaluation[index - len(train)]
 
 
 def _scorer(registry: Registry, sections: Sequence[Any], seed: int) -> Scorer:
