@@ -122,7 +122,8 @@ def trl_trainer(
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        per_device_train_batch_size=len(prompts) * options.group_size,
+        per_device_train_batch_size=len(prompts) * options.group_size // options.trl_passes,
+        gradient_accumulation_steps=options.trl_passes,
         num_generations=options.group_size,
         max_completion_length=options.new_tokens,
         max_steps=num_steps,
@@ -183,7 +184,7 @@ def fastest_precision(options: argparse.Namespace, prompts: Sequence[str]) -> di
 def peak_bytes(options: argparse.Namespace, side: str) -> int:
     """Peak memory of two steps of one side in a process of its own."""
     arguments = [sys.executable, __file__, "--only", side, "--precision", options.precision]
-    for name in ("prompts", "group_size", "prompt_tokens", "new_tokens"):
+    for name in ("prompts", "group_size", "prompt_tokens", "new_tokens", "trl_passes"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     return int(out.strip().splitlines()[-1])
@@ -201,6 +202,12 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=137)
     parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument(
+        "--trl-passes",
+        type=int,
+        default=1,
+        help="forward passes TRL splits its update into: more where memory does not hold one",
+    )
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
     parser.add_argument("--precision", choices=("fastest", *PRECISIONS), default="fastest")
     parser.add_argument("--only", choices=("trl", "pgrpo"), help=argparse.SUPPRESS)
@@ -221,6 +228,9 @@ def main() -> None:
         if options.precision == "fastest":
             by_precision = fastest_precision(options, prompts)
             options.precision = min(by_precision, key=by_precision.__getitem__)
+        # First, while this process holds no model: both sides together may not fit beside a third.
+        peaks = {side: peak_bytes(options, side) for side in ("trl", "pgrpo")}
+        say(f"peak memory: {peaks}")
         callback = Interleave(our_step(options, prompts, Path(name)))
         # One step of each warms up.
         trl_trainer(options, prompts, options.steps + 1, callback).train()
@@ -237,6 +247,7 @@ def main() -> None:
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
         "precision": options.precision,
+        "trl_passes": options.trl_passes,
         "trl_s_by_precision": by_precision,
         "trl_s": trl_s,
         "pgrpo_s": pgrpo_s,
@@ -244,7 +255,7 @@ def main() -> None:
         "median_pgrpo_s": statistics.median(pgrpo_s),
         "speedup": statistics.median(trl_s) / statistics.median(pgrpo_s),
         "speedup_by_pair": [a / b for a, b in zip(trl_s, pgrpo_s, strict=True)],
-        "peak_bytes": {side: peak_bytes(options, side) for side in ("trl", "pgrpo")},
+        "peak_bytes": peaks,
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -102,7 +102,7 @@ class LanguageModel:
         return rows
 
     def logits(self, hidden: Tensor, permitted: Tensor | None = None) -> Tensor:
-        """[R, hidden] -> [R, V] in fp32 or better, or [R, U] over the U token ids of `permitted` only."""
+        """[R, hidden] -> [R, V] in fp32 or better; [R, U] over the U ids of `permitted` if given."""
         if permitted is None:
             logits: Tensor = self.head(hidden)
         else:
