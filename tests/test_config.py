@@ -31,7 +31,7 @@ SHIPPED = [*sorted((ROOT / "examples").glob("*.toml")), ROOT / "python" / "pgrpo
 SECTIONS = [
     thing
     for thing in vars(config_module).values()
-    if isinstance(thing, type) and issubclass(thing, Section | PluginSection)
+    if isinstance(thing, type(Section)) and issubclass(thing, Section | PluginSection)
 ]
 
 
@@ -53,7 +53,7 @@ def test_every_setting_explains_itself(section: type[BaseModel]) -> None:
     for name, field in section.model_fields.items():
         # The sections of a config explain themselves, and the discriminator is known by its section.
         annotations = [field.annotation, *get_args(field.annotation)]
-        is_section = any(isinstance(a, type) and issubclass(a, BaseModel) for a in annotations)
+        is_section = any(isinstance(a, type(BaseModel)) for a in annotations)
         if not is_section and name != "data" and not (name == "name" and "Literal" in str(field)):
             assert field.description, f"{section.__name__}.{name}"
 

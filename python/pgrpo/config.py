@@ -487,7 +487,7 @@ def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] 
         field = node.model_fields.get(str(part))
         annotation: Any = field.annotation if field else None
         choices = [annotation, *getattr(annotation, "__args__", ())]
-        found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+        found = [c for c in choices if isinstance(c, type(BaseModel))]
         node = found[0] if found else None
         if isinstance(node, type) and location and isinstance(location[0], int):
             location.pop(0)
