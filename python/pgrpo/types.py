@@ -64,7 +64,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt with one completion. `reward` is raw and stays raw."""
+    """One prompt with one completion; rewards and advantages are arrays [N] beside it."""
 
     prompt: Prompt
     group_id: int
@@ -78,5 +78,3 @@ class Rollout:
     """True when max_new_tokens ended the completion."""
     policy_version: int = 0
     """Number of weight updates the sampling policy had seen."""
-    reward: float | None = None
-    """Raw reward; None before scoring, or when the reward plugin gave none."""
