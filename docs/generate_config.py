@@ -48,8 +48,10 @@ These would have no effect, and are therefore refused:
 
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
-- `estimator.history` and `estimator.order` with another estimator than `pgrpo`
+- `history`, `order`, `forgetting`, `prior_count`, `sigma_floor` and `min_count` of `[estimator]` with
+  an estimator that reads no histories: `grpo`, `dr_grpo`, `rloo` and `batch`
 - `estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`
+- `estimator.frequency_weight` with `history = "one"`
 
 A relative `data.path`, `data.evaluation_path` or `model.name` folder is looked for beside the config
 file first, then in the working folder. `pgrpo train` writes the complete config to `config.toml` of

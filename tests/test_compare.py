@@ -148,3 +148,17 @@ def test_settings_an_estimator_does_not_know_are_dropped() -> None:
     assert arm_folder("pgrpo:shuffled") == "pgrpo-shuffled"
     with pytest.raises(ConfigError):
         arm_config(base, "batch:one", 0)
+
+
+def test_arms_of_a_base_that_reads_histories() -> None:
+    options = {"forgetting": 0.9, "prior_count": 4.0, "clip": 5.0, "frequency_weight": 0.5}
+    base = parse_config(tiny_run({"estimator": {"name": "auto", **options}}))
+    shrinkage = arm_config(base, "shrinkage:shuffled", 0).estimator
+    assert shrinkage.model_dump(include=set(options)) == options
+    assert (shrinkage.name, shrinkage.history) == ("shrinkage", "shuffled")
+    # What every estimator reads stays; what histories alone have goes.
+    batch = arm_config(base, "batch", 0).estimator
+    assert batch.model_fields_set >= {"clip", "frequency_weight"}
+    assert (batch.forgetting, batch.prior_count, batch.clip) == (1.0, 0.0, 5.0)
+    # One history for all leaves no cluster rarer than another.
+    assert arm_config(base, "two_way:one", 0).estimator.frequency_weight == 0.0

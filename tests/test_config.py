@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pgrpo import config as config_module
 from pgrpo.config import (
     Config,
+    EstimatorConfig,
     EstimatorName,
     PluginSection,
     Section,
@@ -25,6 +26,7 @@ from pgrpo.config import (
     resolved_tree,
 )
 from pgrpo.errors import ConfigError
+from pgrpo.normalizer import ClusterNormalizer
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "examples").glob("*.toml")), ROOT / "python" / "pgrpo" / "demo.toml"]
@@ -87,11 +89,22 @@ DATA = st.one_of(
 )
 ESTIMATOR = st.one_of(
     st.fixed_dictionaries(
-        {"name": st.just("pgrpo")},
-        optional={"history": st.sampled_from(["cluster", "one", "shuffled"]), "eps": number(0, 9)},
+        {"name": st.sampled_from(["pgrpo", "two_way", "shrinkage", "auto"])},
+        optional={
+            "history": st.sampled_from(["cluster", "one", "shuffled"]),
+            "order": st.sampled_from(["update_then_normalize", "normalize_then_update"]),
+            "eps": number(0, 9),
+            "forgetting": st.floats(0, 1, exclude_min=True),
+            "prior_count": st.floats(0, 99),
+            "sigma_floor": st.floats(0, 9),
+            "min_count": st.floats(0, 99),
+        },
     ),
     st.fixed_dictionaries({"name": st.just("grpo")}, optional={"ddof": st.integers(0, 1)}),
-    st.fixed_dictionaries({"name": st.sampled_from(["rloo", "dr_grpo", "batch"])}),
+    st.fixed_dictionaries(
+        {"name": st.sampled_from(["rloo", "dr_grpo", "batch"])},
+        optional={"clip": number(0, 9), "frequency_weight": st.floats(0, 2)},
+    ),
 )
 TREES = st.fixed_dictionaries(
     {
@@ -165,8 +178,16 @@ def test_the_resolved_config_is_complete() -> None:
         ({"model": {"name": "pypi:x==1", "revision": "main"}}, "model: revision"),
         ({"estimator": {"name": "grpo", "history": "cluster"}}, "estimator: history"),
         ({"estimator": {"name": "batch", "order": "update_then_normalize"}}, "estimator: order"),
+        ({"estimator": {"name": "grpo", "forgetting": 0.9}}, "estimator: forgetting"),
+        ({"estimator": {"name": "rloo", "prior_count": 16}}, "estimator: prior_count"),
+        ({"estimator": {"name": "batch", "sigma_floor": 0.1}}, "estimator: sigma_floor"),
+        ({"estimator": {"name": "dr_grpo", "min_count": 2}}, "estimator: min_count"),
         ({"estimator": {"name": "rloo", "ddof": 0}}, "estimator: ddof"),
         ({"estimator": {"name": "dr_grpo", "eps": 1e-4}}, "estimator: eps"),
+        (
+            {"estimator": {"history": "one", "frequency_weight": 0.5}},
+            "estimator: frequency_weight",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
@@ -176,7 +197,47 @@ def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize(
+    ("setting", "range_of_it"),
+    [
+        ({"forgetting": 0}, "greater than 0"),
+        ({"forgetting": 1.1}, "less than or equal to 1"),
+        ({"prior_count": -1}, "greater than or equal to 0"),
+        ({"sigma_floor": -0.1}, "greater than or equal to 0"),
+        ({"min_count": -1}, "greater than or equal to 0"),
+        ({"clip": 0}, "greater than 0"),
+        ({"frequency_weight": -0.5}, "greater than or equal to 0"),
+    ],
+)
+def test_options_of_estimators_have_ranges(setting: Tree, range_of_it: str) -> None:
+    ((key, value),) = setting.items()
+    with pytest.raises(ConfigError, match=f"estimator.{key} is {value}: .* {range_of_it}"):
+        parse_config(tiny_run({"estimator": setting}))
+
+
+def test_whatever_a_config_allows_the_normalizer_takes() -> None:
+    """Under each estimator, all settings that have an effect at once."""
+    settings = {
+        "ddof": 1,
+        "eps": 0.5,
+        "order": "normalize_then_update",
+        "forgetting": 0.9,
+        "prior_count": 16,
+        "sigma_floor": 0.1,
+        "min_count": 2,
+        "clip": 5,
+        "frequency_weight": 0.5,
+    }
+    assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history"}
+    for name in get_args(EstimatorName):
+        idle = EstimatorConfig.model_validate({"name": name}).inactive()
+        chosen = {key: value for key, value in settings.items() if key not in idle}
+        config = parse_config(tiny_run({"estimator": {"name": name} | chosen})).estimator
+        made = repr(ClusterNormalizer(name, **config.model_dump(exclude={"name", "history"})))
+        assert all(f"{key}=" in made for key in chosen), made
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "two_way"])
 def test_estimators_that_compare_within_groups_need_some(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name!r} learns nothing from groups of one"):
         parse_config(tiny_run({"estimator.name": name, "generation.group_size": 1}))

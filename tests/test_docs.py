@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from pgrpo.cli import main
 from pgrpo.config import Config, load_config, parse_config, resolved_tree
@@ -61,10 +62,20 @@ def test_settings_said_to_have_no_effect_are_refused(key):
         "`model.revision` of `tiny` and of a `pypi:` model": [
             {"model": {"name": name, "revision": "main"}} for name in ("tiny", "pypi:a==1")
         ],
-        "`estimator.history` and `estimator.order` with another estimator than `pgrpo`": [
+        "`history`, `order`, `forgetting`, `prior_count`, `sigma_floor` and `min_count` of `[estimator]` with": [
             {"estimator": {"name": name} | setting}
             for name in ("grpo", "dr_grpo", "rloo", "batch")
-            for setting in ({"history": "one"}, {"order": "normalize_then_update"})
+            for setting in (
+                {"history": "one"},
+                {"order": "normalize_then_update"},
+                {"forgetting": 0.9},
+                {"prior_count": 16.0},
+                {"sigma_floor": 0.1},
+                {"min_count": 2.0},
+            )
+        ],
+        '`estimator.frequency_weight` with `history = "one"`': [
+            {"estimator": {"history": "one", "frequency_weight": 0.5}}
         ],
         "`estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`": [
             {"estimator": {"name": name} | setting}
@@ -109,10 +120,24 @@ def test_the_row_that_own_data_shows_is_one(tmp_path):
     assert dataset.train[0].columns["answer"] == " no"
 
 
-def test_the_code_of_the_estimators_page_runs(capsys):
-    for code in blocks("estimators.md", "python"):
-        exec(compile(code, "estimators.md", "exec"), {})
-    assert capsys.readouterr().out == "4\n"
+CODE_AND_OUTPUT = re.compile(
+    r"^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"), CODE_AND_OUTPUT.findall((DOCS / "estimators.md").read_text())
+)
+def test_the_code_of_the_estimators_page_prints_what_is_shown(one_rank, capsys, code, shown):
+    exec(compile(code, "estimators.md", "exec"), {})
+    assert capsys.readouterr().out == shown
 
 
 @pytest.fixture

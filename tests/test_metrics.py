@@ -19,6 +19,7 @@ from pgrpo.metrics import (
     fairness,
     peak_memory_bytes,
     processor_name,
+    warnings,
 )
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.types import Example, Prompt, Rollout
@@ -48,8 +49,10 @@ def test_corollary_3_1(ddof: int) -> None:
         clusters = [r.prompt.cluster_id for r in rollouts]
         advantages = normalizer(rewards, clusters)
         histories = normalizer.snapshot()
-        records = cluster_records(rollouts, rewards, advantages, histories, eps=EPS, ddof=ddof)
-        assert list(records) == ["a", "7"]
+        records = cluster_records(
+            rollouts, rewards, advantages, histories, histories, eps=EPS, ddof=ddof
+        )
+        assert list(records) == ["7", "a"]
         spans = {"a": [slice(0, 4), slice(6, 9)], "7": [slice(4, 6)]}
         for name, history in (("a", histories["a"]), ("7", histories[7])):
             ratios, biases = [], []
@@ -77,7 +80,8 @@ def test_clusters_that_were_not_met_and_rewards_that_are_missing() -> None:
     rollouts = make_rollouts([(0, 3), (0, 2)])
     rewards = np.array([1.0, np.nan, 2.0, np.nan, np.nan])
     advantages = normalizer(rewards, [0] * 5)
-    records = cluster_records(rollouts, rewards, advantages, normalizer.snapshot(), eps=EPS, ddof=0)
+    histories = normalizer.snapshot()
+    records = cluster_records(rollouts, rewards, advantages, histories, histories, eps=EPS, ddof=0)
     assert records["5"]["reward"] is None
     assert records["5"]["scale_ratio"] is None
     assert (records["5"]["num_rollouts"], records["5"]["count"]) == (0, 2)
@@ -86,6 +90,46 @@ def test_clusters_that_were_not_met_and_rewards_that_are_missing() -> None:
     # The group without rewards has no part in the terms.
     assert records["0"]["scale_ratio"] == pytest.approx(1.0)
     assert records["0"]["bias"] == pytest.approx(0.0)
+
+
+def test_terms_of_the_history_before_the_step() -> None:
+    normalizer = ClusterNormalizer("pgrpo", order="normalize_then_update")
+    normalizer.update([1.0, 3.0], ["old", "old"])
+    before = normalizer.snapshot()
+    rollouts = make_rollouts([("old", 2), ("new", 2)])
+    rewards = np.array([4.0, 8.0, 1.0, 2.0])
+    advantages = normalizer(rewards, ["old", "old", "new", "new"])
+    after = normalizer.snapshot()
+    records = cluster_records(rollouts, rewards, advantages, after, before, eps=EPS, ddof=0)
+    assert records["old"]["count"] == 4
+    assert records["old"]["scale_ratio"] == pytest.approx((2 + EPS) / (1 + EPS))
+    assert records["old"]["bias"] == pytest.approx(4 / (1 + EPS))
+    # A cluster without a history had nothing to be compared with.
+    assert (records["new"]["scale_ratio"], records["new"]["bias"]) == (None, None)
+    assert (records["new"]["reward"], records["new"]["advantage"]) == (1.5, 0.0)
+
+
+def test_a_mean_advantage_is_warned_of_where_lengths_feel_it() -> None:
+    rising = ClusterNormalizer("pgrpo", track_diagnostics=True)
+    for step in range(20):
+        rising([step, step + 1.0, step + 2.0], ["a", "a", "b"])
+    found = rising.diagnostics()
+    assert warnings(found, "dapo") == warnings(found, "dr_grpo") == found.warnings
+    *others, last = warnings(found, "grpo")
+    assert others == found.warnings
+    assert "with loss.aggregation grpo favours short completions" in last
+    falling = ClusterNormalizer("pgrpo", track_diagnostics=True)
+    for step in range(20):
+        falling([-step, -step - 1.0], ["a", "a"])
+    assert "favours long completions" in warnings(falling.diagnostics(), "grpo")[-1]
+    # Advantages that sum up to 0 in each group favour neither.
+    centred = ClusterNormalizer("rloo", track_diagnostics=True)
+    centred([0.0, 1.0, 2.0], ["a", "a", "a"], [0, 0, 0])
+    assert warnings(centred.diagnostics(), "grpo") == centred.diagnostics().warnings
+
+
+def test_nothing_is_said_of_advantages_before_there_are_any() -> None:
+    assert warnings(ClusterNormalizer("pgrpo", track_diagnostics=True).diagnostics(), "grpo") == []
 
 
 def test_equal_groups() -> None:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import array
+import copy
+import ctypes
 import json
+import math
+import pickle
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from enum import IntEnum
+from enum import Enum, IntEnum
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgrpo import CheckpointError, ClusterNormalizer, ClusterStats, ConfigError, DataError
 
+pytest_plugins = ["parallel"]
+
 REWARDS = [1.0, 0.0, 4.0, 2.0]
 CLUSTERS = ["ada", "ada", 7, 7]
 EXPECTED = [0.5 / 0.5001, -0.5 / 0.5001, 1 / 1.0001, -1 / 1.0001]
+ESTIMATORS = ["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
 
 
 def test_importing_needs_numpy_alone() -> None:
@@ -29,6 +41,9 @@ def test_importing_needs_numpy_alone() -> None:
     code = f"import sys, pgrpo; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# Kinds of arrays.
 
 
 def test_lists_give_a_list() -> None:
@@ -41,22 +56,54 @@ def test_lists_give_a_list() -> None:
 
 @pytest.mark.parametrize(
     ("given_dtype", "dtype"),
-    [("f4", "f4"), ("f8", "f8"), (">f8", "f8"), ("f2", "f4"), ("i8", "f8"), ("u1", "f8")],
+    [
+        *[("f4", "f4"), ("f8", "f8"), (">f8", "f8"), ("<f4", "f4"), (">f4", "f4"), ("f2", "f4")],
+        *[("g", "f8"), ("i8", "f8"), ("u1", "f8"), (">i2", "f8"), ("O", "f8")],
+    ],
 )
 def test_numpy_gives_numpy(given_dtype: str, dtype: str) -> None:
     rewards: Any = np.array(REWARDS, given_dtype)
-    call: Any = ClusterNormalizer()
-    advantages: Any = call(rewards, CLUSTERS)
+    advantages: Any = ClusterNormalizer()(rewards, CLUSTERS)
     assert type(advantages) is np.ndarray
     assert advantages.dtype == np.dtype(dtype)
     np.testing.assert_allclose(advantages, EXPECTED, rtol=0, atol=1e-7 if dtype == "f4" else 1e-15)
     np.testing.assert_array_equal(rewards, REWARDS)
 
 
-def test_strided_and_read_only_arrays_are_read() -> None:
-    wide = np.repeat(np.array(REWARDS), 2)
-    wide.flags.writeable = False
-    np.testing.assert_allclose(ClusterNormalizer()(wide[::2], CLUSTERS), EXPECTED)
+def odd_layouts(values: Any) -> dict[str, Any]:
+    """The same numbers, lying in memory in ways that the core does not read."""
+    values = np.asarray(values)
+    strided = np.repeat(values, 2)[::2]
+    misaligned = np.frombuffer(b"x" + values.tobytes(), np.uint8)[1:].view(values.dtype)
+    read_only = values.copy()
+    read_only.flags.writeable = False
+
+    class Subclass(np.ndarray):
+        pass
+
+    return {
+        "strided": strided,
+        "reversed": values[::-1].copy()[::-1],
+        "misaligned": misaligned,
+        "read-only": read_only,
+        "swapped": values.astype(values.dtype.newbyteorder()),
+        "subclass": values.view(Subclass),
+        "column": np.stack([values] * 3, axis=1)[:, 1],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("layout", list(odd_layouts([0])))
+def test_any_layout_is_read(layout: str, dtype: str) -> None:
+    rewards = np.array(REWARDS, dtype)
+    clusters, weights = np.array([1, 1, 2, 2]), np.array([1.0, 2.0, 3.0, 4.0])
+    arguments = {"weights": weights, "score_norms": weights}
+    plain = ClusterNormalizer("auto")(rewards, clusters, clusters, **arguments)
+    odd = {name: odd_layouts(value)[layout] for name, value in arguments.items()}
+    ids = odd_layouts(clusters)[layout]
+    advantages = ClusterNormalizer("auto")(odd_layouts(rewards)[layout], ids, ids, **odd)
+    assert type(advantages) is np.ndarray
+    np.testing.assert_array_equal(advantages, plain)
 
 
 @pytest.mark.parametrize(
@@ -64,38 +111,258 @@ def test_strided_and_read_only_arrays_are_read() -> None:
     [
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
         (torch.bfloat16, torch.float32),
         (torch.int64, torch.float64),
+        (torch.uint8, torch.float64),
     ],
 )
 def test_torch_gives_torch(given_dtype: torch.dtype, dtype: torch.dtype) -> None:
     rewards = torch.tensor(REWARDS, dtype=given_dtype, requires_grad=given_dtype.is_floating_point)
     ids = torch.tensor([5, 5, 7, 7])
-    advantages = ClusterNormalizer()(rewards, ids, groups=ids)
-    assert isinstance(advantages, torch.Tensor)
-    assert (advantages.dtype, advantages.device) == (dtype, rewards.device)
-    assert not advantages.requires_grad
-    torch.testing.assert_close(advantages, torch.tensor(EXPECTED, dtype=dtype))
+    for strided in (False, True):
+        given_rewards = torch.stack([rewards] * 2, 1)[:, 1] if strided else rewards
+        advantages = ClusterNormalizer()(given_rewards, ids, groups=ids)
+        assert isinstance(advantages, torch.Tensor)
+        assert (advantages.dtype, advantages.device) == (dtype, rewards.device)
+        assert not advantages.requires_grad
+        torch.testing.assert_close(advantages, torch.tensor(EXPECTED, dtype=dtype))
+
+
+def test_torch_weights_and_parameters() -> None:
+    weights = torch.tensor([1.0, 3.0], dtype=torch.bfloat16)
+    normalizer = ClusterNormalizer()
+    advantages = normalizer(
+        torch.nn.Parameter(torch.tensor([1.0, 0.0])), ["a"] * 2, weights=weights
+    )
+    assert type(advantages) is torch.Tensor
+    assert normalizer.snapshot() == {"a": ClusterStats(4, 0.25, math.sqrt(3 / 16))}
+
+
+@pytest.mark.parametrize("code", ["f", "d", "i", "Q"])
+def test_buffers_give_buffers(code: str) -> None:
+    kind = "f" if code == "f" else "d"
+    values = array.array(code, [int(reward) for reward in REWARDS])
+    advantages = ClusterNormalizer()(values, array.array("h", [5, 5, 7, 7]))
+    assert type(advantages) is array.array
+    assert advantages.typecode == kind
+    assert advantages.tolist() == pytest.approx(EXPECTED, abs=1e-7)
+    for buffer in (memoryview(values), (ctypes.c_double * 4)(*REWARDS)):
+        view = ClusterNormalizer()(buffer, CLUSTERS)
+        assert type(view) is memoryview
+        assert view.tolist() == pytest.approx(EXPECTED, abs=1e-7)
+
+
+class Exporter:
+    """An array that says what it is by DLPack alone."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.values.__dlpack_device__()
+
+
+class ArrayApiArray(Exporter):
+    """An array of the Python array API standard, on a device of its own."""
+
+    device = "its own"
+
+    def __array_namespace__(self) -> Any:
+        return type(self)
+
+    @classmethod
+    def asarray(cls, values: Any, device: str) -> ArrayApiArray:
+        made = cls(values)
+        made.device = device
+        return made
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dlpack(dtype: type[np.floating[Any]]) -> None:
+    rewards = np.array(REWARDS, dtype)
+    ids = Exporter(np.array([5, 5, 7, 7]))
+    advantages = ClusterNormalizer()(Exporter(rewards), ids)
+    assert type(advantages) is np.ndarray
+    assert advantages.dtype == dtype
+    np.testing.assert_allclose(advantages, EXPECTED, atol=1e-7)
+    elsewhere = ArrayApiArray(rewards)
+    elsewhere.device = "gpu:3"
+    advantages = ClusterNormalizer()(elsewhere, ids, weights=Exporter(np.ones(4)))
+    assert (type(advantages), advantages.device) == (ArrayApiArray, "gpu:3")
+    np.testing.assert_allclose(advantages.values, EXPECTED, atol=1e-7)
+
+
+def test_array_api_strict() -> None:
+    namespace = pytest.importorskip("array_api_strict")
+    for device in namespace.__array_namespace_info__().devices():
+        rewards = namespace.asarray(REWARDS, dtype=namespace.float32, device=device)
+        ids = namespace.asarray([5, 5, 7, 7], device=device)
+        advantages = ClusterNormalizer()(rewards, ids)
+        assert type(advantages) is type(rewards)
+        assert (advantages.dtype, advantages.device) == (namespace.float32, device)
+
+
+def test_masked_rewards_are_missing() -> None:
+    rewards = np.ma.array([1.0, 9.0, 3.0], mask=[False, True, False])
+    normalizer = ClusterNormalizer("dr_grpo", nan_policy="zero")
+    assert normalizer(rewards, ["a"] * 3, ["x"] * 3).tolist() == [-1.0, 0.0, 1.0]
+    with pytest.raises(DataError, match="clusters has masked entries; expected"):
+        normalizer(REWARDS[:3], np.ma.array([1, 2, 3], mask=[False, True, False]))
+
+
+def test_numbers_of_other_kinds_in_a_list() -> None:
+    rewards: Any = [Fraction(1), np.float32(0), 4, True + 1]
+    assert ClusterNormalizer()(rewards, CLUSTERS) == pytest.approx(EXPECTED, abs=1e-15)
+
+
+# out=
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_out_is_written_and_returned(dtype: type[np.floating[Any]]) -> None:
+    rewards, ids = np.array(REWARDS, dtype), np.array([5, 5, 7, 7])
+    expected = ClusterNormalizer()(rewards, ids)
+    for method in ("__call__", "normalize"):
+        outs: list[Any] = [
+            np.empty(4, dtype),
+            np.empty(8, dtype)[::2],
+            np.empty(4, dtype)[::-1],
+            torch.empty(4, dtype=getattr(torch, np.dtype(dtype).name)),
+            torch.empty((4, 2), dtype=getattr(torch, np.dtype(dtype).name))[:, 0],
+            array.array("f" if dtype == np.float32 else "d", [0.0] * 4),
+            np.empty(4, dtype).view(np.recarray),
+        ]
+        for out in outs:
+            for given_rewards in (rewards, torch.tensor(rewards), np.repeat(rewards, 2)[::2]):
+                normalizer = ClusterNormalizer()
+                normalizer.update(rewards, ids)
+                if method == "__call__":
+                    normalizer = ClusterNormalizer()
+                returned = getattr(normalizer, method)(given_rewards, ids, out=out)
+                assert returned is out
+                np.testing.assert_array_equal(np.asarray(out), expected)
+                np.asarray(out)[...] = 0
+
+
+def test_out_may_be_what_is_read() -> None:
+    ids = np.array([5, 5, 7, 7])
+    expected = ClusterNormalizer()(np.array(REWARDS), ids)
+    rewards = np.array(REWARDS)
+    assert ClusterNormalizer()(rewards, ids, out=rewards) is rewards
+    np.testing.assert_array_equal(rewards, expected)
+    # One entry on: a loop that wrote as it read would read what it wrote.
+    longer = np.array([*REWARDS, 0.0])
+    ClusterNormalizer()(longer[:4], ids, out=longer[1:])
+    np.testing.assert_array_equal(longer[1:], expected)
+    weights = np.ones(4)
+    ClusterNormalizer()(np.array(REWARDS), ids, weights=weights, out=weights)
+    np.testing.assert_array_equal(weights, expected)
+    tensor = torch.tensor(REWARDS, dtype=torch.float64)
+    assert ClusterNormalizer()(tensor, ids, out=tensor) is tensor
+    np.testing.assert_array_equal(tensor.numpy(), expected)
+    ClusterNormalizer()(np.array(REWARDS), ids, out=ids.view(np.float64))
+    np.testing.assert_array_equal(ids.view(np.float64), expected)
+
+
+def read_only(size: int) -> Any:
+    out = np.zeros(size)
+    out.flags.writeable = False
+    return out
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.zeros(3), "rewards has 4 entries, out has 3"),
+        (np.zeros(10)[::2], r"out has shape \(5,\); expected \(4,\)"),
+        (np.zeros((4, 1)), r"out has shape \(4, 1\); expected \(4,\)"),
+        (np.array(0.0), r"out has shape \(\); expected \(4,\)"),
+        (np.zeros(4, np.float32), "out has dtype float32; expected float64"),
+        (np.zeros(4, np.int64), "out has dtype int64; expected float64"),
+        (np.zeros(4, ">f8"), "out has dtype >f8; expected float64"),
+        (torch.zeros(4), "out has dtype float32; expected float64"),
+        (torch.zeros(4, dtype=torch.float64, requires_grad=True), "out is a tensor that requires"),
+        (torch.zeros(4, dtype=torch.float64, device="meta"), "out is a tensor on meta; expected"),
+        (read_only(4), "out is read-only"),
+        ([0.0] * 4, r"out is \[0.0, 0.0, 0.0, 0.0\]; expected an array or a tensor"),
+        (3, "out is 3; expected an array or a tensor"),
+    ],
+)
+def test_bad_out(out: Any, message: str) -> None:
+    normalizer = ClusterNormalizer()
+    with pytest.raises(DataError, match=message):
+        normalizer(np.array(REWARDS), CLUSTERS, out=out)
+    assert normalizer.snapshot() == {}
+
+
+# Ids.
 
 
 def test_ids_are_the_same_wherever_they_come_from() -> None:
     class Persona(IntEnum):
         ADA = 7
 
+    class Name(str, Enum):
+        SEVEN = "7"
+
+    class Text(str):
+        __slots__ = ()
+
     sources: list[Any] = [
         [7],
+        (7,),
+        range(7, 8),
         np.array([7], np.uint8),
+        np.array([7], np.uint64),
+        np.array([7], ">i4"),
+        np.array([7], np.int32),
+        np.array([7], object),
         torch.tensor([7]),
+        torch.tensor([7], dtype=torch.int16),
+        array.array("b", [7]),
         [np.int32(7)],
+        [np.uint64(7)],
         [Persona.ADA],
     ]
     normalizer = ClusterNormalizer()
     for ids in sources:
         normalizer.update([1.0], ids)
-    for ids in (["7"], np.array(["7"]), [np.str_("7")]):
+    names: list[Any] = [["7"], ("7",), np.array(["7"]), [np.str_("7")], [Name.SEVEN], [Text("7")]]
+    names.append(np.array(["7"], object))
+    if hasattr(np.dtypes, "StringDType"):
+        names.append(np.array(["7"], np.dtypes.StringDType()))
+    for ids in names:
         normalizer.update([2.0], ids)
-    assert normalizer.snapshot() == {7: ClusterStats(5, 1.0, 0.0), "7": ClusterStats(3, 2.0, 0.0)}
+    assert normalizer.snapshot() == {
+        7: ClusterStats(len(sources), 1.0, 0.0),
+        "7": ClusterStats(len(names), 2.0, 0.0),
+    }
     assert {type(cluster) for cluster in normalizer.snapshot()} == {int, str}
+
+
+def test_ids_at_the_edges() -> None:
+    """Small ints are rows of the table, others are interned: nobody can tell."""
+    ids = [0, -1, 2**22 - 1, 2**22, 2**31, 2**32, -(2**31), 2**63 - 1, -(2**63), "", "\0", "ä", "𝄞"]
+    normalizer = ClusterNormalizer()
+    for _ in range(2):
+        normalizer.update([float(i) for i in range(len(ids))], ids)
+        ints = [i for i in ids if isinstance(i, int)]
+        normalizer.update(np.arange(len(ints), dtype=np.float64), np.array(ints))
+    twice = {cluster: 4 if isinstance(cluster, int) else 2 for cluster in ids}
+    assert {cluster: stats.count for cluster, stats in normalizer.snapshot().items()} == twice
+    restored = ClusterNormalizer()
+    restored.load_state_dict(normalizer.state_dict())
+    assert restored.snapshot() == normalizer.snapshot()
+
+
+def test_the_order_of_snapshots() -> None:
+    normalizer = ClusterNormalizer()
+    normalizer.update([0.0] * 6, ["z", 9, -1, "a", 2**40, 3])
+    assert list(normalizer.snapshot()) == [3, 9, "z", -1, "a", 2**40]
 
 
 def test_group_ids_are_ints_or_strings_in_any_order() -> None:
@@ -103,20 +370,27 @@ def test_group_ids_are_ints_or_strings_in_any_order() -> None:
     expected = [-2.0, -5.0, 0.0, 5.0, 2.0]
     sources: list[Any] = [
         [0, 1, 0, 1, 0],
-        [-(2**70), "b", -(2**70), "b", -(2**70)],
+        [-(2**63), "b", -(2**63), "b", -(2**63)],
         [1, "1", 1, "1", 1],
-        np.array([2**63, 3, 2**63, 3, 2**63], np.uint64),
+        np.array([2**63 - 1, 3, 2**63 - 1, 3, 2**63 - 1], np.uint64),
+        np.array(["", "a", "", "a", ""]),
+        torch.tensor([-1, 0, -1, 0, -1], dtype=torch.int8),
     ]
     for groups in sources:
         assert ClusterNormalizer("dr_grpo")(rewards, ["x"] * 5, groups) == expected
 
 
+# Batches.
+
+
 def test_the_two_halves_make_a_call() -> None:
-    whole, halves = ClusterNormalizer(), ClusterNormalizer()
-    advantages = whole(REWARDS, CLUSTERS)
-    halves.update(REWARDS, CLUSTERS)
-    assert halves.normalize(REWARDS, CLUSTERS) == advantages
-    assert halves.state_dict() == whole.state_dict()
+    for estimator in ESTIMATORS:
+        whole, halves = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
+        for _ in range(3):
+            advantages = whole(REWARDS, CLUSTERS, [1, 1, 2, 2])
+            halves.update(REWARDS, CLUSTERS, [1, 1, 2, 2])
+            assert halves.normalize(REWARDS, CLUSTERS, [1, 1, 2, 2]) == advantages
+        assert halves.state_dict() == whole.state_dict()
 
 
 def test_normalizing_changes_no_history() -> None:
@@ -126,16 +400,25 @@ def test_normalizing_changes_no_history() -> None:
 
 
 def test_an_empty_batch_is_a_batch() -> None:
-    assert ClusterNormalizer("rloo")([], [], []) == []
-    assert ClusterNormalizer()(np.zeros(0, np.float32), []).dtype == np.float32
+    for estimator in ESTIMATORS:
+        normalizer = ClusterNormalizer(estimator)
+        assert normalizer([], [], []) == []
+        assert normalizer(np.zeros(0, np.float32), [], np.zeros(0, np.int32)).dtype == np.float32
+        assert normalizer(torch.zeros(0), torch.zeros(0).long(), []).shape == (0,)
+        out = np.zeros(0)
+        assert normalizer(out, np.array([], np.int64), np.array([], np.int64), out=out) is out
+        normalizer.update([], (), [])
+        assert normalizer.snapshot() == {}
 
 
 def test_missing_rewards() -> None:
     rewards, groups = [1.0, None, float("nan"), 3.0, float("inf")], [0] * 5
-    for estimator in ("pgrpo", "grpo", "dr_grpo", "rloo", "batch"):
+    for estimator in ESTIMATORS:
         left = ClusterNormalizer(estimator)([1.0, 3.0], ["a"] * 2, [0] * 2)
         zero = ClusterNormalizer(estimator, nan_policy="zero")
         assert zero(rewards, ["a"] * 5, groups) == [left[0], 0, 0, left[1], 0]
+        assert zero.num_nonfinite == 3
+        assert zero.normalize(rewards, ["a"] * 5, groups)[1] == 0
         assert zero.num_nonfinite == 3
         assert zero.snapshot() == {"a": ClusterStats(2, 2.0, 1.0)}
         propagate = ClusterNormalizer(estimator, nan_policy="propagate")
@@ -145,28 +428,84 @@ def test_missing_rewards() -> None:
             ClusterNormalizer(estimator)(rewards, ["a"] * 5, groups)
 
 
+def test_a_missing_reward_is_missed_whatever_it_weighs() -> None:
+    normalizer = ClusterNormalizer(nan_policy="propagate")
+    for weights in ([0.0, 0.0], [0.0, 1.0], [1.0, 0.0]):
+        for rewards in ([float("nan"), 1.0], [1.0, float("nan")], [float("inf"), 1.0]):
+            found = normalizer(rewards, ["a", "a"], weights=weights)
+            assert [math.isnan(a) for a in found] == [not math.isfinite(r) for r in rewards]
+            with pytest.raises(DataError, match="expected a finite number"):
+                ClusterNormalizer()(rewards, ["a", "a"], weights=weights)
+
+
 def test_a_cluster_without_any_reward_is_not_in_the_snapshot() -> None:
     normalizer = ClusterNormalizer(nan_policy="zero")
     assert normalizer(np.array([np.nan, 1.0]), ["none", "one"]).tolist() == [0.0, 0.0]
+    normalizer.update([1.0], ["weightless"], weights=[0.0])
     assert set(normalizer.snapshot()) == {"one"}
+
+
+def test_weights_count() -> None:
+    weighted, repeated = ClusterNormalizer(), ClusterNormalizer()
+    weighted.update([1.0, 4.0], ["a", "a"], weights=[3, 1])
+    repeated.update([1.0, 1.0, 1.0, 4.0], ["a"] * 4)
+    assert weighted.snapshot() == repeated.snapshot()
+    weighted.update([1.0], ["a"], weights=[0.5])
+    assert weighted.snapshot()["a"].count == 4.5
+    assert type(repeated.snapshot()["a"].count) is int
+
+
+def test_retracting_undoes() -> None:
+    normalizer = ClusterNormalizer()
+    normalizer.update([1.0, 3.0, 8.0], ["a", "a", "b"])
+    before = normalizer.snapshot()
+    normalizer.update([5.0, 7.0, 1.0], ["a", "b", "c"], weights=[2, 1, 1])
+    normalizer.retract(torch.tensor([5.0, 7.0, 1.0]), ["a", "b", "c"], weights=[2, 1, 1])
+    assert normalizer.snapshot() == before
+    with pytest.raises(DataError, match=r'cluster "b" holds 1 samples; cannot retract 2'):
+        normalizer.retract([1.0, 8.0, 8.0], ["a", "b", "b"])
+    assert normalizer.snapshot() == before
+    for options in (
+        {"estimator": "shrinkage"},
+        {"estimator": "auto"},
+        {"track_delta": True},
+        {"track_diagnostics": True},
+    ):
+        with pytest.raises(ConfigError, match="retract needs an estimator other than shrinkage"):
+            ClusterNormalizer(**options).retract([1.0], ["a"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "pgrop"}, '"pgrop"; expected pgrpo, grpo, dr_grpo, rloo or batch'),
-        (
-            {"estimator": None},
-            "ClusterNormalizer\\(None, ddof=0.*'None' is not an instance of 'str'",
-        ),
+        ({"estimator": "pgrop"}, '"pgrop"; expected pgrpo, grpo, .* shrinkage or auto'),
+        ({"estimator": None}, "estimator is None; expected a string"),
         ({"ddof": 2}, "ddof is 2; expected 0 or 1"),
         ({"ddof": -1}, "ddof is -1; expected 0 or 1"),
-        ({"ddof": 10**30}, "ddof=1000.* too large"),
-        ({"ddof": "0"}, "ddof='0'.* cannot be interpreted as an integer"),
-        ({"eps": 0.0}, "eps is 0.0; expected a positive number"),
-        ({"eps": float("nan")}, "eps is NaN; expected a positive number"),
+        ({"ddof": 10**30}, "out of range .*ddof is 1000"),
+        ({"ddof": "0"}, "ddof is '0'; expected an integer"),
+        ({"ddof": 0.0}, "ddof is 0.0; expected an integer"),
+        ({"eps": 0.0}, "eps is 0.0; expected a number from 1e-100 on"),
+        ({"eps": float("nan")}, "eps is NaN; expected a number from 1e-100 on"),
+        ({"eps": "1"}, "eps is '1'; expected a number"),
         ({"order": "update"}, "expected update_then_normalize or normalize_then_update"),
         ({"nan_policy": "omit"}, "expected raise, zero or propagate"),
+        ({"forgetting": 0.0}, "forgetting is 0.0; expected a number above 0, up to 1"),
+        ({"forgetting": 1.5}, "forgetting is 1.5; expected"),
+        (
+            {"forgetting": 0.9, "track_delta": True},
+            "forgetting is 0.9; expected 1 with track_delta",
+        ),
+        ({"prior_count": -1}, "prior_count is -1.0; expected a number of at least 0"),
+        ({"sigma_floor": -0.5}, "sigma_floor is -0.5; expected a number of at least 0"),
+        ({"clip": 0}, "clip is 0.0; expected a positive number"),
+        ({"clip": "2"}, "clip is '2'; expected a number or None"),
+        ({"min_count": -1}, "min_count is -1.0; expected a number of at least 0"),
+        ({"frequency_weight": math.inf}, "frequency_weight is inf; expected a finite number"),
+        ({"track_delta": 1}, "track_delta is 1; expected True or False"),
+        ({"track_diagnostics": "no"}, "track_diagnostics is 'no'; expected True or False"),
+        ({"num_threads": 0}, "num_threads is 0; expected a number of at least 1"),
+        ({"num_threads": -1}, "out of range .*num_threads is -1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -174,99 +513,260 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ClusterNormalizer(**options)
 
 
+def test_options_may_be_numbers_of_numpy() -> None:
+    normalizer = ClusterNormalizer(ddof=np.int64(1), eps=np.float32(0.5), num_threads=np.int8(2))
+    assert normalizer([0.0, 1.0], [0, 0])[1] == pytest.approx(0.5 / (math.sqrt(0.5) + 0.5))
+
+
+INT_OR_STRING = "expected an int or a string"
+
+
 @pytest.mark.parametrize(
     ("rewards", "clusters", "groups", "message"),
     [
         ([1.0] * 7, ["a"] * 8, None, "rewards has 7 entries, clusters has 8"),
         ([1.0] * 7, ["a"] * 7, [1] * 6, "rewards has 7 entries, groups has 6"),
+        (np.ones(7), np.ones(8, int), None, "rewards has 7 entries, clusters has 8"),
+        (torch.ones(7), torch.ones(8).long(), None, "rewards has 7 entries, clusters has 8"),
         ([[1.0, 2.0]], ["a"], None, r"rewards has shape \(1, 2\); expected one dimension"),
+        (np.ones((2, 2)), ["a"] * 2, None, r"rewards has shape \(2, 2\); expected one dimension"),
+        (np.array(1.0), ["a"], None, r"rewards has shape \(\); expected one dimension"),
+        (torch.tensor(1.0), ["a"], None, r"rewards has shape \(\); expected one dimension"),
+        (torch.ones(2, 2), ["a"], None, r"rewards has shape \(2, 2\); expected one dimension"),
+        (
+            torch.ones(1, device="meta"),
+            ["a"],
+            None,
+            r"rewards is tensor.*meta.*; expected \[N\] num",
+        ),
         (3.0, ["a"], None, r"rewards has shape \(\); expected one dimension"),
+        (None, ["a"], None, r"rewards has shape \(\); expected one dimension"),
+        ((r for r in [1.0]), ["a"], None, r"rewards has shape \(\); expected one dimension"),
         ([1.0, [2.0]], ["a"] * 2, None, r"rewards is \[1.0, \[2.0\]\]; expected \[N\] numbers"),
         (["1.0"], ["a"], None, r"rewards is \['1.0'\]; expected \[N\] numbers"),
+        ([None, "1.0"], ["a"] * 2, None, r"rewards is \[None, '1.0'\]; expected \[N\] numbers"),
+        (b"a", ["a"], None, r"rewards is b'a'; expected \[N\] numbers"),
+        ("1", ["a"], None, r"rewards is '1'; expected \[N\] numbers"),
         ([1j], ["a"], None, r"rewards is \[1j\]; expected \[N\] numbers"),
-        ([1.0], [1.5], None, r"clusters\[0\] is 1.5; expected an int or a string"),
-        ([1.0, 1.0], [1, True], None, r"clusters\[1\] is True; expected an int or a string"),
-        ([1.0], np.array([True]), None, r"clusters\[0\] is True; expected an int or a string"),
-        ([1.0], [None], None, r"clusters\[0\] is None; expected an int or a string"),
+        (np.array([1j]), ["a"], None, r"rewards has dtype complex128; expected \[N\] numbers"),
+        (np.array(["1"]), ["a"], None, r"rewards has dtype <U1; expected \[N\] numbers"),
+        (np.array(["2020-01-01"], "M8[D]"), ["a"], None, r"rewards has dtype datetime64"),
+        ([1.0], [1.5], None, rf"clusters\[0\] is 1.5; {INT_OR_STRING}"),
+        ([1.0, 1.0], [1, True], None, rf"clusters\[1\] is True; {INT_OR_STRING}"),
+        ([1.0], np.array([True]), None, "clusters has dtype bool; expected ints or strings"),
+        ([1.0], np.array([1.0]), None, "clusters has dtype float64; expected ints or strings"),
+        ([1.0], torch.tensor([1.0]), None, "clusters has dtype float32; expected ints or strings"),
+        ([1.0], torch.tensor([True]), None, "clusters has dtype bool; expected ints or strings"),
+        ([1.0], np.array([b"a"]), None, r"clusters has dtype \|S1; expected ints or strings"),
+        ([1.0], [b"a"], None, rf"clusters\[0\] is b'a'; {INT_OR_STRING}"),
+        ([1.0], [None], None, rf"clusters\[0\] is None; {INT_OR_STRING}"),
+        ([1.0], np.array([None]), None, rf"clusters\[0\] is None; {INT_OR_STRING}"),
         ([1.0], "a", None, r"clusters is 'a'; expected \[N\] ints or strings"),
-        ([1.0], np.array(3), None, r"clusters is array\(3\); expected \[N\] ints or strings"),
-        ([1.0], ["a"], [[1]], r"groups\[0\] is \[1\]; expected an int or a string"),
+        ([1.0], np.array(3), None, r"clusters has shape \(\); expected one dimension"),
+        ([1.0], 3, None, r"clusters has shape \(\); expected one dimension"),
+        ([1.0], np.ones((1, 1), int), None, r"clusters has shape \(1, 1\); expected one dimension"),
+        (
+            [1.0],
+            [2**63],
+            None,
+            rf"clusters\[0\] is {2**63}; expected an int of 64 bits, below 2\^63",
+        ),
+        ([1.0], [-(2**63) - 1], None, rf"clusters\[0\] is {-(2**63) - 1}; expected an int of 64"),
+        (
+            [1.0] * 2,
+            np.array([1, 2**63], np.uint64),
+            None,
+            rf"clusters\[1\] is {2**63}; expected an",
+        ),
+        ([1.0], ["a"], [2**70], rf"groups\[0\] is {2**70}; expected an int of 64 bits"),
+        ([1.0], ["\ud800"], None, r"clusters\[0\] is '\\ud800', half of a surrogate pair"),
+        ([1.0], ["a"], [[1]], rf"groups\[0\] is \[1\]; {INT_OR_STRING}"),
         ([1e140], ["a"], None, r"rewards\[0\] is 1e140; expected a finite number below 1e140"),
+        ([10**200], ["a"], None, r"rewards\[0\] is 1e200; expected a finite number below 1e140"),
+        (np.array([-np.inf], np.float32), ["a"], None, r"rewards\[0\] is -inf; expected a finite"),
     ],
 )
 def test_bad_batches_change_nothing(rewards: Any, clusters: Any, groups: Any, message: str) -> None:
     normalizer = ClusterNormalizer()
     normalizer.update(REWARDS, CLUSTERS)
     before = normalizer.state_dict()
-    with pytest.raises(DataError, match=message):
-        normalizer(rewards, clusters, groups)
+    for method in (normalizer, normalizer.update, normalizer.normalize):
+        with pytest.raises(DataError, match=message):
+            method(rewards, clusters, groups)
     assert normalizer.state_dict() == before
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
-def test_groups_are_asked_for(estimator: str) -> None:
-    normalizer = ClusterNormalizer(estimator)
-    with pytest.raises(DataError, match=f"estimator {estimator} needs groups: one group id"):
-        normalizer(REWARDS, CLUSTERS)
+@pytest.mark.parametrize("name", ["weights", "score_norms"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, 2.0], "rewards has 3 entries, {} has 2"),
+        (np.ones(4), "rewards has 3 entries, {} has 4"),
+        ([1.0, -1.0, 1.0], r"{}\[1\] is -1.0; expected a number from 0 to below 2\^20"),
+        ([1.0, 1.0, None], r"{}\[2\] is NaN; expected a number from 0 to below 2\^20"),
+        ([math.inf, 1.0, 1.0], r"{}\[0\] is inf; expected a number from 0 to below 2\^20"),
+        ([1.0, 2.0**20, 1.0], r"{}\[1\] is 1048576.0; expected a number from 0 to below 2\^20"),
+        (["1"] * 3, r"{} is \['1', '1', '1'\]; expected \[N\] numbers"),
+        (np.ones((3, 1)), r"{} has shape \(3, 1\); expected one dimension"),
+        (2.0, r"{} has shape \(\); expected one dimension"),
+    ],
+)
+def test_bad_weights(name: str, values: Any, message: str) -> None:
+    normalizer = ClusterNormalizer("auto")
+    for method in (normalizer, normalizer.update, normalizer.normalize):
+        with pytest.raises(DataError, match=message.format(name)):
+            method([1.0, 2.0, 3.0], [1, 1, 1], [1, 1, 1], **{name: values})
     assert normalizer.snapshot() == {}
 
 
-ids = st.one_of(st.integers(), st.text(max_size=3))
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "two_way", "shrinkage", "auto"])
+def test_groups_are_asked_for(estimator: str) -> None:
+    normalizer = ClusterNormalizer(estimator)
+    for method in (normalizer, normalizer.normalize):
+        with pytest.raises(DataError, match=f"estimator {estimator} needs groups: one group id"):
+            method(REWARDS, CLUSTERS)
+    if estimator in ("shrinkage", "auto"):
+        with pytest.raises(DataError, match=f"estimator {estimator} needs groups: one group id"):
+            normalizer.update(REWARDS, CLUSTERS)
+    assert normalizer.snapshot() == {}
+
+
+# State.
+
+ids = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(0, 3),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=3),
+)
 finite = st.floats(-1e100, 1e100)
 
 
-@given(st.lists(st.lists(st.tuples(finite, ids), max_size=20), max_size=5))
-def test_state_round_trips_exactly(batches: list[list[tuple[float, int | str]]]) -> None:
-    source = ClusterNormalizer(nan_policy="zero")
-    for batch in batches:
-        source.update([reward for reward, _ in batch], [cluster for _, cluster in batch])
-    source.update(np.array([np.nan]), ["none"])
-    state = source.state_dict()
-    copy = ClusterNormalizer("grpo", ddof=1)
-    copy.update([1.0], ["forgotten"])
-    copy.load_state_dict(json.loads(json.dumps(state)))
-    assert copy.state_dict() == state
-    assert list(map(type, copy.snapshot())) == list(map(type, source.snapshot()))
-    assert copy.num_nonfinite == 1
-
-
-def test_a_restored_normalizer_goes_on_bit_for_bit() -> None:
+def filled(estimator: str = "auto", **options: Any) -> ClusterNormalizer:
+    """One that has something of everything."""
+    normalizer = ClusterNormalizer(
+        estimator, nan_policy="zero", track_diagnostics=True, track_delta=True, **options
+    )
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(3, 5, 40), rng.integers(0, 4, 40)) for _ in range(6)]
-    through, first, second = (ClusterNormalizer() for _ in range(3))
+    for step in range(3):
+        clusters = [["a", "b", 3, -7][i] for i in rng.integers(0, 4, 40)]
+        normalizer(rng.normal(1e3, 1, 40), clusters, rng.integers(0, 9, 40), weights=rng.random(40))
+        normalizer([None], ["c"], [0])
+        if step == 1:
+            normalizer.delta()
+    return normalizer
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(finite, ids, ids), max_size=20), max_size=4),
+    st.sampled_from(ESTIMATORS),
+)
+def test_state_round_trips_exactly(batches: list[list[Any]], estimator: str) -> None:
+    source = ClusterNormalizer(
+        estimator, nan_policy="zero", track_delta=True, track_diagnostics=True
+    )
+    for batch in batches:
+        rewards, clusters, groups = ([row[i] for row in batch] for i in range(3))
+        source(rewards, clusters, groups)
+    source.update(np.array([np.nan]), ["none"], [0])
+    state = source.state_dict()
+    other = ClusterNormalizer(estimator, ddof=1, track_delta=True, track_diagnostics=True)
+    other.update([1.0], ["forgotten"], [0])
+    other.load_state_dict(json.loads(json.dumps(state)))
+    assert other.state_dict() == state
+    assert list(other.snapshot()) == list(source.snapshot())
+    assert list(map(type, other.snapshot())) == list(map(type, source.snapshot()))
+    assert other.num_nonfinite == 1
+    for made in (pickle.loads(pickle.dumps(source)), copy.copy(source), copy.deepcopy(source)):
+        assert made.state_dict() == state
+        assert repr(made) == repr(source)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_restored_normalizer_goes_on_bit_for_bit(estimator: str) -> None:
+    rng = np.random.default_rng(0)
+    batches = [
+        (rng.normal(3, 5, 40), rng.integers(0, 4, 40), rng.integers(0, 9, 40)) for _ in range(6)
+    ]
+    through, first = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
     expected = [through(*batch) for batch in batches]
     for batch in batches[:3]:
         first(*batch)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    for batch, advantages in zip(batches[3:], expected[3:], strict=True):
-        np.testing.assert_array_equal(second(*batch), advantages)
+    by_dict, by_file = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
+    by_dict.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with tempfile.TemporaryDirectory() as folder:
+        first.save(Path(folder) / "histories")
+        by_file.load(Path(folder) / "histories")
+    for second in (by_dict, by_file, copy.deepcopy(first)):
+        for batch, advantages in zip(batches[3:], expected[3:], strict=True):
+            np.testing.assert_array_equal(second(*batch), advantages)
+
+
+def test_a_copy_is_another() -> None:
+    source = filled()
+    state, copied = source.state_dict(), copy.copy(source)
+    copied([1.0], ["a"], [0])
+    assert source.state_dict() == state
+    assert copied.state_dict() != state
+
+    class Mine(ClusterNormalizer):
+        note = ""
+
+    mine = Mine("rloo", eps=0.5)
+    mine.note = "kept"
+    copied = copy.deepcopy(mine)
+    assert (type(copied), copied.note, repr(copied)) == (Mine, "kept", "Mine('rloo', eps=0.5)")
+
+
+def set_entry(column: str, index: int, value: Any) -> dict[str, Any]:
+    return {column: (index, value)}
+
+
+COLUMNS = [
+    *["count", "origin", "offset", "m2", "num_parts", "squared_sizes", "within_squares"],
+    *["regression_xx", "regression_xy", "regression_yy"],
+    *["num_advantages", "advantage_sum", "advantage_squares"],
+]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"more": 1}, "it holds version, clusters, count, mean, m2, num_nonfinite, more; expected"),
-        ({"version": 2}, "version is 2; expected 1"),
-        ({"mean": 1.0}, "mean is 1.0; expected a list"),
-        ({"mean": ["1", 2.0]}, r"mean\[0\] is '1'; expected float"),
-        ({"mean": [1.0]}, r"columns have \[2, 2, 1, 2\] entries; expected as many of each"),
-        ({"mean": [1.0, float("nan")]}, "history 1 has a mean that is not a finite reward"),
-        ({"m2": [-1.0, 1.0]}, "history 0 has a negative or non-finite m2"),
-        ({"count": [2, -1]}, "-1"),
-        ({"count": [2, 2**63]}, "history 1 has a count above 2\\^53"),
-        ({"count": [2, 1.5]}, r"count\[1\] is 1.5; expected int"),
+        ({"more": 1}, "it holds version, clusters, count, .*, num_nonfinite, more; expected"),
+        ({"version": 1}, "version is 1; expected 2"),
+        ({"offset": 1.0}, "offset is 1.0; expected a list"),
+        ({"offset": ["1", 2.0]}, r"offset\[0\] is '1'; expected float"),
+        ({"offset": [1.0]}, "clusters has 2 entries, offset has 1"),
+        ({"count": [2, True]}, r"count\[1\] is True; expected float"),
+        ({"count": [2, 10**400]}, r"count\[1\] is 1000.*; expected float"),
         ({"clusters": ["a", True]}, r"clusters\[1\] is True; expected int or str"),
+        ({"clusters": ["a", 2**63]}, rf"clusters\[1\] is {2**63}; expected int or str"),
         ({"clusters": ["a", "a"]}, "clusters names one of them twice"),
-        ({"num_nonfinite": 0.0}, "num_nonfinite is 0.0; expected int"),
-        ({"num_nonfinite": -1}, "negative"),
+        ({"clusters": ["a", "\ud800"]}, "surrogate"),
+        ({"num_nonfinite": 0.0}, "num_nonfinite is 0.0; expected an int of at least 0"),
+        ({"num_nonfinite": -1}, "num_nonfinite is -1; expected an int of at least 0"),
+        ({"num_nonfinite": 2**64}, "num_nonfinite is 1844.*; expected an int of at least 0"),
+        ({"pending": []}, r"pending is \[\]; expected a dict"),
+        ({"pending": {}}, "pending holds nothing; expected clusters, count"),
+        *[
+            ({column: [1.0, value]}, "normalizer state: ")
+            for column in COLUMNS
+            for value in (math.nan, math.inf)
+        ],
+        *[({column: [1.0, -1.0]}, "normalizer state: ") for column in ("count", "m2")],
+        ({"origin": [0.0, 1e140]}, "normalizer state: "),
     ],
 )
 def test_a_damaged_state_is_refused(damage: dict[str, Any], message: str) -> None:
-    normalizer = ClusterNormalizer()
-    normalizer.update(REWARDS, CLUSTERS)
+    normalizer = ClusterNormalizer("auto", track_delta=True, track_diagnostics=True)
+    normalizer(REWARDS, CLUSTERS, [1, 1, 2, 2])
     state = normalizer.state_dict()
     with pytest.raises(CheckpointError, match=message):
         normalizer.load_state_dict({**state, **damage})
+    if damage.keys() <= state["pending"].keys():
+        pending = {**state["pending"], **damage}
+        with pytest.raises(CheckpointError):
+            normalizer.load_state_dict({**state, "pending": pending})
     assert normalizer.state_dict() == state
 
 
@@ -275,6 +775,73 @@ def test_what_is_no_state_is_refused() -> None:
     for state in states:
         with pytest.raises(CheckpointError, match="normalizer state: it "):
             ClusterNormalizer().load_state_dict(state)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files() -> None:
+    source, other = filled(), filled()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source.save(folder / "histories")
+        source.save(str(folder / "histories"))
+        assert names_in(folder) == ["histories"]
+        other([1.0], ["a"], [0])
+        other.load(str(folder / "histories"))
+        state = other.state_dict()
+        assert state == source.state_dict()
+        whole = (folder / "histories").read_bytes()
+        for at in range(0, len(whole), 7):
+            damaged = bytearray(whole)
+            damaged[at] ^= 4
+            for content in (whole[:at], bytes(damaged), whole + b"x"):
+                (folder / "damaged").write_bytes(content)
+                with pytest.raises(CheckpointError, match="damaged: .*"):
+                    other.load(folder / "damaged")
+                with pytest.raises(CheckpointError):
+                    other.merge(content)
+        with pytest.raises(CheckpointError, match="cannot read .*absent: No such file"):
+            other.load(folder / "absent")
+        with pytest.raises(CheckpointError, match="cannot write .*histories: No such file"):
+            other.save(folder / "absent" / "histories")
+        (folder / "taken").mkdir()
+        with pytest.raises(CheckpointError, match="cannot write .*taken: "):
+            other.save(folder / "taken")
+        assert names_in(folder) == ["damaged", "histories", "taken"]
+        assert other.state_dict() == state
+
+
+WRITER = """
+import sys, numpy as np, pgrpo
+normalizer = pgrpo.ClusterNormalizer()
+print("ready", flush=True)
+for step in range(1, 10**9):
+    normalizer.update(np.ones(2000), np.arange(2000))
+    normalizer.save(sys.argv[1])
+"""
+
+
+def test_a_killed_save_leaves_a_whole_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "histories"
+        for attempt in range(4):
+            process = subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+            while not path.exists():
+                assert process.poll() is None
+            threading.Event().wait(0.01 * attempt)
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            normalizer = ClusterNormalizer()
+            normalizer.load(path)
+            assert len({stats.count for stats in normalizer.snapshot().values()}) == 1
+            path.unlink()
 
 
 def test_merging_normalizers_with_clusters_in_another_order() -> None:
@@ -289,11 +856,162 @@ def test_merging_normalizers_with_clusters_in_another_order() -> None:
     assert set(other.snapshot()) == {"b", "c", 1}
 
 
+def test_deltas() -> None:
+    source, sink, whole = (ClusterNormalizer("shrinkage", track_delta=True) for _ in range(3))
+    rng = np.random.default_rng(3)
+    deltas: list[bytes] = []
+    for _ in range(5):
+        clusters = [["a", "b", 3][i] for i in rng.integers(0, 3, 30)]
+        batch = (rng.normal(1e6, 1, 30), clusters, rng.integers(0, 9, 30))
+        source.update(*batch)
+        whole.update(*batch)
+        deltas.append(source.delta())
+    for at in (3, 0, 4, 2, 1):
+        sink.merge(deltas[at])
+    found, expected = sink.snapshot(), whole.snapshot()
+    assert found.keys() == expected.keys()
+    for cluster, stats in expected.items():
+        assert found[cluster].count == stats.count
+        assert found[cluster].mean == pytest.approx(stats.mean, rel=1e-15)
+        assert found[cluster].std == pytest.approx(stats.std, rel=1e-12)
+    # Each sample is in one delta only; what was merged is in none.
+    empty = ClusterNormalizer()
+    empty.merge(source.delta())
+    empty.merge(sink.delta())
+    assert empty.snapshot() == {}
+
+
+def test_what_cannot_be_merged() -> None:
+    normalizer = ClusterNormalizer()
+    with pytest.raises(ConfigError, match="delta needs the option track_delta"):
+        normalizer.delta()
+    for other in (None, "delta", {}):
+        with pytest.raises(DataError, match=f"other is {re.escape(repr(other))}; expected a Clus"):
+            normalizer.merge(other)
+    with pytest.raises(CheckpointError):
+        normalizer.merge(b"no delta")
+
+
 def test_it_says_what_it_is() -> None:
-    normalizer = ClusterNormalizer("grpo", ddof=1)
-    copy = eval(repr(normalizer))
-    assert repr(copy) == repr(normalizer)
-    assert repr(normalizer).startswith("ClusterNormalizer('grpo', ddof=1, eps=0.0001")
+    normalizer = ClusterNormalizer("grpo", ddof=1, clip=2.5)
+    again = eval(repr(normalizer))
+    assert repr(again) == repr(normalizer) == "ClusterNormalizer('grpo', ddof=1, clip=2.5)"
+
+
+# Diagnostics.
+
+
+def test_diagnostics_against_two_passes() -> None:
+    rng = np.random.default_rng(5)
+    normalizer = ClusterNormalizer("pgrpo", ddof=1, track_diagnostics=True)
+    rewards, clusters, advantages, parts = [], [], [], []
+    for _ in range(4):
+        groups = np.repeat(np.arange(30), 4)
+        cluster = np.where(groups % 3 == 0, "few", "many")
+        reward = rng.normal(size=120) + rng.normal(size=30)[groups] + (cluster == "few")
+        advantages.append(normalizer(reward, cluster, groups))
+        rewards.append(reward)
+        clusters.append(cluster)
+        parts.append(reward.reshape(30, 4))
+    reward, cluster, advantage = map(np.concatenate, (rewards, clusters, advantages))
+    part = np.concatenate(parts)
+    found = normalizer.diagnostics()
+    assert list(found.clusters) == list(normalizer.snapshot())
+    for name, one in found.clusters.items():
+        own, means = (
+            reward[cluster == name],
+            part[np.tile(np.arange(30) % 3 == 0, 4) == (name == "few")],
+        )
+        assert one.count == len(own)
+        assert one.share == pytest.approx(len(own) / 480)
+        assert one.mean == pytest.approx(own.mean(), rel=1e-12)
+        assert one.std == pytest.approx(own.std(ddof=1), rel=1e-12)
+        assert one.group_size == pytest.approx(4)
+        within = means.var(axis=1, ddof=1).mean()
+        between = 4 * ((means.mean(axis=1) - own.mean()) ** 2).sum()
+        tau2 = (between - len(means) * within) / (len(own) - 4)
+        assert one.icc == pytest.approx(tau2 / (tau2 + within), rel=1e-10)
+        assert one.scale_ratio == pytest.approx((math.sqrt(within) + 1e-4) / (one.std + 1e-4))
+        assert one.bias_rms == pytest.approx(math.sqrt(between / len(own)) / (one.std + 1e-4))
+        assert one.mean_advantage == pytest.approx(advantage[cluster == name].mean(), abs=1e-12)
+        assert one.std_advantage == pytest.approx(advantage[cluster == name].std(), rel=1e-10)
+    between = sum(
+        (cluster == c).sum() * (reward[cluster == c].mean() - reward.mean()) ** 2
+        for c in found.clusters
+    )
+    assert found.eta2 == pytest.approx(between / (480 * reward.var()), rel=1e-12)
+    assert found.eta2_null == pytest.approx(1 / 479)
+    dealt = [rng.permutation(cluster) for _ in range(400)]
+    etas = [
+        480 * 0.0
+        + sum((c == k).sum() * (reward[c == k].mean() - reward.mean()) ** 2 for k in found.clusters)
+        for c in dealt
+    ]
+    below = np.mean(np.array(etas) / (480 * reward.var()) < found.eta2_threshold)
+    assert 0.91 < below < 0.98
+    assert [w for w in found.warnings if "ICC * group size > 1" in w]
+
+
+def warned(normalizer: ClusterNormalizer) -> str:
+    return "\n".join(normalizer.diagnostics().warnings)
+
+
+def test_warnings() -> None:
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(100), 4)
+    clusters = np.where(groups < 96, groups % 2, 2)
+    healthy = ClusterNormalizer(track_diagnostics=True)
+    for _ in range(5):
+        healthy(rng.normal(clusters % 2, 1.0), groups % 2, groups)
+    assert warned(healthy) == ""
+    # Prompts that differ, and rewards that mean more than 0 or 1.
+    prompts = ClusterNormalizer(track_diagnostics=True)
+    prompts(rng.normal(rng.normal(size=100)[groups], 0.5), clusters, groups)
+    assert "ICC * group size > 1" in warned(prompts)
+    binary = ClusterNormalizer(track_diagnostics=True)
+    binary((rng.random(400) < rng.random(100)[groups]).astype(float), clusters, groups)
+    assert "ICC" not in warned(binary)
+    assert "cluster 2: under 5% of the data" in warned(binary)
+    assert "clusters carry no information" in warned(binary)
+    # A judge who changes his mind.
+    lagging = ClusterNormalizer(track_diagnostics=True)
+    for shift in (0.0, 3.0):
+        lagging(rng.normal(shift, 1, 400), clusters, groups)
+    assert "|mean advantage| > 0.3" in warned(lagging)
+    young = ClusterNormalizer(track_diagnostics=True)
+    young([1.0, 2.0, 3.0, 5.0], ["a"] * 4, [0] * 4)
+    assert "cluster 'a': fewer rewards than two groups have" in warned(young)
+    equal = ClusterNormalizer(nan_policy="zero")
+    equal([1.0] * 10 + [None], [*range(5)] * 2 + ["none"])
+    assert "clusters 0, 1, 2 and 2 more: the standard deviation is 0" in warned(equal)
+    assert "non-finite rewards seen and left out: 1" in warned(equal)
+
+
+def test_diagnostics_of_little() -> None:
+    found = ClusterNormalizer(track_diagnostics=True).diagnostics()
+    assert (found.clusters, found.eta2, found.warnings) == ({}, None, [])
+    untracked = ClusterNormalizer()
+    untracked(REWARDS, CLUSTERS)
+    ada = untracked.diagnostics().clusters["ada"]
+    assert (ada.count, ada.share, ada.mean, ada.std) == (2, 0.5, 0.5, 0.5)
+    assert {ada.icc, ada.group_size, ada.scale_ratio, ada.bias_rms, ada.mean_advantage} == {None}
+    one = ClusterNormalizer(track_diagnostics=True)
+    one([1.0], [0], [0])
+    assert one.diagnostics().clusters[0].icc is None
+
+
+@pytest.mark.parametrize("denominator", [3, 10, 1000, 1e5])
+@pytest.mark.parametrize("numerator", [1, 2, 10, 1000])
+def test_f_quantiles(numerator: float, denominator: float) -> None:
+    from scipy.stats import f
+
+    from pgrpo.diagnostics import f_quantile_95
+
+    level = f.sf(f_quantile_95(numerator, denominator), numerator, denominator)
+    assert level == pytest.approx(0.05, abs=0.005)
+
+
+# Threads that share one.
 
 
 @pytest.fixture
@@ -327,50 +1045,91 @@ def test_threads_lose_nothing(size: int) -> None:
         return batches
 
     with ThreadPoolExecutor(num_threads) as pool:
-        results = [batch for batches in pool.map(work, range(num_threads)) for batch in batches]
-    rewards = np.concatenate([batch[0] for batch in results])
-    clusters = np.array([cluster for batch in results for cluster in batch[1]])
+        batches = [batch for found in pool.map(work, range(num_threads)) for batch in found]
+    rewards = np.concatenate([batch[0] for batch in batches])
+    clusters = np.concatenate([batch[1] for batch in batches])
     snapshot = normalizer.snapshot()
-    assert set(snapshot) == set(clusters[np.isfinite(rewards)].tolist())
+    kept = np.isfinite(rewards)
+    assert set(snapshot) == set(clusters[kept].tolist())
     for cluster, stats in snapshot.items():
-        seen = rewards[(clusters == cluster) & np.isfinite(rewards)]
-        assert stats.count == len(seen)
-        assert stats.mean == pytest.approx(seen.mean(), rel=1e-12)
-        assert stats.std == pytest.approx(seen.std(), rel=1e-9, abs=1e-9)
+        own = rewards[kept & (clusters == cluster)]
+        assert stats.count == len(own)
+        assert stats.mean == pytest.approx(own.mean(), rel=1e-12)
+        assert stats.std == pytest.approx(own.std(), rel=1e-9, abs=1e-9)
     assert normalizer.num_nonfinite == num_threads * num_calls
 
 
 @pytest.mark.usefixtures("restless_threads")
-def test_threads_that_meet_the_same_new_clusters_agree_on_them() -> None:
+@pytest.mark.parametrize("first", [0, 2**22 - 100, 2**40], ids=["rows", "both", "interned"])
+def test_threads_that_meet_the_same_new_clusters_agree_on_them(first: int) -> None:
     """Each cluster only ever gets its own number as reward."""
-    num_threads, num_clusters = 4, 20_000
+    num_threads, num_clusters = 4, 5_000
     normalizer, start = ClusterNormalizer(), threading.Barrier(num_threads)
 
     def work(seed: int) -> None:
-        clusters = np.random.default_rng(seed).permutation(num_clusters)
+        clusters = first + np.random.default_rng(seed).permutation(num_clusters)
         start.wait()
-        normalizer.update(clusters.astype(np.float64), clusters)
+        for part in np.array_split(clusters, 20):
+            normalizer.update(part.astype(np.float64), part)
 
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(work, range(num_threads)))
-    expected = {i: ClusterStats(num_threads, float(i), 0.0) for i in range(num_clusters)}
+    expected = {
+        first + i: ClusterStats(num_threads, float(first + i), 0.0) for i in range(num_clusters)
+    }
     assert normalizer.snapshot() == expected
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_every_sample_is_in_one_delta() -> None:
+    """While others fold, deltas are taken and merged elsewhere: nothing is lost or told twice."""
+    source, sink = ClusterNormalizer(track_delta=True), ClusterNormalizer()
+    running = threading.Event()
+    running.set()
+
+    def fold(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            clusters = rng.integers(0, 5, 16)
+            source.update(rng.normal(size=16), clusters)
+
+    def send() -> None:
+        while running.is_set():
+            sink.merge(source.delta())
+
+    with ThreadPoolExecutor(5) as pool:
+        sending = [pool.submit(send) for _ in range(2)]
+        folding = [pool.submit(fold, seed) for seed in range(3)]
+        for future in folding:
+            future.result()
+        running.clear()
+        for future in sending:
+            future.result()
+    sink.merge(source.delta())
+    counts = [stats.count for stats in source.snapshot().values()]
+    assert sum(counts) == 3 * 200 * 16
+    assert [stats.count for stats in sink.snapshot().values()] == counts
 
 
 def test_a_call_overtaken_by_a_load_never_mixes_clusters() -> None:
     source, normalizer = ClusterNormalizer(), ClusterNormalizer()
-    source.update([3.0, 1.0, 2.0], [3, 1, 2])
-    normalizer.update([1.0, 2.0, 3.0], [1, 2, 3])
+    source.update([3.0, 1.0, 2.0], ["3", "1", "2"])
+    normalizer.update([1.0, 2.0, 3.0], ["1", "2", "3"])
     state = source.state_dict()
+    stop = threading.Event()
 
-    class Ids:
-        """Ids during whose reading somebody else loads a state that numbers them otherwise."""
-
-        def tolist(self) -> list[int]:
+    def load() -> None:
+        while not stop.is_set():
             normalizer.load_state_dict(state)
-            return [1, 2, 3]
 
-    ids: Any = Ids()
-    for call in (normalizer, normalizer.update, normalizer.normalize):
-        call([1.0, 2.0, 3.0], ids)
-        assert normalizer.state_dict() == state
+    loading = threading.Thread(target=load)
+    loading.start()
+    try:
+        for _ in range(300):
+            # Equal rewards have advantage 0 in their own cluster, and in no other.
+            assert normalizer([1.0, 2.0, 3.0], ["1", "2", "3"]) == [0.0] * 3
+    finally:
+        stop.set()
+        loading.join()
+    means = {cluster: stats.mean for cluster, stats in normalizer.snapshot().items()}
+    assert means == {"1": 1.0, "2": 2.0, "3": 3.0}

@@ -336,7 +336,12 @@ def test_untrusted_text_is_shown_not_run(tmp_path: Path) -> None:
         tmp_path / "run",
         names={"4": HOSTILE, "0": "<b>bold</b>"},
         text=HOSTILE,
-        info={"processor": HOSTILE, "reward_name": HOSTILE, "status": HOSTILE},
+        info={
+            "processor": HOSTILE,
+            "reward_name": HOSTILE,
+            "status": HOSTILE,
+            "warnings": [f"cluster {HOSTILE}: lags"],
+        },
         config={"data.path": HOSTILE},
     )
     out = tmp_path / "report.html"
@@ -344,7 +349,7 @@ def test_untrusted_text_is_shown_not_run(tmp_path: Path) -> None:
     page = parse(out)
     assert [tag for tag, _ in page.tags if tag in ("script", "img", "b")] == ["script"] * 3
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
-    assert sum(HOSTILE in cell for row in page.rows for cell in row) >= 5
+    assert sum(HOSTILE in cell for row in page.rows for cell in row) >= 6
     labels = [t for f in page.figures.values() for t in f["layout"]["yaxis"].get("ticktext", [])]
     assert "&lt;b&gt;bold&lt;/b&gt;" in labels
     names = {trace.get("name", "") for f in page.figures.values() for trace in f["data"]}
@@ -411,6 +416,24 @@ def test_verdict_of_one_arm(tmp_path: Path) -> None:
     assert "pgrpo: reward rose." in report(runs, tmp_path).verdict
     said = report(runs[:1], tmp_path).verdict
     assert "one seed" in said and "rose" not in said and NO_RANKING in said
+
+
+def test_warnings_stand_by_arm_and_seed(tmp_path: Path) -> None:
+    lags, flat = "cluster 4: the history lags behind", "cluster 0: all rewards nearly equal"
+    runs = [
+        make_run(tmp_path / "a", "pgrpo", 0, info={"warnings": [lags, flat]}),
+        make_run(tmp_path / "b", "pgrpo", 1, info={"warnings": [lags]}),
+        make_run(tmp_path / "c", "grpo", 0),
+    ]
+    page = report(runs, tmp_path)
+    assert "3 warnings: see “Warnings” in the report." in page.verdict
+    found = [row for row in page.rows if row[-1].startswith("Cluster ")]
+    assert found == [
+        ["pgrpo", "0", "Cluster 4: the history lags behind."],
+        ["pgrpo", "0", "Cluster 0: all rewards nearly equal."],
+        ["pgrpo", "1", "Cluster 4: the history lags behind."],
+    ]
+    assert "Warnings" not in report(runs[2:], tmp_path).text
 
 
 def test_verdict_falls_back_on_training(tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ VARIANTS = {
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),
     "control arm": ({"estimator": {"name": "pgrpo", "history": "shuffled"}}, 61),
+    "control arm of auto": ({"estimator": {"name": "auto", "history": "shuffled"}}, 61),
+    "auto that forgets": (
+        {"estimator": {"name": "auto", "forgetting": 0.9, "frequency_weight": 0.5}},
+        61,
+    ),
+    "shrinkage that reads what came before": (
+        {"estimator": {"name": "shrinkage", "order": "normalize_then_update", "prior_count": 4}},
+        61,
+    ),
     "minibatches, epochs, a schedule": (
         {
             "optimizer.minibatches": 2,

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from html import escape
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
+from reference import Reference
 
 from pgrpo.cli import main
-from pgrpo.config import parse_config
+from pgrpo.config import EstimatorName, parse_config
 from pgrpo.display import Display
 from pgrpo.policy import Policy
 from pgrpo.run_folder import RunFolder
 from pgrpo.trainer import Trainer
+from pgrpo.types import Rollout
 
 NUM_PROMPTS, GROUP = 4, 3
 # Every rollout is written to samples.jsonl.
@@ -112,61 +116,138 @@ def check_metrics(run: Path) -> None:
 
 
 EPS = 1e-4
+Batch = tuple[Trainer, list[Rollout], np.ndarray, np.ndarray]
 
 
-def expected_advantages(estimator: Tree, steps: list[list[Tree]]) -> list[list[float]]:
-    """Straight from the formulas of the estimators, group by group and step by step."""
-    seen: dict[object, list[float]] = {}
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """What each step of a run normalises: trainer, rollouts, rewards and advantages."""
+    seen: list[Batch] = []
+    compute = Trainer._advantages
+
+    def spy(self: Trainer, rollouts: list[Rollout], rewards: np.ndarray) -> np.ndarray:
+        advantages = compute(self, rollouts, rewards)
+        seen.append((self, rollouts, rewards, advantages))
+        return advantages
+
+    monkeypatch.setattr(Trainer, "_advantages", spy)
+    return seen
+
+
+def expected_advantages(
+    estimator: Tree, batches: list[Batch], score_norms: bool = True
+) -> list[list[float]]:
+    """Of a slow oracle that keeps every reward of the run."""
+    options = dict(estimator)
+    history = options.pop("history", "cluster")
+    oracle = Reference(options.pop("name"), **options)
     result: list[list[float]] = []
-    for samples in steps:
-        rewards = np.array([s["reward"] for s in samples])
-        groups = rewards.reshape(NUM_PROMPTS, -1)
-        mean, std = groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
-        match estimator["name"]:
-            case "grpo":
-                values = (groups - mean) / (std + EPS)
-            case "dr_grpo":
-                values = groups - mean
-            case "rloo":
-                others = groups.sum(1, keepdims=True) - groups
-                values = groups - others / (groups.shape[1] - 1)
-            case "batch":
-                values = (rewards - rewards.mean()) / (rewards.std() + EPS)
-            case _:
-                one = estimator.get("history") == "one"
-                keys = [0 if one else s["cluster_id"] for s in samples]
-                for key, reward in zip(keys, rewards, strict=True):
-                    seen.setdefault(key, []).append(float(reward))
-                values = np.array(
-                    [
-                        (reward - np.mean(seen[key])) / (np.std(seen[key]) + EPS)
-                        for key, reward in zip(keys, rewards, strict=True)
-                    ]
-                )
-        result.append(np.ravel(values).tolist())
+    for _, rollouts, rewards, _ in batches:
+        keys = [0 if history == "one" else r.prompt.cluster_id for r in rollouts]
+        groups = [r.group_id for r in rollouts]
+        norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
+        advantages = oracle(rewards, keys, groups, score_norms=norms if score_norms else None)
+        result.append(advantages.tolist())
     return result
+
+
+OPTIONS: Tree = {
+    "ddof": 1,
+    "eps": 0.01,
+    "forgetting": 0.7,
+    "prior_count": 3.0,
+    "sigma_floor": 0.3,
+    "min_count": 6.0,
+    "clip": 1.5,
+    "frequency_weight": 0.5,
+}
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
-        {"name": "pgrpo"},
-        {"name": "pgrpo", "history": "one"},
-        {"name": "grpo"},
-        {"name": "dr_grpo"},
-        {"name": "rloo"},
-        {"name": "batch"},
+        *({"name": name} for name in get_args(EstimatorName)),
+        *({"name": name, "history": "one"} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
+        *({"name": name, **OPTIONS} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
+        {"name": "pgrpo", "order": "normalize_then_update"},
+        {"name": "auto", "order": "normalize_then_update"},
+        {"name": "grpo", "clip": 0.5, "frequency_weight": 1.0},
     ],
-    ids=lambda estimator: "-".join(estimator.values()),
+    ids=lambda estimator: "-".join(map(str, estimator.values())),
 )
-def test_advantages_are_those_of_the_formulas(tmp_path: Path, estimator: Tree) -> None:
-    run = train(tmp_path, {**ALL, "estimator": estimator})
-    check_metrics(run)
+def test_advantages_are_those_of_the_formulas(
+    tmp_path: Path, batches: list[Batch], estimator: Tree
+) -> None:
+    run = train(tmp_path, {**ALL, "estimator": estimator, "run.eval_every": 0})
+    if "forgetting" not in estimator:
+        check_metrics(run)
     steps = by_step(run)
-    expected = expected_advantages(estimator, steps)
+    expected = expected_advantages(estimator, batches)
     for samples, values in zip(steps, expected, strict=True):
         found = [sample["advantage"] for sample in samples]
         np.testing.assert_allclose(found, values, rtol=1e-9, atol=1e-9)
+
+
+def test_auto_is_told_the_norms_of_the_scores(tmp_path: Path, batches: list[Batch]) -> None:
+    estimator = {"name": "auto"}
+    train(tmp_path, {**ALL, "estimator": estimator})
+    found = np.array([advantages for *_, advantages in batches])
+    np.testing.assert_allclose(found, expected_advantages(estimator, batches), rtol=1e-9, atol=1e-9)
+    without = expected_advantages(estimator, batches, score_norms=False)
+    # An untrained policy is nearly uniform, and its scores nearly as long as each other.
+    assert np.abs(found - without).max() > 1e-5
+
+
+@pytest.mark.parametrize("order", ["update_then_normalize", "normalize_then_update"])
+@pytest.mark.parametrize("history", ["cluster", "shuffled"])
+def test_corollary_3_1_is_of_the_history_that_was_read(
+    tmp_path: Path, order: str, history: str
+) -> None:
+    estimator = {"name": "pgrpo", "order": order, "history": history}
+    run = train(tmp_path, {**ALL, "estimator": estimator})
+    before: Tree = {}
+    for record, samples in zip(lines(run, "metrics.jsonl"), by_step(run), strict=True):
+        after = record["clusters"]
+        read = before if order == "normalize_then_update" else after
+        for cluster, found in after.items():
+            groups = np.reshape(
+                [s["reward"] for s in samples if str(s["cluster_id"]) == cluster], (-1, GROUP)
+            )
+            if not len(groups) or cluster not in read:
+                assert (found["scale_ratio"], found["bias"]) == (None, None)
+                continue
+            scale = read[cluster]["std"] + EPS
+            assert found["scale_ratio"] == pytest.approx(((groups.std(1) + EPS) / scale).mean())
+            bias = (groups.mean() - read[cluster]["mean"]) / scale
+            assert found["bias"] == pytest.approx(bias, abs=1e-9)
+        before = after
+
+
+FLAT = """
+from pgrpo.hookspecs import hookimpl
+
+def flat(rollouts):
+    return [0.5] * len(rollouts)
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("flat", flat)
+"""
+
+
+def test_warnings_are_shown_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", FLAT)
+    run = train(tmp_path, {"rewards": [{"name": "flat"}]})
+    warnings = json.loads((run / "run.json").read_text("utf-8"))["warnings"]
+    (flat,) = (warning for warning in warnings if "the standard deviation is 0" in warning)
+    # Four checkpoints, and the set of clusters it is true of grows.
+    assert capsys.readouterr().out.count("the standard deviation is 0") == 1
+    page = (run / "report.html").read_text("utf-8")
+    assert escape(flat[1:]) in page
+    assert f"{len(warnings)} warning" in page
 
 
 def test_the_shuffled_arm_reads_the_histories_of_others(run: Path, tmp_path: Path) -> None:
@@ -185,7 +266,7 @@ def test_the_shuffled_arm_reads_the_histories_of_others(run: Path, tmp_path: Pat
     assert trace(folder.path)["weights"] != trace(run)["weights"]
 
 
-@pytest.mark.parametrize("estimator", ["pgrpo", "batch"])
+@pytest.mark.parametrize("estimator", ["pgrpo", "batch", "shrinkage", "auto"])
 def test_groups_of_one(tmp_path: Path, estimator: str) -> None:
     changes = {**ALL, "generation.group_size": 1, "run.samples_per_step": NUM_PROMPTS}
     run = train(tmp_path, {**changes, "estimator.name": estimator})
@@ -211,7 +292,7 @@ def pgrpo_register_rewards(register):
 """
 
 
-@pytest.mark.parametrize("estimator", ["pgrpo", "grpo"])
+@pytest.mark.parametrize("estimator", ["pgrpo", "grpo", "auto"])
 def test_rollouts_without_a_reward_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:

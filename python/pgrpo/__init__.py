@@ -4,6 +4,7 @@ Importing this needs NumPy alone; the trainer's parts are imported where they ar
 """
 
 from pgrpo._core import __version__
+from pgrpo.diagnostics import ClusterDiagnostics, Diagnostics
 from pgrpo.errors import (
     CheckpointError,
     ConfigError,
@@ -17,10 +18,12 @@ from pgrpo.normalizer import ClusterNormalizer, ClusterStats
 
 __all__ = [
     "CheckpointError",
+    "ClusterDiagnostics",
     "ClusterNormalizer",
     "ClusterStats",
     "ConfigError",
     "DataError",
+    "Diagnostics",
     "ModelError",
     "PgrpoError",
     "PluginError",

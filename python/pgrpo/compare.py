@@ -74,14 +74,11 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
     known = list(EstimatorConfig.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
     if name not in known:
         raise ConfigError(f"there is no estimator {name!r}{suggest(name, known)}")
-    idle = EstimatorConfig.model_validate({"name": name}).inactive()
-    settings: dict[str, Any] = {k: v for k, v in tree["estimator"].items() if k not in idle}
-    settings["name"] = name
-    if colon:
-        settings["history"] = history
-    elif "history" in settings:
-        settings["history"] = "cluster"
-    tree["estimator"] = settings
+    # Not the base's own history: what an arm reads is in its name.
+    chosen: dict[str, Any] = {"name": name, **({"history": history} if colon else {})}
+    idle = EstimatorConfig.model_construct(**chosen).inactive() | {"history"}
+    kept = {key: value for key, value in tree["estimator"].items() if key not in idle}
+    tree["estimator"] = kept | chosen
     return parse_config(tree, source=f"arm {arm!r}")
 
 

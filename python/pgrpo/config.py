@@ -23,7 +23,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch"]
+EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+READS_HISTORIES = frozenset({"pgrpo", "two_way", "shrinkage", "auto"})
+"""Estimators whose advantages depend on reward histories."""
 
 
 class Section(BaseModel):
@@ -217,25 +219,46 @@ class GenerationConfig(Section):
 
 
 class EstimatorConfig(Section):
-    """The rule that turns rewards into advantages (docs/estimators.md)."""
+    """The rule that turns rewards into advantages (docs/estimators.md). All fields but `name` and
+    `history` are arguments of `pgrpo.ClusterNormalizer`."""
 
     name: EstimatorName = "pgrpo"
-    """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, ..."""
+    """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, `auto` by what of both
+    varies least, ..."""
     history: Literal["cluster", "one", "shuffled"] = "cluster"
     """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
     sizes made of shuffled users; the last two are control arms."""
     ddof: int = Field(default=0, ge=0, le=1)
     """Standard deviations divide by count - ddof."""
-    eps: float = Field(default=1e-4, gt=0)
+    eps: float = Field(default=1e-4, ge=1e-100)
     """Added to the standard deviation."""
     order: Literal["update_then_normalize", "normalize_then_update"] = "update_then_normalize"
     """Whether a step's rewards enter the histories before or after they are normalised by them."""
+    forgetting: float = Field(default=1.0, gt=0, le=1)
+    """What a history's earlier rewards count for each time that a step adds to it; 1: nothing is
+    forgotten. At rho about the last 1 / (1 - rho) steps count."""
+    prior_count: float = Field(default=0.0, ge=0)
+    """Every history is read as if it held this many more rewards, of all clusters pooled."""
+    sigma_floor: float = Field(default=0.0, ge=0)
+    """Standard deviations of histories are read as this at least; in units of the reward."""
+    min_count: float = Field(default=1.0, ge=0)
+    """A history of fewer rewards (`prior_count` included) gives advantage 0."""
+    clip: float | None = Field(default=None, gt=0)
+    """Bound of |advantage|."""
+    frequency_weight: float = Field(default=0.0, ge=0)
+    """Advantages are multiplied by q^-frequency_weight, where q is the share of the cluster's history
+    in the rewards of all; 0.5 helps rare clusters."""
 
     def inactive(self) -> set[str]:
-        if self.name == "pgrpo":
-            return set()
-        idle = {"history", "order"}
-        return idle if self.name in ("grpo", "batch") else idle | {"ddof", "eps"}
+        idle: set[str] = set()
+        if self.name not in READS_HISTORIES:
+            idle |= {"history", "order", "forgetting", "prior_count", "sigma_floor", "min_count"}
+        if self.name in ("dr_grpo", "rloo"):
+            idle |= {"ddof", "eps"}
+        if self.history == "one":
+            # A cluster that is all there is has share 1.
+            idle.add("frequency_weight")
+        return idle
 
 
 class LossConfig(Section):
@@ -303,7 +326,8 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.minibatches is {batches}, more than the {groups} prompts of a step"
             )
-        if self.generation.group_size == 1 and self.estimator.name in ("grpo", "dr_grpo", "rloo"):
+        blind = ("grpo", "dr_grpo", "rloo", "two_way")
+        if self.generation.group_size == 1 and self.estimator.name in blind:
             raise ValueError(
                 f"estimator {self.estimator.name!r} learns nothing from groups of one; "
                 "generation.group_size must be at least 2"

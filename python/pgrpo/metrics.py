@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from pgrpo.diagnostics import Diagnostics
 from pgrpo.normalizer import ClusterStats
 from pgrpo.run_folder import disk_errors
 from pgrpo.types import ClusterId, FloatArray, Rollout
@@ -31,11 +32,13 @@ def cluster_records(
     rewards: FloatArray,
     advantages: FloatArray,
     histories: Mapping[ClusterId, ClusterStats],
+    read: Mapping[ClusterId, ClusterStats],
     *,
     eps: float,
     ddof: int,
 ) -> dict[str, dict[str, Any]]:
-    """Per cluster of this step: raw reward, history, mean advantage and the terms of Corollary 3.1.
+    """Per cluster with a history: raw reward of this step, history after it, mean advantage and the
+    terms of Corollary 3.1 by the histories that were `read`, before or after the step.
 
     With a group's mean and standard deviation m_G, s_G and its cluster's m_p, s_p, P-GRPO's
     advantage is scale_ratio * (GRPO's advantage) + bias, where
@@ -62,21 +65,48 @@ def cluster_records(
             "bias": None,
         }
         if len(members):
-            scale = history.std + eps
+            record["reward"] = float(rewards[members].mean())
+            record["advantage"] = float(advantages[members].mean())
+        if len(members) and cluster in read:
+            scale = read[cluster].std + eps
             stats: list[tuple[float, float]] = []
             for group in groups:
                 values = rewards[group][np.isfinite(rewards[group])]
                 if cluster_of[group[0]] == cluster and len(values) > ddof:
                     std = float(values.std(ddof=ddof))
                     stats.append(
-                        ((std + eps) / scale, (float(values.mean()) - history.mean) / scale)
+                        ((std + eps) / scale, (float(values.mean()) - read[cluster].mean) / scale)
                     )
-            record["reward"] = float(rewards[members].mean())
-            record["advantage"] = float(advantages[members].mean())
             if stats:
                 record["scale_ratio"], record["bias"] = np.mean(stats, axis=0).tolist()
         records[str(cluster)] = record
     return records
+
+
+LENGTH_BIAS = 0.1
+"""Mean advantages beyond this share of their root mean square are worth a warning under a loss in
+which they act on lengths."""
+
+
+def warnings(diagnostics: Diagnostics, aggregation: str) -> list[str]:
+    """What the normalizer warns of, and what it cannot know: how the loss weighs tokens.
+
+    Under `loss.aggregation = "grpo"` each rollout's tokens share a weight of 1: where advantages are
+    positive on the mean, tokens of short completions are pushed up more than those of long ones.
+    """
+    found = list(diagnostics.warnings)
+    told = [c for c in diagnostics.clusters.values() if c.mean_advantage is not None]
+    if aggregation == "grpo" and told:
+        counts, means = np.array([(c.count, c.mean_advantage) for c in told]).T
+        spreads = np.array([c.std_advantage for c in told])
+        mean = float(np.average(means, weights=counts))
+        rms = math.sqrt(float(np.average(means**2 + spreads**2, weights=counts)))
+        if abs(mean) > LENGTH_BIAS * rms:
+            found.append(
+                f"mean advantage {mean:+.2f} with loss.aggregation grpo favours "
+                f"{'short' if mean > 0 else 'long'} completions; dapo and dr_grpo do not"
+            )
+    return found
 
 
 def fairness(values: Sequence[float]) -> dict[str, float | None]:

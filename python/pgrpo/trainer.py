@@ -7,6 +7,7 @@ bit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -82,24 +83,22 @@ class Trainer:
         )
         self.engine: Engine = make_engine(config.generation, self.model)
         estimator = config.estimator
+        options = estimator.model_dump(exclude={"name", "history"})
         self.normalizer = ClusterNormalizer(
-            estimator.name,
-            ddof=estimator.ddof,
-            eps=estimator.eps,
-            order=estimator.order,
-            nan_policy="zero",
+            estimator.name, nan_policy="zero", track_diagnostics=True, **options
         )
         # Control arms read other histories than their clusters'; these are kept for the metrics.
         self.histories = (
             self.normalizer
             if estimator.history == "cluster"
-            else ClusterNormalizer("pgrpo", ddof=estimator.ddof, nan_policy="zero")
+            else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
         )
         self.history_of = self._history_keys()
         self.done = 0
         self.saved = 0
         self.policy_version = 0
         self._mid_step = False
+        self._warned: set[str] = set()
         if checkpoint is not None:
             self._restore(checkpoint)
         folder.rewind(self.done)
@@ -161,7 +160,9 @@ class Trainer:
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
             )
         self._mid_step = True
+        before = self.histories.snapshot()
         advantages = self._advantages(rollouts, rewards)
+        after = self.histories.snapshot()
         watch.lap("reward")
 
         rewarded = [i for i, reward in enumerate(rewards) if np.isfinite(reward)]
@@ -177,7 +178,8 @@ class Trainer:
             rollouts,
             rewards,
             advantages,
-            self.histories.snapshot(),
+            after,
+            before if config.estimator.order == "normalize_then_update" else after,
             eps=config.estimator.eps,
             ddof=config.estimator.ddof,
         )
@@ -209,9 +211,12 @@ class Trainer:
         """Fold the step's rewards into the histories and normalise them: [N]."""
         clusters = [rollout.prompt.cluster_id for rollout in rollouts]
         keys = [self.history_of[rollout.prompt.example.user] for rollout in rollouts]
+        groups = [rollout.group_id for rollout in rollouts]
+        # Squared norms of the scores, sum_t (1 - p_t)^2; read by `auto` alone.
+        norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self.histories is not self.normalizer:
             self.histories.update(rewards, clusters)
-        return self.normalizer(rewards, keys, groups=[r.group_id for r in rollouts])
+        return self.normalizer(rewards, keys, groups, score_norms=norms)
 
     def _examples(self, step: int) -> list[Example]:
         """The step's training examples: consecutive places in a shuffle of its own per epoch."""
@@ -325,6 +330,16 @@ class Trainer:
             self.folder.checkpoints, step, self.policy, state, self.config.run.keep_checkpoints
         )
         self.saved = step
+        for warning in self._warnings():
+            # Once a kind, whichever clusters and numbers it names.
+            kind = re.sub(r"^clusters? .*?: |\d+", "", warning)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.display.note(f"warning: {warning}")
+
+    def _warnings(self) -> list[str]:
+        """What stands to be warned of, judged by all steps so far."""
+        return metrics.warnings(self.normalizer.diagnostics(), self.config.loss.aggregation)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
@@ -363,6 +378,7 @@ class Trainer:
             "chance": float(np.mean([1 / n for n in lengths])) if lengths else None,
             "reward_name": " + ".join(section.name for section in self.config.rewards),
             "clusters": self.about,
+            "warnings": self._warnings(),
         }
         self.folder.write_info(info)
 

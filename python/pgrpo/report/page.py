@@ -123,6 +123,7 @@ class Page:
         """All sections in reading order; an empty string where there is nothing to show."""
         return [
             self.summary(),
+            self.warnings(),
             self.reward(),
             self.held_out(),
             self.clusters(),
@@ -223,6 +224,27 @@ class Page:
             table(header, rows, numeric=range(1, len(header))),
             "Tukey-Kramer intervals over seeds: they hold for all pairs of arms at once, and take "
             "the variance between seeds to be the same in every arm.",
+        )
+
+    def warnings(self) -> str:
+        """What the runs' histories tell that may go wrong."""
+        rows = [
+            [
+                swatch(self.arm_colors[arm.name]) + escape(arm.name),
+                escape(run.settings.get("run.seed", "–")),
+                escape(warning[:1].upper() + warning[1:] + "."),
+            ]
+            for arm in self.study.arms
+            for run in arm.runs
+            for warning in run.info.warnings
+        ]
+        if not rows:
+            return ""
+        return section(
+            "Warnings",
+            table(["Arm", "Seed", ""], rows, numeric=(1,), text=(2,)),
+            "From the running sums of each run's histories, as of its end (or of its last start, "
+            "where it has not finished). They tell what to look at, not that a run failed.",
         )
 
     def reward(self) -> str:
@@ -365,7 +387,9 @@ class Page:
             "the group + bias term, with scale ratio (σ<sub>G</sub> + ε) / (σ<sub>p</sub> + ε) and "
             "bias term (mean<sub>G</sub> − mean<sub>p</sub>) / (σ<sub>p</sub> + ε), averaged over "
             "a cluster's groups in a step. A scale ratio below 1 means weaker steps than GRPO's; a "
-            "bias term that stays away from 0 means that the history lags behind the rewards. "
+            "bias term that stays away from 0 means that the history lags behind the rewards. The "
+            "history is the one that advantages are read from: after a step, or before it with "
+            "<code>order = normalize_then_update</code>. "
             "Dashed: no departure. Smoothed and averaged over seeds as above.",
         )
 

@@ -126,6 +126,7 @@ class RunInfo(Record):
     chance: float | None = None
     reward_name: str = "reward"
     clusters: dict[str, ClusterInfo] = {}
+    warnings: list[str] = []
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ def verdict(study: Study) -> Verdict:
         notes.append(f"{unfinished} of {plural(len(study.runs), 'run')} had not finished.")
     if len({run.steps[-1].step for run in study.runs}) > 1:
         notes.append(f"Runs differ in length; all are compared up to step {study.last_step}.")
+    warned = sum(len(run.info.warnings) for run in study.runs)
+    if warned:
+        notes.append(f"{plural(warned, 'warning')}: see “Warnings” in the report.")
     return Verdict(said.headline, (*said.sentences, *notes))
 
 

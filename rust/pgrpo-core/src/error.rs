@@ -35,12 +35,42 @@ pub enum Error {
         /// The reward.
         value: f64,
     },
-    /// A history that was not kept by this crate: infinite, or of negative spread.
-    History {
-        /// Dense id of its cluster.
-        cluster: u32,
+    /// A weight or score norm is negative, not a number, or 2^20 and more.
+    Weight {
+        /// `weights` or `score_norms`.
+        name: &'static str,
+        /// Position of the first such entry.
+        index: usize,
+        /// The entry.
+        value: f64,
+    },
+    /// More was to be taken out of a history than it holds.
+    Retract {
+        /// Name of the cluster.
+        cluster: String,
+        /// Samples, or their weight, to be taken out.
+        count: f64,
+        /// Samples, or their weight, in the history.
+        held: f64,
+    },
+    /// What was asked for needs an option that was not chosen, or does not go with the one that was.
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// What it would need.
+        needs: &'static str,
+    },
+    /// A snapshot that cannot be read.
+    Snapshot {
         /// What is wrong with it.
-        reason: &'static str,
+        reason: String,
+    },
+    /// A shared table has no room for another entry.
+    Full {
+        /// What ran out.
+        what: &'static str,
+        /// How much of it there is.
+        capacity: u64,
     },
 }
 
@@ -61,7 +91,20 @@ impl fmt::Display for Error {
                 "rewards[{index}] is {value:?}; expected a finite number below 1e140 in magnitude, \
                  or another nan_policy"
             ),
-            Self::History { cluster, reason } => write!(out, "history {cluster} {reason}"),
+            Self::Weight { name, index, value } => {
+                write!(out, "{name}[{index}] is {value:?}; expected a number from 0 to below 2^20")
+            }
+            Self::Retract { cluster, count, held } => {
+                write!(
+                    out,
+                    "cluster {cluster} holds {held} samples; cannot retract {count} of them"
+                )
+            }
+            Self::Unsupported { what, needs } => write!(out, "{what} needs {needs}"),
+            Self::Snapshot { reason } => write!(out, "normalizer snapshot: {reason}"),
+            Self::Full { what, capacity } => {
+                write!(out, "the shared table is full: it has room for {capacity} {what}")
+            }
         }
     }
 }

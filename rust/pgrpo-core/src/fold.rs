@@ -1,46 +1,377 @@
-//! A batch summed up per id.
+//! The two passes over a batch: rewards summed per cell, and cells' affine maps applied to rewards.
+//!
+//! A cell is what an estimator treats alike: a cluster, or the rollouts of a group that belong to one
+//! cluster. The passes are plain loops over blocks that stay in the nearest cache, compiled once for
+//! each instruction set they can use. They compute the same bits with all of them, and with any
+//! number of threads.
 
-use std::collections::HashMap;
-use std::hash::Hash;
+use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
+use crate::kernels;
 use crate::moments::{Moments, is_finite_reward};
 
-/// The moments of a batch's rewards under each id, whatever order the ids come in.
-///
-/// Non-finite rewards are left out of the moments, but keep their slot.
-#[derive(Clone, Debug)]
-pub struct Fold<I> {
-    /// \[K\] distinct ids in order of first appearance, so that equal calls add up equally.
-    pub ids: Vec<I>,
-    /// \[N\] position in `ids` of each reward's id.
-    pub slots: Vec<usize>,
-    /// \[K\] moments of the finite rewards of each id.
-    pub moments: Vec<Moments>,
+/// A reward or an advantage as it lies in memory.
+pub trait Real: Copy + Send + Sync + 'static {
+    /// The number, exactly.
+    fn to_f64(self) -> f64;
+    /// The nearest number.
+    fn from_f64(value: f64) -> Self;
 }
 
-impl<I: Copy + Eq + Hash> Fold<I> {
-    /// Folds `rewards: [N]` by `ids: [N]`.
-    #[must_use]
-    pub fn new(rewards: &[f64], ids: &[I]) -> Self {
-        debug_assert_eq!(rewards.len(), ids.len());
-        let mut fold =
-            Self { ids: Vec::new(), slots: Vec::with_capacity(ids.len()), moments: Vec::new() };
-        let mut slot_of = HashMap::new();
-        for (&reward, &id) in rewards.iter().zip(ids) {
-            let slot = match fold.slots.last() {
-                // Rollouts of a group come in a row: most rewards share the id before theirs.
-                Some(&last) if fold.ids[last] == id => last,
-                _ => *slot_of.entry(id).or_insert_with(|| {
-                    fold.ids.push(id);
-                    fold.moments.push(Moments::default());
-                    fold.ids.len() - 1
-                }),
-            };
-            fold.slots.push(slot);
-            if is_finite_reward(reward) {
-                fold.moments[slot].push(reward);
-            }
-        }
-        fold
+impl Real for f64 {
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
     }
 }
+
+impl Real for f32 {
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the nearest f32 is what is asked for")]
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+}
+
+/// An id as it lies in memory.
+pub trait Id: Copy + Eq + Send + Sync + 'static {
+    /// Its place in a table of cells; a negative id has one beyond all tables.
+    fn index(self) -> usize;
+    /// Its value.
+    fn value(self) -> i64;
+    /// The highest [`index`](Self::index); 0 of none.
+    fn highest(ids: &[Self]) -> usize {
+        ids.iter().fold(0, |highest, id| highest.max(id.index()))
+    }
+}
+
+impl Id for u32 {
+    #[inline(always)]
+    fn index(self) -> usize {
+        self as usize
+    }
+    #[inline(always)]
+    fn value(self) -> i64 {
+        i64::from(self)
+    }
+}
+
+impl Id for i32 {
+    #[inline(always)]
+    #[expect(clippy::cast_sign_loss, reason = "negative ones go beyond all tables")]
+    fn index(self) -> usize {
+        self as u32 as usize
+    }
+    #[inline(always)]
+    fn value(self) -> i64 {
+        i64::from(self)
+    }
+}
+
+impl Id for i64 {
+    #[inline(always)]
+    fn index(self) -> usize {
+        usize::try_from(self).unwrap_or(usize::MAX)
+    }
+    #[inline(always)]
+    fn value(self) -> i64 {
+        self
+    }
+}
+
+/// Rewards of one cell about a shift: sum of deviations, sum of their squares, number, shift.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(32))]
+pub(crate) struct Row([f64; 4]);
+
+/// A spread of which less than this part is left after subtraction is summed up again.
+const CANCELLATION: f64 = 1.0 / 1024.0;
+
+impl Row {
+    #[inline(always)]
+    pub(crate) fn add(&mut self, sums: [f64; 4]) {
+        for (total, sum) in self.0.iter_mut().zip(sums) {
+            *total += sum;
+        }
+    }
+
+    /// The shift, which is the first reward.
+    #[inline(always)]
+    pub(crate) fn shift_or(&mut self, first: f64) -> f64 {
+        if self.0[2] == 0.0 {
+            self.0[3] = first;
+        }
+        self.0[3]
+    }
+
+    #[inline(always)]
+    pub(crate) fn push(&mut self, reward: f64, weight: f64) {
+        let deviation = reward - self.shift_or(reward);
+        self.0[0] += weight * deviation;
+        self.0[1] += weight * deviation * deviation;
+        self.0[2] += weight;
+    }
+
+    fn moments(self) -> Moments {
+        let Self([sum, squares, count, shift]) = self;
+        if count == 0.0 {
+            return Moments { origin: shift, ..Moments::default() };
+        }
+        let offset = sum / count;
+        // The difference is NaN for non-finite rewards, and must stay so.
+        let m2 = squares - sum * offset;
+        Moments { count, origin: shift, offset, m2: if m2 < 0.0 { 0.0 } else { m2 } }
+    }
+
+    /// Whether ten bits or more of `m2` cancel out, the shift being far from the mean for so small a
+    /// spread. Equal rewards are of this kind, and a single one: their `m2` must come out as 0, and
+    /// their mean as what they are.
+    fn cancels(self) -> bool {
+        let Self([sum, squares, count, _]) = self;
+        squares * count - sum * sum < CANCELLATION * squares * count
+    }
+}
+
+/// Rewards per block: they and their ids stay in the nearest cache.
+const BLOCK: usize = 2048;
+/// Blocks after which it is decided whether the rest is summed up about a common shift.
+const PROBE: usize = 2;
+/// Rewards per chunk, at least: what a thread takes at a time. Chunks depend on the batch alone, and
+/// are merged in their order, so that results do not depend on the number of threads.
+const CHUNK: usize = 1 << 18;
+/// A chunk has at least so many times more rewards than cells: merging costs per cell. Below, a common
+/// shift does not pay either: the fewer rewards a cell has, the likelier they are close together.
+const CHUNK_PER_CELL: usize = 64;
+/// Buffers for more cells than these are not kept.
+pub(crate) const KEPT_CELLS: usize = 1 << 16;
+
+/// Moments of the rewards \[N\] under each id \[N\]: `moments[id]`, of count 0 where there are none.
+/// False, and nothing of use in `moments`, if an id is not below `limit`.
+///
+/// A non-finite reward makes the moments of its cell non-finite.
+pub(crate) fn fold<R: Real, I: Id>(
+    rewards: &[R],
+    ids: &[I],
+    weights: Option<&[f64]>,
+    limit: usize,
+    num_threads: usize,
+    moments: &mut Vec<Moments>,
+) -> bool {
+    thread_local! {
+        // Kept between calls: small batches would spend their time in the allocator.
+        static ROWS: Cell<Vec<Row>> = const { Cell::new(Vec::new()) };
+    }
+    moments.clear();
+    let mut rows = ROWS.take();
+    let first = rewards.len().min(CHUNK);
+    let weights_of = |from: usize, to: usize| weights.map(|weights| &weights[from..to]);
+    let fits = fold_chunk(&rewards[..first], &ids[..first], weights_of(0, first), limit, &mut rows);
+    if fits {
+        moments.extend(rows.iter().map(|row| row.moments()));
+    }
+    if rows.len() <= KEPT_CELLS {
+        ROWS.set(rows);
+    }
+    if !fits || first == rewards.len() {
+        return fits;
+    }
+    let size = CHUNK.max(CHUNK_PER_CELL * moments.len());
+    let mut folded = Vec::new();
+    folded.resize_with((rewards.len() - first).div_ceil(size), || Some(Vec::new()));
+    let tasks = folded.iter_mut().enumerate().map(|(chunk, rows)| (first + chunk * size, rows));
+    in_parallel(tasks, num_threads, |(from, rows)| {
+        let to = rewards.len().min(from + size);
+        let weights = weights_of(from, to);
+        let mut filled = Vec::new();
+        let fits = fold_chunk(&rewards[from..to], &ids[from..to], weights, limit, &mut filled);
+        *rows = fits.then_some(filled);
+    });
+    for rows in folded {
+        let Some(rows) = rows else { return false };
+        if rows.len() > moments.len() {
+            moments.resize(rows.len(), Moments::default());
+        }
+        for (total, row) in moments.iter_mut().zip(rows) {
+            *total = total.merge(row.moments());
+        }
+    }
+    true
+}
+
+/// Does all tasks, each by whichever thread is free.
+fn in_parallel<T: Send>(
+    tasks: impl ExactSizeIterator<Item = T> + Send,
+    num_threads: usize,
+    work: impl Fn(T) + Sync,
+) {
+    let num_helpers = num_threads.min(tasks.len()).saturating_sub(1);
+    if num_helpers == 0 {
+        return tasks.for_each(work);
+    }
+    let tasks = Mutex::new(tasks);
+    let go_on = || {
+        loop {
+            let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(task) = task else { return };
+            work(task);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..num_helpers {
+            scope.spawn(go_on);
+        }
+        go_on();
+    });
+}
+
+/// Grows `rows` to hold all ids; false if one is not below `limit`.
+fn make_room<I: Id>(ids: &[I], limit: usize, rows: &mut Vec<Row>) -> bool {
+    let highest = I::highest(ids);
+    if highest >= rows.len() {
+        if highest >= limit {
+            return false;
+        }
+        rows.resize((highest + 1).next_power_of_two().min(limit), Row::default());
+    }
+    true
+}
+
+/// Sums up one chunk about its first reward, all cells alike, which is fastest; the cells that this
+/// serves badly once more, about the first reward of each.
+fn fold_chunk<R: Real, I: Id>(
+    rewards: &[R],
+    ids: &[I],
+    weights: Option<&[f64]>,
+    limit: usize,
+    rows: &mut Vec<Row>,
+) -> bool {
+    rows.clear();
+    let shift = rewards.first().map_or(0.0, |reward| reward.to_f64());
+    if weights.is_some() || rewards.len() < BLOCK || !is_finite_reward(shift) {
+        return fold_each(rewards, ids, weights, limit, rows);
+    }
+    for (at, (rewards_here, ids_here)) in rewards.chunks(BLOCK).zip(ids.chunks(BLOCK)).enumerate() {
+        if !make_room(ids_here, limit, rows) {
+            return false;
+        }
+        let few = rewards.len() < CHUNK_PER_CELL * rows.len();
+        let poor = || rows.iter().filter(|row| row.cancels()).count() * 8 > rows.len();
+        if few || at == PROBE && poor() {
+            rows.clear();
+            return fold_each(rewards, ids, None, limit, rows);
+        }
+        kernels::about(shift, rewards_here, ids_here, rows);
+    }
+    let mut poor = Vec::new();
+    for (id, row) in rows.iter_mut().enumerate() {
+        row.0[3] = shift;
+        if row.cancels() {
+            poor.resize(id + 1, false);
+            poor[id] = true;
+            *row = Row::default();
+        }
+    }
+    if !poor.is_empty() {
+        for (reward, id) in rewards.iter().zip(ids) {
+            if poor.get(id.index()) == Some(&true) {
+                rows[id.index()].push(reward.to_f64(), 1.0);
+            }
+        }
+    }
+    true
+}
+
+/// Sums up one chunk about the first reward of each cell.
+fn fold_each<R: Real, I: Id>(
+    rewards: &[R],
+    ids: &[I],
+    weights: Option<&[f64]>,
+    limit: usize,
+    rows: &mut Vec<Row>,
+) -> bool {
+    let mut from = 0;
+    for (rewards, ids) in rewards.chunks(BLOCK).zip(ids.chunks(BLOCK)) {
+        if !make_room(ids, limit, rows) {
+            return false;
+        }
+        kernels::each(rewards, ids, weights.map(|weights| &weights[from..]), rows);
+        from += rewards.len();
+    }
+    true
+}
+
+/// What a cell does to its rewards: `A = ((r - origin) - offset) * scale`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Affine {
+    /// Subtracted first, without loss where rewards are near it.
+    pub origin: f64,
+    /// Subtracted then.
+    pub offset: f64,
+    /// Multiplied with.
+    pub scale: f64,
+}
+
+/// Error of an advantage, in units of 1, that a single subtraction of `origin + offset` may add.
+const NEGLIGIBLE: [f64; 2] = [1e-9, 1e-15];
+
+/// Advantages \[N\] of the rewards \[N\], bounded by `clip`: the map of `ids[i]` applied to each, out
+/// of `maps` with their ids, all below `num_maps`.
+pub(crate) fn apply<R: Real, I: Id>(
+    rewards: &[R],
+    ids: &[I],
+    num_maps: usize,
+    maps: impl Iterator<Item = (usize, Affine)> + Clone,
+    clip: Option<f64>,
+    num_threads: usize,
+    out: &mut [R],
+) {
+    thread_local! {
+        static PAIRS: Cell<Vec<[f64; 2]>> = const { Cell::new(Vec::new()) };
+    }
+    let mut pairs = PAIRS.take();
+    pairs.clear();
+    pairs.resize(num_maps, [0.0; 2]);
+    let negligible = NEGLIGIBLE[usize::from(size_of::<R>() == size_of::<f64>())];
+    let mut exact = true;
+    for (id, Affine { origin, offset, scale }) in maps.clone() {
+        let center = origin + offset;
+        let lost = offset - (center - origin);
+        exact &= (lost * scale).abs() <= negligible;
+        pairs[id] = [center, scale];
+    }
+    let mut placed = Vec::new();
+    if !exact {
+        placed.resize(num_maps, Affine::default());
+        maps.for_each(|(id, map)| placed[id] = map);
+    }
+    let streamed = out.len() >= STREAM_FROM;
+    let chunks = rewards.chunks(CHUNK).zip(ids.chunks(CHUNK)).zip(out.chunks_mut(CHUNK));
+    in_parallel(chunks, num_threads, |((rewards, ids), out)| {
+        if !exact {
+            kernels::apply_exactly(rewards, ids, &placed, out);
+        } else if !kernels::permute(rewards, ids, &pairs, streamed, out) {
+            kernels::apply(rewards, ids, &pairs, out);
+        }
+        if let Some(clip) = clip {
+            for advantage in out {
+                *advantage = R::from_f64(advantage.to_f64().clamp(-clip, clip));
+            }
+        }
+    });
+    if pairs.len() <= KEPT_CELLS {
+        PAIRS.set(pairs);
+    }
+}
+
+/// Advantages from here on are written past the caches, which they would only sweep.
+const STREAM_FROM: usize = 1 << 20;

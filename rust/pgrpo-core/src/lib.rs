@@ -1,20 +1,54 @@
 //! Per-cluster reward histories and the advantages read from them.
 //!
-//! One call of [`Normalizer`] goes through the modules from left to right: the batch is checked
-//! ([`error`]), folded per cluster and per group ([`fold`]), merged into the clusters' histories
-//! ([`histories`], made of [`moments`]), and turned into advantages ([`estimators`]).
+//! A call of [`Normalizer`] sums its batch up per cell ([`fold`]), merges once per cluster it touches
+//! into the histories ([`histories`], rows of a lock-free [`table`]), lets the estimator make a map of
+//! each cell ([`estimators`]), and applies the maps. [`state`] is all that is remembered,
+//! [`snapshot`] its form on disk.
 //!
 //! Everything is computed in `f64`. Axes: N rewards of a batch, K clusters.
 
+// Loom's models are of the table alone; nothing else is built with it.
+mod arena;
+#[cfg(not(loom))]
+pub mod batch;
+#[cfg(not(loom))]
+mod call;
 pub mod error;
+#[cfg(not(loom))]
 pub mod estimators;
+#[cfg(not(loom))]
 pub mod fold;
 pub mod histories;
+pub mod ids;
+#[cfg(not(loom))]
+mod kernels;
 pub mod moments;
+#[cfg(not(loom))]
 pub mod normalizer;
+#[cfg(not(loom))]
+pub mod options;
+pub mod shared;
+#[cfg(not(loom))]
+pub mod simd;
+#[cfg(not(loom))]
+mod slots;
+#[cfg(not(loom))]
+pub mod snapshot;
+#[cfg(not(loom))]
+pub mod state;
+mod sync;
+pub mod table;
 
 pub use error::Error;
-pub use estimators::{Estimator, Scale};
-pub use histories::Histories;
+pub use histories::{Histories, Sums};
+pub use ids::{AnyId, ClusterId};
 pub use moments::Moments;
-pub use normalizer::{NanPolicy, Normalizer, Order};
+#[cfg(not(loom))]
+pub use {
+    batch::{Batch, Ids},
+    estimators::Estimator,
+    normalizer::Normalizer,
+    options::{NanPolicy, Options, Order},
+    snapshot::Snapshot,
+    state::Entry,
+};

@@ -1,245 +1,323 @@
 //! Rewards in, advantages out: the one way through all the parts.
+#![allow(unsafe_code, reason = "the state is replaced while other threads read the old one")]
 
-use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use crate::batch::Batch;
+use crate::call::{Call, Halves, with_scratch};
 use crate::error::Error;
-use crate::estimators::{Estimator, Scale};
-use crate::fold::Fold;
-use crate::histories::Histories;
-use crate::moments::{Moments, is_finite_reward};
+use crate::estimators::Scale;
+use crate::fold::Real;
+use crate::options::{NanPolicy, Options};
+use crate::shared::Region;
+use crate::snapshot::Snapshot;
+use crate::state::{Entry, State};
+use crate::sync::{AtomicPtr, Ordering};
+use crate::table::Table;
 
-/// Counts are exact in `f64` up to here, and sums of two of them far from overflowing.
-const MAX_COUNT: u64 = 1 << 53;
-
-/// Whether a batch's rewards are normalised by histories that already hold them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// Merge the batch, then read: |advantage| of `pgrpo` is at most sqrt(n - 1).
-    UpdateThenNormalize,
-    /// Read what came before the batch, then merge it: unbiased, but unbounded while n is small.
-    NormalizeThenUpdate,
-}
-
-impl FromStr for Order {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "update_then_normalize" => Ok(Self::UpdateThenNormalize),
-            "normalize_then_update" => Ok(Self::NormalizeThenUpdate),
-            _ => Err(Error::Option {
-                name: "order",
-                value: format!("{name:?}"),
-                expected: "update_then_normalize or normalize_then_update",
-            }),
-        }
-    }
-}
-
-/// What becomes of a reward that is not a finite number (or too large to be squared). It never
-/// enters a mean or a history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NanPolicy {
-    /// The whole batch is refused.
-    Raise,
-    /// Its advantage is 0.
-    Zero,
-    /// Its advantage is NaN.
-    Propagate,
-}
-
-impl FromStr for NanPolicy {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "raise" => Ok(Self::Raise),
-            "zero" => Ok(Self::Zero),
-            "propagate" => Ok(Self::Propagate),
-            _ => Err(Error::Option {
-                name: "nan_policy",
-                value: format!("{name:?}"),
-                expected: "raise, zero or propagate",
-            }),
-        }
-    }
-}
-
-/// An estimator with its options and the histories of its clusters.
+/// An estimator with its options and everything it remembers.
 ///
-/// Histories are kept under every estimator, so that clusters can be watched and compared; only
-/// `pgrpo` reads them. All methods may be called by many threads at once. Clusters are dense ids.
-/// A call checks its batch before the first merge, and then merges once per cluster it touches.
+/// Histories are kept under every estimator, so that clusters can be watched and compared. All
+/// methods may be called by many threads at once. A call checks its batch before the first merge,
+/// and then merges once per cluster it touches.
+///
+/// # Progress
+/// That of [`Table`](crate::table::Table), once the ids of the clusters are interned.
 #[derive(Debug)]
 pub struct Normalizer {
-    estimator: Estimator,
+    options: Options,
     scale: Scale,
-    order: Order,
-    nan_policy: NanPolicy,
-    histories: Histories,
-    num_nonfinite: AtomicU64,
+    state: AtomicPtr<State>,
+    /// States that were replaced, which threads may still be reading.
+    retired: Mutex<Vec<*mut State>>,
+}
+
+// SAFETY: a State may be used and dropped by any thread; the pointers are to boxes owned by self.
+unsafe impl Send for Normalizer {}
+// SAFETY: as above.
+unsafe impl Sync for Normalizer {}
+
+impl Drop for Normalizer {
+    fn drop(&mut self) {
+        let mut states =
+            std::mem::take(self.retired.get_mut().unwrap_or_else(PoisonError::into_inner));
+        states.push(self.state.load(Ordering::Acquire));
+        for state in states {
+            // SAFETY: it came from `Box::into_raw` and is in one of the two places only.
+            drop(unsafe { Box::from_raw(state) });
+        }
+    }
 }
 
 impl Normalizer {
     /// A normalizer that has seen nothing.
-    #[must_use]
-    pub fn new(estimator: Estimator, scale: Scale, order: Order, nan_policy: NanPolicy) -> Self {
-        let (histories, num_nonfinite) = (Histories::default(), AtomicU64::new(0));
-        Self { estimator, scale, order, nan_policy, histories, num_nonfinite }
-    }
-
-    /// Folds a batch into the histories and returns its advantages \[N\].
-    ///
-    /// `rewards: [N]`, raw; `clusters: [N]`, dense ids; `groups: [N]`, any integers.
     ///
     /// # Errors
-    /// [`Error::Length`], [`Error::GroupsRequired`] or [`Error::NonFinite`]; nothing was merged then.
-    pub fn advantages(
-        &self,
-        rewards: &[f64],
-        clusters: &[u32],
-        groups: Option<&[i64]>,
-    ) -> Result<Vec<f64>, Error> {
-        self.check(rewards, clusters, groups, self.estimator.needs_groups())?;
-        let folded = Fold::new(rewards, clusters);
-        let histories = match self.order {
-            Order::UpdateThenNormalize => self.merge(&folded),
-            Order::NormalizeThenUpdate => {
-                let before = self.read(&folded);
-                self.merge(&folded);
-                before
-            }
-        };
-        self.count_nonfinite(rewards);
-        self.estimate(rewards, &folded, &histories, groups)
+    /// [`Error::Option`] names the option out of range.
+    pub fn new(options: Options) -> Result<Self, Error> {
+        let scale = options.check()?;
+        let state = State::new(options.kept(), options.track_delta);
+        Ok(Self::with_state(options, scale, state))
+    }
+
+    /// A normalizer that remembers in tables of a region, of which there must be
+    /// [`Kept::num_streams`](crate::state::Kept::num_streams).
+    ///
+    /// # Errors
+    /// [`Error::Option`] names the option out of range.
+    pub fn shared(options: Options, region: Region, tables: Vec<Table>) -> Result<Self, Error> {
+        let scale = options.check()?;
+        let state = State::shared(options.kept(), options.track_delta, region, tables);
+        Ok(Self::with_state(options, scale, state))
+    }
+
+    fn with_state(options: Options, scale: Scale, state: State) -> Self {
+        let state = AtomicPtr::new(Box::into_raw(Box::new(state)));
+        Self { options, scale, state, retired: Mutex::default() }
+    }
+
+    fn state(&self) -> &State {
+        // pairs with: the swap in `restore`.
+        // SAFETY: states are dropped with self only.
+        unsafe { &*self.state.load(Ordering::Acquire) }
+    }
+
+    /// The options it was made with.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Folds a batch into the histories and writes its advantages \[N\].
+    ///
+    /// # Errors
+    /// [`Error::Length`], [`Error::GroupsRequired`], [`Error::Weight`] or [`Error::NonFinite`];
+    /// nothing was merged then.
+    pub fn advantages<R: Real>(&self, batch: &Batch<'_, R>, out: &mut [R]) -> Result<(), Error> {
+        self.run(batch, Halves::Both, Some(out))
     }
 
     /// The first half: folds a batch into the histories.
     ///
     /// # Errors
-    /// [`Error::Length`] or [`Error::NonFinite`]; nothing was merged then.
-    pub fn update(&self, rewards: &[f64], clusters: &[u32]) -> Result<(), Error> {
-        self.check(rewards, clusters, None, false)?;
-        self.merge(&Fold::new(rewards, clusters));
-        self.count_nonfinite(rewards);
-        Ok(())
+    /// Those of [`advantages`](Self::advantages).
+    pub fn update<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        self.run(batch, Halves::Update, None)
     }
 
     /// The other half: advantages \[N\] by the histories as they are.
     ///
     /// # Errors
-    /// [`Error::Length`], [`Error::GroupsRequired`] or [`Error::NonFinite`].
-    pub fn normalize(
-        &self,
-        rewards: &[f64],
-        clusters: &[u32],
-        groups: Option<&[i64]>,
-    ) -> Result<Vec<f64>, Error> {
-        self.check(rewards, clusters, groups, self.estimator.needs_groups())?;
-        let folded = Fold::new(rewards, clusters);
-        self.estimate(rewards, &folded, &self.read(&folded), groups)
+    /// Those of [`advantages`](Self::advantages).
+    pub fn normalize<R: Real>(&self, batch: &Batch<'_, R>, out: &mut [R]) -> Result<(), Error> {
+        self.run(batch, Halves::Normalize, Some(out))
     }
 
-    /// Non-finite rewards that [`advantages`](Self::advantages) and [`update`](Self::update) left out
-    /// of the histories.
-    #[must_use]
-    pub fn num_nonfinite(&self) -> u64 {
-        self.num_nonfinite.load(Ordering::SeqCst)
-    }
-
-    /// \[K\] moments by dense cluster id.
-    #[must_use]
-    pub fn snapshot(&self) -> Vec<Moments> {
-        self.histories.snapshot()
-    }
-
-    /// Merges histories kept elsewhere, each with its dense cluster id, and their number of
-    /// non-finite rewards. Into an empty history this is an exact copy.
+    /// Takes a batch out of the histories again, which has to be in them.
     ///
     /// # Errors
-    /// [`Error::History`] where one cannot be the history of any rewards; nothing was merged then.
-    pub fn absorb(&self, parts: &[(u32, Moments)], num_nonfinite: u64) -> Result<(), Error> {
-        for &(cluster, part) in parts {
-            if part.count > MAX_COUNT {
-                return Err(Error::History { cluster, reason: "has a count above 2^53" });
-            }
-            if !is_finite_reward(part.mean) {
-                let reason = "has a mean that is not a finite reward";
-                return Err(Error::History { cluster, reason });
-            }
-            if !(part.m2 >= 0.0 && part.m2.is_finite()) {
-                let reason = "has a negative or non-finite m2";
-                return Err(Error::History { cluster, reason });
-            }
+    /// Those of [`advantages`](Self::advantages), and [`Error::Retract`] where a history has fewer
+    /// samples, [`Error::Unsupported`] where more than histories is kept: nothing was changed then.
+    pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        let options = &self.options;
+        if options.estimator.needs_parts() || options.track_diagnostics || options.track_delta {
+            return Err(Error::Unsupported {
+                what: "retract",
+                needs: "an estimator other than shrinkage and auto, and no tracking of deltas or \
+                        diagnostics",
+            });
         }
-        for &(cluster, part) in parts {
-            self.histories.merge(cluster, part);
+        batch.check(None)?;
+        if let Some(index) = batch.holes().next() {
+            return Err(Error::NonFinite { index, value: batch.rewards[index].to_f64() });
         }
-        self.num_nonfinite.fetch_add(num_nonfinite, Ordering::SeqCst);
+        let state = self.state();
+        let batch = Batch { groups: None, ..*batch };
+        let call = Call { options, scale: self.scale, state, batch };
+        with_scratch(|scratch| {
+            call.fold(scratch)?;
+            let rewards = &state.streams.rewards;
+            let refuse = |key, count| {
+                let name = state.id_of(key).map_or_else(String::new, |id| id.to_string());
+                let (cluster, held) = (name, rewards.read(key).count);
+                Err(Error::Retract { cluster, count, held })
+            };
+            let parts = || scratch.parts();
+            for (&key, &moments) in parts() {
+                if rewards.read(key).retract(moments).is_none() {
+                    return refuse(key, moments.count);
+                }
+            }
+            for (at, (&key, &moments)) in parts().enumerate() {
+                if !rewards.retract(key, moments) {
+                    // Another thread retracted meanwhile: what is done is undone, up to rounding.
+                    parts().take(at).for_each(|(&key, &moments)| {
+                        rewards.merge(key, moments, 1.0);
+                    });
+                    return refuse(key, moments.count);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Non-finite rewards left out of the histories so far.
+    #[must_use]
+    pub fn num_nonfinite(&self) -> u64 {
+        self.state().num_nonfinite()
+    }
+
+    /// Everything remembered; each cluster's history as it was at one moment.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.state();
+        let pending = state.pending.iter().flat_map(|pending| {
+            let keys = pending.rewards.iter().map(|(key, _)| pending.entry(key));
+            keys.filter_map(|entry| state.named(&entry))
+        });
+        Snapshot {
+            clusters: state.entries(),
+            pending: pending.collect(),
+            num_nonfinite: state.num_nonfinite(),
+        }
+    }
+
+    /// What was folded since the last call of this method: every sample is in one delta only.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without the option `track_delta`.
+    pub fn delta(&self) -> Result<Snapshot, Error> {
+        let state = self.state();
+        let Some(pending) = &state.pending else {
+            return Err(Error::Unsupported { what: "delta", needs: "the option track_delta" });
+        };
+        let clusters = pending.take().into_iter().filter_map(|entry| state.named(&entry)).collect();
+        Ok(Snapshot { clusters, ..Snapshot::default() })
+    }
+
+    /// Folds in what was remembered elsewhere. It does not become part of a later delta.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] where an entry cannot be that of any rewards; nothing was merged then.
+    pub fn merge(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        snapshot.check()?;
+        Self::merge_into(self.state(), snapshot)
+    }
+
+    fn merge_into(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
+        let keys: Result<Vec<u32>, Error> =
+            snapshot.clusters.iter().map(|entry| state.key_of(entry.id.borrow())).collect();
+        for (entry, id) in snapshot.clusters.iter().zip(keys?) {
+            state.streams.merge(&with_key(entry, id));
+        }
+        state.add_nonfinite(snapshot.num_nonfinite);
         Ok(())
     }
 
-    fn check(
+    /// Forgets everything and remembers a snapshot instead, bit for bit. Calls of other threads that
+    /// have begun end with what was there before.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] as for [`merge`](Self::merge); everything stays as it was then.
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        snapshot.check()?;
+        if self.state().is_shared() {
+            if self.state().histories().next().is_some() {
+                return Err(Error::Unsupported {
+                    what: "restoring into a shared table",
+                    needs: "an empty one, for other processes use it too",
+                });
+            }
+            return Self::merge_into(self.state(), snapshot);
+        }
+        let state = State::new(self.options.kept(), self.options.track_delta);
+        Self::merge_into(&state, snapshot)?;
+        if let Some(pending) = &state.pending {
+            for entry in &snapshot.pending {
+                pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
+            }
+        }
+        // pairs with: the load in `state`.
+        let old = self.state.swap(Box::into_raw(Box::new(state)), Ordering::AcqRel);
+        // A thread may be in the middle of a call: what it uses is kept as long as self.
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(old);
+        Ok(())
+    }
+
+    fn run<R: Real>(
         &self,
-        rewards: &[f64],
-        clusters: &[u32],
-        groups: Option<&[i64]>,
-        needs_groups: bool,
+        batch: &Batch<'_, R>,
+        halves: Halves,
+        mut out: Option<&mut [R]>,
     ) -> Result<(), Error> {
-        let groups_length = groups.map_or(rewards.len(), <[i64]>::len);
-        for (name, length) in [("clusters", clusters.len()), ("groups", groups_length)] {
-            if length != rewards.len() {
-                return Err(Error::Length { rewards: rewards.len(), name, length });
+        let Options { estimator, track_diagnostics, .. } = self.options;
+        batch.check(out.as_deref().map(<[R]>::len))?;
+        let needs_groups = match halves {
+            Halves::Update => estimator.needs_parts(),
+            Halves::Both | Halves::Normalize => estimator.needs_groups(),
+        };
+        if needs_groups && batch.groups.is_none() {
+            return Err(Error::GroupsRequired { estimator: estimator.name() });
+        }
+        let groups = batch.groups.filter(|_| estimator.needs_groups() || track_diagnostics);
+        let batch = Batch { groups, ..*batch };
+        let call = Call { options: &self.options, scale: self.scale, state: self.state(), batch };
+        let done = with_scratch(|scratch| {
+            call.fold(scratch)?;
+            // A hole of weight 0 does not show in sums.
+            let suspect = batch.weights.is_some() || scratch.is_suspect();
+            if suspect && batch.holes().next().is_some() {
+                return Ok(false);
             }
-        }
-        if needs_groups && groups.is_none() {
-            return Err(Error::GroupsRequired { estimator: self.estimator.name() });
-        }
-        if self.nan_policy == NanPolicy::Raise
-            && let Some(index) = rewards.iter().position(|&reward| !is_finite_reward(reward))
-        {
-            return Err(Error::NonFinite { index, value: rewards[index] });
-        }
-        Ok(())
+            call.remember(halves, scratch);
+            if let Some(out) = out.as_deref_mut() {
+                call.map(halves, scratch);
+                call.write(scratch, out);
+            }
+            Ok(true)
+        })?;
+        if done { Ok(()) } else { self.run_without_holes(&batch, halves, out) }
     }
 
-    fn read(&self, folded: &Fold<u32>) -> Vec<Moments> {
-        folded.ids.iter().map(|&cluster| self.histories.read(cluster)).collect()
-    }
-
-    fn merge(&self, folded: &Fold<u32>) -> Vec<Moments> {
-        let parts = folded.ids.iter().zip(&folded.moments);
-        parts.map(|(&cluster, &batch)| self.histories.merge(cluster, batch)).collect()
-    }
-
-    fn count_nonfinite(&self, rewards: &[f64]) {
-        let found = rewards.iter().filter(|&&reward| !is_finite_reward(reward)).count();
-        self.num_nonfinite.fetch_add(found as u64, Ordering::SeqCst);
-    }
-
-    fn estimate(
+    /// The same for a batch with non-finite rewards: as if they were not there.
+    #[cold]
+    fn run_without_holes<R: Real>(
         &self,
-        rewards: &[f64],
-        clusters: &Fold<u32>,
-        histories: &[Moments],
-        groups: Option<&[i64]>,
-    ) -> Result<Vec<f64>, Error> {
-        let needed = groups.filter(|_| self.estimator.needs_groups());
-        let groups = needed.map(|groups| Fold::new(rewards, groups));
-        let mut advantages =
-            self.estimator.advantages(rewards, clusters, histories, groups.as_ref(), self.scale)?;
-        let replacement = match self.nan_policy {
-            // The batch was checked: every reward is finite.
-            NanPolicy::Raise => return Ok(advantages),
+        batch: &Batch<'_, R>,
+        halves: Halves,
+        out: Option<&mut [R]>,
+    ) -> Result<(), Error> {
+        let holes: Vec<usize> = batch.holes().collect();
+        let filling = match self.options.nan_policy {
+            NanPolicy::Raise => {
+                let index = holes.first().copied().unwrap_or_default();
+                return Err(Error::NonFinite { index, value: batch.rewards[index].to_f64() });
+            }
             NanPolicy::Zero => 0.0,
             NanPolicy::Propagate => f64::NAN,
         };
-        for (advantage, &reward) in advantages.iter_mut().zip(rewards) {
-            if !is_finite_reward(reward) {
-                *advantage = replacement;
+        let entries = 0..batch.rewards.len();
+        let kept: Vec<usize> =
+            entries.filter(|entry| holes.binary_search(entry).is_err()).collect();
+        let rest = batch.only(&kept);
+        if let Some(out) = out {
+            let mut advantages = vec![R::from_f64(0.0); kept.len()];
+            self.run(&rest.borrow(), halves, Some(&mut advantages))?;
+            out.fill(R::from_f64(filling));
+            for (&entry, advantage) in kept.iter().zip(advantages) {
+                out[entry] = advantage;
             }
+        } else {
+            self.run(&rest.borrow(), halves, None)?;
         }
-        Ok(advantages)
+        if halves != Halves::Normalize {
+            self.state().add_nonfinite(holes.len() as u64);
+        }
+        Ok(())
     }
+}
+
+fn with_key(entry: &Entry, id: u32) -> Entry<u32> {
+    let Entry { rewards, parts, regression, advantages, .. } = *entry;
+    Entry { id, rewards, parts, regression, advantages }
 }

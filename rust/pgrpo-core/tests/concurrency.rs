@@ -2,14 +2,13 @@
 
 #![allow(clippy::float_cmp, reason = "exactly equal is what is claimed")]
 
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use pgrpo_core::{Estimator, Histories, Moments, NanPolicy, Normalizer, Order, Scale};
+use pgrpo_core::{Histories, Moments, Sums};
 
 const THREADS: u32 = 4;
-const CALLS: u32 = 300;
+const CALLS: u32 = 2_000;
 const CLUSTERS: u32 = 7;
 
 /// A cheap, fixed scatter of rewards in [-1, 1), about a mean that differs per cluster.
@@ -19,72 +18,100 @@ fn reward(thread: u32, call: u32, entry: u32, cluster: u32) -> f64 {
     f64::from(scattered) / f64::from(u32::MAX) * 2.0 - 1.0 + 100.0 * f64::from(cluster)
 }
 
-fn batch(thread: u32, call: u32) -> (Vec<f64>, Vec<u32>) {
-    let cluster = |entry: u32| (entry * entry + call) % CLUSTERS;
-    let entries = 0..(1 + call % 60);
-    entries.map(|entry| (reward(thread, call, entry, cluster(entry)), cluster(entry))).unzip()
+/// The rewards that a thread's call has for a cluster.
+fn batch(thread: u32, call: u32, cluster: u32) -> impl Iterator<Item = f64> {
+    (0..=(call + cluster) % 9).map(move |entry| reward(thread, call, entry, cluster))
+}
+
+/// Runs threads 0 to [`THREADS`] at once.
+fn for_each_thread(body: impl Fn(u32) + Sync) {
+    thread::scope(|scope| {
+        let body = &body;
+        let threads: Vec<_> =
+            (0..THREADS).map(|number| scope.spawn(move || body(number))).collect();
+        // One by one: ThreadSanitizer does not see how a scope ends.
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+fn for_each_batch(thread: u32, mut merge: impl FnMut(u32, Moments)) {
+    for call in 0..CALLS {
+        for cluster in 0..CLUSTERS {
+            merge(cluster, batch(thread, call, cluster).collect());
+        }
+    }
 }
 
 #[test]
-fn no_update_is_lost_or_torn() {
-    let scale = Scale::new(0, 1e-4).unwrap();
-    let normalizer =
-        Normalizer::new(Estimator::Pgrpo, scale, Order::UpdateThenNormalize, NanPolicy::Raise);
-    thread::scope(|scope| {
-        for number in 0..THREADS {
-            let normalizer = &normalizer;
-            scope.spawn(move || {
-                for call in 0..CALLS {
-                    let (rewards, clusters) = batch(number, call);
-                    let advantages = normalizer.advantages(&rewards, &clusters, None).unwrap();
-                    assert_eq!(advantages.len(), rewards.len());
-                }
-            });
-        }
+fn merged_histories_are_those_of_two_passes() {
+    let histories = Histories::default();
+    for_each_thread(|number| {
+        for_each_batch(number, |cluster, batch| {
+            let (before, after) = histories.merge(cluster, batch, 1.0);
+            assert_eq!(before.count + batch.count, after.count);
+        });
     });
-    let mut samples = vec![Vec::new(); CLUSTERS as usize];
-    for (thread, call) in (0..THREADS).flat_map(|t| (0..CALLS).map(move |c| (t, c))) {
-        let (rewards, clusters) = batch(thread, call);
-        for (reward, cluster) in rewards.into_iter().zip(clusters) {
-            samples[cluster as usize].push(reward);
-        }
-    }
-    for (history, samples) in normalizer.snapshot().into_iter().zip(samples) {
+    for cluster in 0..CLUSTERS {
+        let calls = (0..THREADS).flat_map(|thread| (0..CALLS).map(move |call| (thread, call)));
+        let samples: Vec<f64> =
+            calls.flat_map(|(thread, call)| batch(thread, call, cluster)).collect();
         let mean = samples.iter().sum::<f64>() / samples.len() as f64;
-        let m2: f64 = samples.iter().map(|r| (r - mean).powi(2)).sum();
-        assert_eq!(history.count, samples.len() as u64);
-        assert!((history.mean - mean).abs() <= 1e-12 * 700.0);
-        assert!((history.m2 - m2).abs() <= 1e-9 * m2.max(1.0), "{} {m2}", history.m2);
+        let m2: f64 = samples.iter().map(|reward| (reward - mean).powi(2)).sum();
+        let history = histories.read(cluster);
+        assert_eq!(history.count, samples.len() as f64);
+        assert!((history.mean() - mean).abs() <= 1e-12 * 700.0, "{} {mean}", history.mean());
+        assert!((history.m2 - m2).abs() <= 1e-9 * m2, "{} {m2}", history.m2);
+    }
+}
+
+/// What each thread merged, it takes out again while the others do the same.
+#[test]
+fn retracting_everything_leaves_nothing() {
+    let histories = Histories::default();
+    for_each_thread(|number| {
+        for_each_batch(number, |cluster, batch| {
+            histories.merge(cluster, batch, 1.0);
+        });
+        for_each_batch(number, |cluster, batch| assert!(histories.retract(cluster, batch)));
+    });
+    for cluster in 0..CLUSTERS {
+        assert_eq!(histories.read(cluster).count, 0.0);
+        assert!(!histories.retract(cluster, [1.0].into_iter().collect()));
     }
 }
 
 /// Every merge adds {4, 6}, so that every history between merges has mean 5 and m2 == count.
 #[test]
 fn readers_see_histories_between_merges_only() {
-    let sound = |history: &Moments| history.mean == 5.0 && history.m2 == history.count as f64;
+    let sound = |history: &Moments| history.mean() == 5.0 && history.m2 == history.count;
     let histories = Histories::default();
     let pair: Moments = [4.0, 6.0].into_iter().collect();
     let done = AtomicBool::new(false);
     // Writers go on until the reader has seen enough, so that they overlap on a busy machine too;
     // unsound histories are handed back, for a panicking reader would leave the writers running.
     let write = || {
-        let mut merges = 0;
+        let (mut merges, mut all_sound) = (0_u32, true);
         while !done.load(Ordering::SeqCst) {
             // One cluster is fought over, and new ones keep coming, so that the table grows.
-            let cluster = if merges % 8 == 0 { merges.min(160_000) / 8_000 } else { 0 };
-            let after = histories.merge(cluster, pair);
-            assert!(sound(&after), "{after:?}");
+            let cluster = if merges % 8 == 0 { merges.min(160_000) / 80 } else { 0 };
+            let (before, after) = histories.merge(cluster, pair, 1.0);
+            all_sound &= sound(&after) && before.count + 2.0 == after.count;
             merges += 1;
         }
-        merges
+        all_sound.then_some(merges)
     };
     let read = || {
-        let mut checked = 0;
-        let mut unsound = None;
+        let (mut checked, mut unsound) = (0, None);
         while checked < 1_000_000 && unsound.is_none() {
-            let seen: Vec<_> = histories.snapshot().into_iter().filter(|h| h.count > 0).collect();
-            checked += seen.len();
-            unsound = seen.into_iter().find(|history| !sound(history));
+            let seen: Vec<_> = histories.iter().filter(|(_, seen)| seen.count > 0.0).collect();
+            // One that is fought over for each that is not.
+            let fought_over = (0..seen.len()).map(|_| (0, histories.read(0)));
+            checked += 2 * seen.len();
+            unsound = fought_over
+                .chain(seen.iter().copied())
+                .find(|(_, seen)| seen.count > 0.0 && !sound(seen));
         }
         done.store(true, Ordering::SeqCst);
         unsound
@@ -92,30 +119,23 @@ fn readers_see_histories_between_merges_only() {
     let merges: u32 = thread::scope(|scope| {
         let writers = [scope.spawn(write), scope.spawn(write)];
         assert_eq!(scope.spawn(read).join().unwrap(), None);
-        writers.into_iter().map(|writer| writer.join().unwrap()).sum()
+        writers.into_iter().map(|writer| writer.join().unwrap().expect("an unsound merge")).sum()
     });
-    let count: u64 = histories.snapshot().iter().map(|history| history.count).sum();
-    assert_eq!(count, 2 * u64::from(merges));
+    let count: f64 = histories.iter().map(|(_, history)| history.count).sum();
+    assert_eq!(count, 2.0 * f64::from(merges));
 }
 
-/// Young tables, whose every merge may grow them, entered by all threads at once.
+/// Whole numbers below 2^53: added in any order, the sums are exact.
 #[test]
-fn growing_together_loses_nothing() {
-    let pair: Moments = [4.0, 6.0].into_iter().collect();
-    for _ in 0..2_000 {
-        let (histories, start) = (Histories::default(), Barrier::new(THREADS as usize));
-        thread::scope(|scope| {
-            for number in 0..THREADS {
-                let (histories, start) = (&histories, &start);
-                scope.spawn(move || {
-                    start.wait();
-                    for cluster in 0..CLUSTERS {
-                        histories.merge((cluster * (number + 1)) % CLUSTERS, pair);
-                    }
-                });
-            }
-        });
-        let counts: Vec<u64> = histories.snapshot().iter().map(|h| h.count).collect();
-        assert_eq!(counts, [2 * u64::from(THREADS); CLUSTERS as usize]);
-    }
+fn sums_of_whole_numbers_are_exact() {
+    let sums = Sums::default();
+    for_each_thread(|number| {
+        let batch = [f64::from(number + 1), f64::from(number * number), 1.0];
+        for call in 0..10_000 {
+            let (old, new) = sums.add(call % CLUSTERS, batch, 1.0);
+            assert_eq!([0, 1, 2].map(|i| old[i] + batch[i]), new);
+        }
+    });
+    let all = sums.iter().fold([0.0; 3], |all, (_, sum)| [0, 1, 2].map(|i| all[i] + sum[i]));
+    assert_eq!(all, [1e4 * 10.0, 1e4 * 14.0, 1e4 * 4.0]);
 }

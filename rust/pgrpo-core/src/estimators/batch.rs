@@ -1,9 +1,10 @@
 //! Batch normalisation: each reward against all of its call.
 
-use crate::estimators::Scale;
-use crate::moments::{Moments, is_finite_reward};
+use crate::estimators::{Folded, Scale};
+use crate::fold::Affine;
+use crate::moments::Moments;
 
-/// Advantages \[N\]: `A = (r - mean_B) / (sigma_B + eps)`, of the batch B.
+/// `A = (r - mean_B) / (sigma_B + eps)`, of the batch B.
 ///
 /// - Source: REINFORCE++ (arXiv 2501.03262).
 /// - Order: reads no history.
@@ -12,9 +13,7 @@ use crate::moments::{Moments, is_finite_reward};
 /// - Zero variance: 0.
 /// - NaN reward: the batch is treated as if it were one smaller.
 /// - Restart: costs nothing.
-#[must_use]
-pub fn advantages(rewards: &[f64], scale: Scale) -> Vec<f64> {
-    let batch: Moments = rewards.iter().copied().filter(|&r| is_finite_reward(r)).collect();
-    let divisor = scale.divisor(&batch);
-    rewards.iter().map(|reward| (reward - batch.mean) / divisor).collect()
+pub fn maps(folded: &Folded, scale: &Scale) -> impl Iterator<Item = Affine> {
+    let batch = folded.moments.iter().copied().fold(Moments::default(), Moments::merge);
+    std::iter::repeat_n(scale.standardize(&batch), folded.moments.len())
 }

@@ -1,8 +1,9 @@
 //! Dr. GRPO: each reward less its group's mean.
 
-use crate::fold::Fold;
+use crate::estimators::{Cell, Folded, centered};
+use crate::fold::Affine;
 
-/// Advantages \[N\]: `A = r - mean_G`, of the group G, in units of the reward.
+/// `A = r - mean_G`, of the group G, in units of the reward.
 ///
 /// - Source: Understanding R1-Zero-Like Training (arXiv 2503.20783).
 /// - Order: reads no history.
@@ -12,10 +13,9 @@ use crate::fold::Fold;
 /// - NaN reward: the group is treated as if it were one smaller.
 /// - Restart: costs nothing.
 #[must_use]
-pub fn advantages(rewards: &[f64], groups: &Fold<i64>) -> Vec<f64> {
-    rewards
-        .iter()
-        .zip(&groups.slots)
-        .map(|(reward, &slot)| reward - groups.moments[slot].mean)
-        .collect()
+pub fn map(folded: &Folded, cell: &Cell<'_>) -> Affine {
+    match folded.group(cell) {
+        group if group.count > 0.0 => centered(group, 1.0),
+        _ => Affine::default(),
+    }
 }

@@ -1,9 +1,10 @@
 //! RLOO: each reward less the mean of the others in its group.
 
-use crate::fold::Fold;
+use crate::estimators::{Cell, Folded, centered, leave_one_out};
+use crate::fold::Affine;
 
-/// Advantages \[N\]: `A = r - mean of the group's other rewards = (r - mean_G) * n / (n - 1)`, in
-/// units of the reward.
+/// `A = r - mean of the group's other rewards = (r - mean_G) * W / (W - w)`, in units of the reward,
+/// where W is the size of the group and w = 1, or the sum of its weights and their weighted mean.
 ///
 /// - Source: Back to Basics (arXiv 2402.14740).
 /// - Order: reads no history.
@@ -13,16 +14,8 @@ use crate::fold::Fold;
 /// - NaN reward: the group is treated as if it were one smaller.
 /// - Restart: costs nothing.
 #[must_use]
-pub fn advantages(rewards: &[f64], groups: &Fold<i64>) -> Vec<f64> {
-    rewards
-        .iter()
-        .zip(&groups.slots)
-        .map(|(reward, &slot)| {
-            let group = &groups.moments[slot];
-            match group.count {
-                0 | 1 => 0.0,
-                count => (reward - group.mean) * (count as f64 / (count - 1) as f64),
-            }
-        })
-        .collect()
+pub fn map(folded: &Folded, cell: &Cell<'_>) -> Affine {
+    let group = folded.group(cell);
+    let factor = leave_one_out(group, cell.weight);
+    factor.map(|factor| centered(group, factor)).unwrap_or_default()
 }

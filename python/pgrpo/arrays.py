@@ -1,0 +1,242 @@
+"""Any array in, the same kind out: what a batch is read as, and what advantages go back as.
+
+The core reads NumPy arrays of the plainest sort and exact lists of ids. Everything else that users
+have is turned into those here: without a copy where it lies in memory like one of them already.
+torch is recognised, never imported: a tensor can only come from a torch that is imported.
+"""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgrpo.errors import DataError
+from pgrpo.types import ClusterId
+
+Plain: TypeAlias = NDArray[Any]
+"""[N] float32 or float64: contiguous, aligned, in native byte order."""
+
+MAX_ID = 2**63
+"""Ids are integers below this, and from minus this on."""
+
+
+def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:
+    """Rewards [N] as float32 or float64, and the way back from advantages to what they came as.
+
+    float32 stays so, and so do narrower floats become; everything else becomes float64. None and
+    masked entries are NaN.
+
+    Raises:
+        DataError: they are not real numbers of one dimension.
+    """
+    found = _as_numpy(rewards, "rewards", "numbers")
+    values = _plain(found, rewards, "rewards", np.float32 if _is_narrow(found) else np.float64)
+    return values, _way_back(rewards)
+
+
+def read_numbers(values: Any, name: str) -> NDArray[np.float64] | None:
+    """Weights or score norms [N] as float64.
+
+    Raises:
+        DataError: they are not real numbers of one dimension.
+    """
+    if values is None:
+        return None
+    return _plain(_as_numpy(values, name, "numbers"), values, name, np.float64)
+
+
+def read_ids(ids: Any, name: str) -> NDArray[Any] | list[ClusterId] | None:
+    """Ids [N] as 32-bit or 64-bit integers, or as a list of built-in ints and strings.
+
+    Raises:
+        DataError: one of them is neither an integer of 64 bits nor a string.
+    """
+    if ids is None:
+        return None
+    if isinstance(ids, list | tuple):
+        return _id_list(cast(Sequence[Any], ids), name)
+    expected = "ints or strings"
+    if isinstance(ids, str | bytes):
+        raise DataError(f"{name} is {short(ids)}; expected [N] {expected}")
+    found = _as_numpy(ids, name, expected)
+    if found.ndim != 1:
+        raise DataError(f"{name} has shape {found.shape}; expected one dimension, [N]")
+    if isinstance(found, np.ma.MaskedArray) and np.ma.is_masked(found):
+        raise DataError(f"{name} has masked entries; expected [N] {expected}")
+    match found.dtype.kind:
+        case "i" | "u":
+            if found.dtype.kind == "u" and found.size and int(found.max()) >= MAX_ID:
+                index = int(np.argmax(found >= MAX_ID))
+                raise _bad_int(f"{name}[{index}]", int(found[index]))
+            kept = np.int32 if found.dtype == np.int32 else np.int64
+            return np.require(found, kept, ["C", "A", "E"])
+        case "U" | "T" | "O":
+            return _id_list(found.tolist(), name)
+        case _:
+            # A list of no ids has no type.
+            if not found.size and isinstance(ids, Sequence):
+                return []
+            raise DataError(f"{name} has dtype {found.dtype}; expected {expected}")
+
+
+def read_out(out: Any, rewards: Plain) -> Plain:
+    """A writable view of the memory that advantages are asked to be written to.
+
+    Raises:
+        DataError: it is no array of the advantages' type and length, or cannot be written to.
+    """
+    if _is_tensor(out):
+        if out.device.type != "cpu":
+            raise DataError(f"out is a tensor on {out.device}; expected one on the CPU")
+        if out.requires_grad:
+            raise DataError("out is a tensor that requires grad; expected one that does not")
+    elif not isinstance(out, np.ndarray) and not _is_buffer(out):
+        raise DataError(f"out is {short(out)}; expected an array or a tensor to write to")
+    view = np.asarray(out if _is_tensor(out) else _as_numpy(out, "out", "numbers"))
+    if view.dtype != rewards.dtype:
+        raise DataError(f"out has dtype {view.dtype}; expected {rewards.dtype}")
+    if view.shape != rewards.shape:
+        raise DataError(f"out has shape {view.shape}; expected {rewards.shape}")
+    if not view.flags.writeable:
+        raise DataError("out is read-only; expected an array that can be written to")
+    return view
+
+
+def is_plain(view: Plain, inputs: Sequence[Any]) -> bool:
+    """Whether the core can write to it at once: it lies in a row, and apart from what is read."""
+    flags = view.flags
+    apart = not any(isinstance(i, np.ndarray) and np.may_share_memory(view, i) for i in inputs)
+    return flags.c_contiguous and flags.aligned and view.dtype.isnative and apart
+
+
+def short(value: object) -> str:
+    """A value as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_tensor(values: Any) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return isinstance(values, getattr(torch, "Tensor", ()))
+
+
+def _is_buffer(values: Any) -> bool:
+    try:
+        memoryview(values).release()
+    except (TypeError, ValueError, BufferError):
+        return False
+    return not isinstance(values, bytes)
+
+
+def _as_numpy(values: Any, name: str, expected: str) -> NDArray[Any]:
+    """As an array of any type and shape, without a copy where possible."""
+    try:
+        if _is_tensor(values):
+            return _from_torch(values)
+        if isinstance(values, np.ndarray):
+            return cast(NDArray[Any], values)
+        if hasattr(values, "__dlpack__"):
+            return _from_dlpack(values)
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError, BufferError, OverflowError):
+        raise DataError(f"{name} is {short(values)}; expected [N] {expected}") from None
+
+
+def _from_torch(tensor: Any) -> NDArray[Any]:
+    torch: Any = sys.modules["torch"]
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        # NumPy knows no bfloat16, and no float8.
+        tensor = tensor.float()
+    # One trip from the device; nothing is copied on the CPU.
+    return tensor.numpy(force=True)
+
+
+def _from_dlpack(values: Any) -> NDArray[Any]:
+    try:
+        return np.from_dlpack(values)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        # Memory of a device has to be copied, which has to be asked for.
+        from_dlpack: Any = np.from_dlpack
+        return from_dlpack(values, device="cpu")
+
+
+def _is_narrow(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" and values.dtype.itemsize <= 4
+
+
+def _plain(values: NDArray[Any], given: Any, name: str, dtype: type[Any]) -> NDArray[Any]:
+    """Real numbers as one row of a type."""
+    if values.dtype.kind not in "fiubO":
+        # A list is known by what is in it.
+        what = f"is {short(given)}" if isinstance(given, Sequence) else f"has dtype {values.dtype}"
+        raise DataError(f"{name} {what}; expected [N] numbers")
+    if values.ndim != 1:
+        raise DataError(f"{name} has shape {values.shape}; expected one dimension, [N]")
+    # NumPy would read the text "1.0" as a number.
+    if values.dtype.kind == "O" and any(isinstance(v, str | bytes) for v in values.tolist()):
+        raise DataError(f"{name} is {short(given)}; expected [N] numbers")
+    try:
+        # None is no number, and NumPy's float64 for it is NaN.
+        if isinstance(values, np.ma.MaskedArray):
+            values = np.ma.filled(values.astype(dtype), np.nan)
+        # Too large a number becomes infinite, which is dealt with as one.
+        with np.errstate(over="ignore"):
+            return np.require(values, dtype, ["C", "A", "E"])
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{name} is {short(given)}; expected [N] numbers") from None
+
+
+def _way_back(rewards: Any) -> Callable[[Plain], Any]:
+    """From advantages as NumPy has them to the kind of array that rewards are."""
+    if _is_tensor(rewards):
+        torch: Any = sys.modules["torch"]
+        return lambda advantages: torch.from_numpy(advantages).to(rewards.device)
+    if isinstance(rewards, np.ndarray):
+        return lambda advantages: advantages
+    if hasattr(rewards, "__array_namespace__"):
+        namespace, device = rewards.__array_namespace__(), rewards.device
+        return lambda advantages: namespace.asarray(advantages, device=device)
+    if isinstance(rewards, array.array):
+        return lambda advantages: array.array(advantages.dtype.char, advantages.tobytes())
+    if _is_buffer(rewards):
+        return lambda advantages: advantages.data
+    if isinstance(rewards, Sequence):
+        return lambda advantages: advantages.tolist()
+    return lambda advantages: advantages
+
+
+def _id_list(ids: Sequence[Any], name: str) -> NDArray[Any] | list[ClusterId]:
+    """Ids as built-in ints and strings, which hash alike wherever they came from."""
+    if set(map(type, ids)) == {int}:
+        try:
+            return np.array(ids, np.int64)
+        except OverflowError:
+            pass
+    return [_plain_id(value, name, index) for index, value in enumerate(ids)]
+
+
+def _plain_id(value: Any, name: str, index: int) -> ClusterId:
+    if isinstance(value, str):
+        text = str.__str__(value)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            what = f"{name}[{index}] is {short(value)}"
+            raise DataError(f"{what}, half of a surrogate pair; expected Unicode text")
+        return text
+    # True and 1.0 hash like 1: taken as they are, they would share its history in silence.
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        number = int(cast(int, value))
+        if not -MAX_ID <= number < MAX_ID:
+            raise _bad_int(f"{name}[{index}]", number)
+        return number
+    raise DataError(f"{name}[{index}] is {short(value)}; expected an int or a string")
+
+
+def _bad_int(where: str, value: int) -> DataError:
+    return DataError(
+        f"{where} is {short(value)}; expected an int of 64 bits, below 2^63, or a string"
+    )

@@ -1,0 +1,47 @@
+"""One set of histories for all ranks of a torch.distributed job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pgrpo.errors import ConfigError
+from pgrpo.normalizer import ClusterNormalizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def all_reduce(normalizer: ClusterNormalizer, group: ProcessGroup | None = None) -> None:
+    """Give every rank the samples that the other ranks have folded since the last time.
+
+    Each rank hands its `delta()` to all others and merges theirs, in the order of ranks. After it,
+    this rank's histories hold the samples of all ranks: counts are exact, means and m2 those of one
+    stream up to rounding (below 1e-12 of them). Ranks may have seen different clusters, or none.
+    `auto`'s regression adds up as well, of points that each rank measured against its own histories.
+    `num_nonfinite` stays each rank's own.
+
+    It is a collective call: all ranks of the group make it, from one thread each, and wait for each
+    other. Other threads may go on folding meanwhile; their samples go with this delta or the next.
+
+    To resume, let all ranks load the state that one of them had right after this, or each its own:
+    samples not yet handed over are part of a state, and a state that holds some would hand them over
+    once for each rank that loads it. If a rank is lost in the call, what was in the deltas is not
+    handed over again: resume from a state saved before.
+
+    Args:
+        normalizer: one made with `track_delta=True`.
+        group: the ranks that take part; by default all.
+
+    Raises:
+        ConfigError: the normalizer does not track deltas, or this rank is not of the group.
+    """
+    import torch.distributed as dist
+
+    own = dist.get_rank(group)
+    if own < 0:
+        raise ConfigError(f"rank {dist.get_rank()} is not of the group; expected one that is")
+    deltas: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(deltas, normalizer.delta(), group=group)
+    for rank, delta in enumerate(deltas):
+        if rank != own:
+            normalizer.merge(delta)

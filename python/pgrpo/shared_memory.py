@@ -1,0 +1,107 @@
+"""The file by which processes of one machine share a table, and its mapping.
+
+The file comes to its name complete, by a hard link, so that nobody sees a half-made one. Whoever
+has it mapped holds a shared lock on it, which the kernel drops with the process, however that ends.
+Who could lock it alone knows that nobody else is using it, and repairs what killed processes left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgrpo.errors import ConfigError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def shared_path(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file of a shared table: a path as it is; a name without a path separator in memory.
+
+    That is `/dev/shm/pgrpo-NAME` on Linux, `pgrpo-NAME` in the folder for temporary files elsewhere.
+    The table lives until this file is deleted or, in memory, until the machine goes down.
+    """
+    text = os.fspath(path_or_name)
+    if not text:
+        raise ConfigError("shared table: its name is empty; expected a name or a path")
+    if os.sep in text or (os.altsep or os.sep) in text or not isinstance(path_or_name, str):
+        return Path(text)
+    folder = "/dev/shm" if sys.platform == "linux" else tempfile.gettempdir()  # noqa: S108
+    return Path(folder, f"pgrpo-{text}")
+
+
+@contextlib.contextmanager
+def mapped(
+    path: Path, length: int, header: bytes
+) -> Generator[tuple[NDArray[np.uint8], bool], None, None]:
+    """Map the file of a shared table, making it if there is none.
+
+    The mapping, and with it the lock, lasts as long as the array or a view of it. Inside the `with`
+    block nobody else may have come when `alone` is true; others that open the file wait meanwhile.
+
+    Args:
+        path: the file.
+        length: bytes of the file if it has to be made.
+        header: its first bytes then. All others are zeros.
+
+    Yields:
+        The bytes of the file [its length], writable, and `alone`: nobody else has it mapped. Always
+        false on Windows.
+
+    Raises:
+        ConfigError: the file cannot be made or mapped; or, with the path added, one that was raised
+            inside the block.
+    """
+    try:
+        if not path.exists():
+            _make(path, length, header)
+        with path.open("r+b") as file:
+            alone = _lock(file.fileno())
+            # The mapping keeps a descriptor of its own on the same open file: the lock stays.
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+            try:
+                yield np.frombuffer(memory, np.uint8), alone
+            finally:
+                # Also after an error, whose traceback may keep the mapping for a while.
+                if sys.platform != "win32":
+                    fcntl.flock(file, fcntl.LOCK_SH)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        # Python refuses to map an empty file with a ValueError.
+        raise ConfigError(f"{path}: cannot be a shared table: {error}") from None
+
+
+def _make(path: Path, length: int, header: bytes) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if length > free:
+        # The file is sparse; a page that then finds no room would kill its process by SIGBUS.
+        raise ConfigError(f"a shared table of {length} bytes finds {free} free; lower its capacity")
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as file:
+        file.write(header)
+        file.truncate(length)
+        # Where another process was faster, its file is as good.
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file alone if nobody else has locked it, else together with the others."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return False
+    return True

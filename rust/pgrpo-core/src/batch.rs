@@ -1,0 +1,161 @@
+//! What a call is given.
+
+use std::collections::HashMap;
+
+use crate::error::Error;
+use crate::fold::Real;
+use crate::ids::AnyId;
+use crate::moments::is_finite_reward;
+
+/// Ids of a batch as they lie in memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Ids<'a> {
+    /// 32-bit integers.
+    I32(&'a [i32]),
+    /// 64-bit integers.
+    I64(&'a [i64]),
+    /// Integers and strings.
+    Any(&'a [AnyId<'a>]),
+    /// Keys that stand for them already.
+    #[doc(hidden)]
+    Known(&'a [u32]),
+}
+
+impl<'a> Ids<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::I32(ids) => ids.len(),
+            Self::I64(ids) => ids.len(),
+            Self::Any(ids) => ids.len(),
+            Self::Known(ids) => ids.len(),
+        }
+    }
+
+    pub(crate) fn value(&self, entry: usize) -> i64 {
+        match self {
+            Self::I32(ids) => i64::from(ids[entry]),
+            Self::I64(ids) => ids[entry],
+            Self::Known(ids) => i64::from(ids[entry]),
+            Self::Any(_) => unreachable!("ids of any kind are numbered first"),
+        }
+    }
+
+    fn only(self, kept: &[usize]) -> OwnedIds<'a> {
+        match self {
+            Self::Any(ids) => OwnedIds::Any(kept.iter().map(|&entry| ids[entry]).collect()),
+            Self::Known(ids) => OwnedIds::Known(kept.iter().map(|&entry| ids[entry]).collect()),
+            ints => OwnedIds::I64(kept.iter().map(|&entry| ints.value(entry)).collect()),
+        }
+    }
+}
+
+enum OwnedIds<'a> {
+    I64(Vec<i64>),
+    Any(Vec<AnyId<'a>>),
+    Known(Vec<u32>),
+}
+
+impl OwnedIds<'_> {
+    fn borrow(&self) -> Ids<'_> {
+        match self {
+            Self::I64(ids) => Ids::I64(ids),
+            Self::Any(ids) => Ids::Any(ids),
+            Self::Known(ids) => Ids::Known(ids),
+        }
+    }
+}
+
+/// What a call is given: arrays of N entries each.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a, R> {
+    /// Raw rewards.
+    pub rewards: &'a [R],
+    /// Clusters.
+    pub clusters: Ids<'a>,
+    /// Groups: any ids.
+    pub groups: Option<Ids<'a>>,
+    /// Fractional counts, at least 0.
+    pub weights: Option<&'a [f64]>,
+    /// Squared norms of the scores of the completions, at least 0; read by `auto` alone.
+    pub score_norms: Option<&'a [f64]>,
+}
+
+impl<'a, R: Real> Batch<'a, R> {
+    /// Checks everything but the rewards' values.
+    pub(crate) fn check(&self, out: Option<usize>) -> Result<(), Error> {
+        let rewards = self.rewards.len();
+        let lengths = [
+            ("clusters", Some(self.clusters.len())),
+            ("groups", self.groups.map(|groups| groups.len())),
+            ("weights", self.weights.map(<[f64]>::len)),
+            ("score_norms", self.score_norms.map(<[f64]>::len)),
+            ("out", out),
+        ];
+        for (name, length) in lengths {
+            if let Some(length) = length
+                && length != rewards
+            {
+                return Err(Error::Length { rewards, name, length });
+            }
+        }
+        for (name, values) in [("weights", self.weights), ("score_norms", self.score_norms)] {
+            let Some(values) = values else { continue };
+            if let Some(index) = values.iter().position(|&w| !(0.0..MAX_WEIGHT).contains(&w)) {
+                return Err(Error::Weight { name, index, value: values[index] });
+            }
+        }
+        Ok(())
+    }
+
+    /// Positions of non-finite rewards.
+    pub(crate) fn holes(&self) -> impl Iterator<Item = usize> {
+        let rewards = self.rewards.iter().enumerate();
+        rewards.filter(|(_, reward)| !is_finite_reward(reward.to_f64())).map(|(index, _)| index)
+    }
+
+    /// The entries at some positions.
+    pub(crate) fn only(&self, kept: &[usize]) -> OwnedBatch<'a, R> {
+        let only = |values: &[f64]| kept.iter().map(|&entry| values[entry]).collect();
+        OwnedBatch {
+            rewards: kept.iter().map(|&entry| self.rewards[entry]).collect(),
+            clusters: self.clusters.only(kept),
+            groups: self.groups.map(|groups| groups.only(kept)),
+            weights: self.weights.map(only),
+            score_norms: self.score_norms.map(only),
+        }
+    }
+}
+
+/// A batch with arrays of its own.
+pub(crate) struct OwnedBatch<'a, R> {
+    rewards: Vec<R>,
+    clusters: OwnedIds<'a>,
+    groups: Option<OwnedIds<'a>>,
+    weights: Option<Vec<f64>>,
+    score_norms: Option<Vec<f64>>,
+}
+
+impl<R> OwnedBatch<'_, R> {
+    pub(crate) fn borrow(&self) -> Batch<'_, R> {
+        Batch {
+            rewards: &self.rewards,
+            clusters: self.clusters.borrow(),
+            groups: self.groups.as_ref().map(OwnedIds::borrow),
+            weights: self.weights.as_deref(),
+            score_norms: self.score_norms.as_deref(),
+        }
+    }
+}
+
+/// Weights stay below this, so that their sums stay far below 2^53.
+const MAX_WEIGHT: f64 = 1_048_576.0;
+
+/// Equal ids get equal numbers.
+pub(crate) fn number(ids: &[AnyId<'_>]) -> Vec<i64> {
+    let mut numbers = HashMap::new();
+    let mut number = |id| {
+        let next = i64::try_from(numbers.len()).expect("lengths are below 2^63");
+        *numbers.entry(id).or_insert(next)
+    };
+    ids.iter().map(|&id| number(id)).collect()
+}

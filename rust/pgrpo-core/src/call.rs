@@ -1,0 +1,352 @@
+//! The steps of one call: fold, remember, map, write.
+#![allow(clippy::cast_possible_truncation, reason = "cells are numbered in 32 bits, see `Slots`")]
+
+use std::cell::Cell;
+
+use crate::batch::{Batch, Ids, number};
+use crate::error::Error;
+use crate::estimators::{Estimator, Folded, Scale, auto};
+use crate::fold::{Affine, KEPT_CELLS, Real, apply, fold};
+use crate::histories::Sums;
+use crate::ids::{AnyId, DIRECT};
+use crate::moments::Moments;
+use crate::options::{Options, Order};
+use crate::slots::Slots;
+use crate::state::State;
+use crate::table::Triple;
+
+/// Which halves of a call are done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Halves {
+    Both,
+    Update,
+    Normalize,
+}
+
+/// One call; its groups are None where nobody wants to know them.
+pub(crate) struct Call<'a, R> {
+    pub(crate) options: &'a Options,
+    pub(crate) scale: Scale,
+    pub(crate) state: &'a State,
+    pub(crate) batch: Batch<'a, R>,
+}
+
+/// Buffers of a call, kept by each thread: small batches would spend their time in the allocator.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    slots: Slots,
+    cluster_slots: Slots,
+    group_slots: Slots,
+    /// By cluster.
+    keys: Vec<u32>,
+    /// By cluster: its moments in this batch. Empty where cells are clusters.
+    batch: Vec<Moments>,
+    /// By cluster: its history before this batch, where that is asked for.
+    before: Vec<Moments>,
+    /// All clusters' history together, as it is read.
+    pool: Option<Moments>,
+    /// By cluster: what advantages are multiplied with for the cluster's frequency.
+    factors: Vec<f64>,
+    folded: Folded,
+    maps: Vec<Affine>,
+    /// Length of the table of maps by key, where the batch was folded by its ids as they are.
+    by_index: Option<usize>,
+}
+
+impl Scratch {
+    fn clear(&mut self) {
+        self.by_index = None;
+        self.pool = None;
+        self.keys.clear();
+        self.batch.clear();
+        self.before.clear();
+        self.factors.clear();
+        self.folded.clear();
+        self.maps.clear();
+    }
+
+    /// Keys of the clusters, and their moments in this batch.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = (&u32, &Moments)> {
+        let cells_are_clusters = self.batch.is_empty();
+        self.keys.iter().zip(if cells_are_clusters { &self.folded.moments } else { &self.batch })
+    }
+
+    /// Whether a non-finite reward may be among these. Too large a one shows in one of the three.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.folded.moments.iter().any(|moments| {
+            !(moments.origin.abs() < 1e130 && moments.offset.abs() < 1e130 && moments.m2 < 1e260)
+        })
+    }
+}
+
+/// Lends the thread's buffers, emptied.
+pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
+    thread_local! {
+        static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+    }
+    let mut scratch = SCRATCH.take().unwrap_or_default();
+    scratch.clear();
+    let result = work(&mut scratch);
+    if scratch.maps.capacity() <= KEPT_CELLS && scratch.slots.of.capacity() <= KEPT_CELLS {
+        SCRATCH.set(Some(scratch));
+    }
+    result
+}
+
+impl<R: Real> Call<'_, R> {
+    /// Sums the batch up by cell.
+    pub(crate) fn fold(&self, scratch: &mut Scratch) -> Result<(), Error> {
+        let Batch { groups, weights, .. } = self.batch;
+        // A table of keys does not pay for a few rewards.
+        let many = self.batch.rewards.len() >= 32;
+        let plain = many && groups.is_none() && weights.is_none() && !self.state.is_shared();
+        if plain && self.fold_by_index(scratch) { Ok(()) } else { self.fold_by_cell(scratch) }
+    }
+
+    /// Folds by cluster, where ids are small numbers that are keys: the fastest way. False if not.
+    fn fold_by_index(&self, scratch: &mut Scratch) -> bool {
+        let (rewards, threads) = (self.batch.rewards, self.options.num_threads);
+        // No more cells than twice the rewards: they are all looked at once the rewards are summed.
+        let limit = (2 * rewards.len()).min(usize::try_from(DIRECT).unwrap_or(usize::MAX));
+        let moments = &mut scratch.folded.moments;
+        let fits = match self.batch.clusters {
+            Ids::I32(ids) => fold(rewards, ids, None, limit, threads, moments),
+            Ids::I64(ids) => fold(rewards, ids, None, limit, threads, moments),
+            Ids::Known(_) | Ids::Any(_) => false,
+        };
+        if !fits {
+            return false;
+        }
+        scratch.by_index = Some(moments.len());
+        for key in 0..moments.len() {
+            // Not >= 0: non-finite rewards are noticed later.
+            if moments[key].count != 0.0 {
+                moments[scratch.keys.len()] = moments[key];
+                scratch.keys.push(key as u32);
+            }
+        }
+        moments.truncate(scratch.keys.len());
+        true
+    }
+
+    /// Folds by cluster, or by cluster and group, whatever the ids.
+    fn fold_by_cell(&self, scratch: &mut Scratch) -> Result<(), Error> {
+        let Batch { rewards, weights, .. } = self.batch;
+        let known: Vec<u32>;
+        let clusters = if let Ids::Any(ids) = self.batch.clusters {
+            known = ids.iter().map(|&id| self.state.key_of(id)).collect::<Result<_, _>>()?;
+            Ids::Known(&known)
+        } else {
+            self.batch.clusters
+        };
+        let numbered: Vec<i64>;
+        let groups = if let Some(Ids::Any(ids)) = self.batch.groups {
+            numbered = number(ids);
+            Some(Ids::I64(&numbered))
+        } else {
+            self.batch.groups
+        };
+        let Scratch { slots, cluster_slots, group_slots, folded, keys, .. } = scratch;
+        if let Some(groups) = groups {
+            let pair = |entry: usize| (clusters.value(entry), groups.value(entry));
+            slots.assign(rewards.len(), pair, |(cluster, group)| {
+                let scattered = group.cast_unsigned().wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                cluster.cast_unsigned().wrapping_add(scattered)
+            });
+        } else {
+            slots.assign(rewards.len(), |entry| clusters.value(entry), i64::cast_unsigned);
+        }
+        let (threads, moments) = (self.options.num_threads, &mut folded.moments);
+        fold(rewards, &slots.of, weights, usize::MAX, threads, moments);
+        moments.truncate(slots.first.len());
+        if let Some(weights) = weights {
+            folded.weights.resize(moments.len(), 0.0);
+            for (&weight, &slot) in weights.iter().zip(&slots.of) {
+                folded.weights[slot as usize] += weight * weight;
+            }
+            for (square, moments) in folded.weights.iter_mut().zip(moments.iter()) {
+                *square = if moments.count > 0.0 { *square / moments.count } else { 0.0 };
+            }
+        }
+        let key = |cell: u32| {
+            let entry = slots.first[cell as usize] as usize;
+            match clusters {
+                Ids::Known(keys) => Ok(keys[entry]),
+                _ => self.state.key_of(AnyId::Int(clusters.value(entry))),
+            }
+        };
+        let Some(groups) = groups else {
+            for cell in 0..moments.len() {
+                keys.push(key(cell as u32)?);
+            }
+            return Ok(());
+        };
+        let first = |cell: usize| slots.first[cell] as usize;
+        cluster_slots.assign(moments.len(), |cell| clusters.value(first(cell)), i64::cast_unsigned);
+        group_slots.assign(moments.len(), |cell| groups.value(first(cell)), i64::cast_unsigned);
+        for &cell in &cluster_slots.first {
+            keys.push(key(cell)?);
+        }
+        scratch.batch.resize(cluster_slots.first.len(), Moments::default());
+        folded.groups.resize(group_slots.first.len(), Moments::default());
+        for (cell, &moments) in moments.iter().enumerate() {
+            let cluster = &mut scratch.batch[cluster_slots.of[cell] as usize];
+            *cluster = cluster.merge(moments);
+            let group = &mut folded.groups[group_slots.of[cell] as usize];
+            *group = group.merge(moments);
+        }
+        folded.cluster_of.clone_from(&cluster_slots.of);
+        folded.group_of.clone_from(&group_slots.of);
+        Ok(())
+    }
+
+    /// Merges what was folded, unless only the other half is wanted, and reads what is remembered.
+    pub(crate) fn remember(&self, halves: Halves, scratch: &mut Scratch) {
+        let Options { estimator, order, forgetting, .. } = *self.options;
+        let (streams, pending) = (&self.state.streams, self.state.pending.as_ref());
+        let merging = halves != Halves::Normalize;
+        let reads_after = order == Order::UpdateThenNormalize;
+        if !reads_after {
+            scratch.pool = self.pool();
+        }
+        let Scratch { keys, folded, before, batch, slots, .. } = scratch;
+        let batch: &[Moments] = if batch.is_empty() { &folded.moments } else { batch };
+        folded.histories.reserve(keys.len());
+        for (&key, &moments) in keys.iter().zip(batch) {
+            let (old, new) = if merging {
+                if let Some(pending) = pending {
+                    pending.rewards.merge(key, moments, 1.0);
+                }
+                streams.rewards.merge(key, moments, forgetting)
+            } else {
+                let now = streams.rewards.read(key);
+                (now, now)
+            };
+            if estimator == Estimator::Auto {
+                before.push(old);
+            }
+            folded.histories.push(if reads_after { new } else { old });
+        }
+        if reads_after {
+            scratch.pool = self.pool();
+        }
+        let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple]| {
+            let read = keys.iter().zip(batch).zip(added).map(|((&key, batch), &added)| {
+                if !merging || batch.count == 0.0 {
+                    return sums.read(key);
+                }
+                if let Some(pending) = pending {
+                    pending.add(key, added, 1.0);
+                }
+                let (old, new) = sums.add(key, added, forgetting);
+                if reads_after { new } else { old }
+            });
+            read.collect::<Vec<Triple>>()
+        };
+        if let Some(sums) = &streams.parts
+            && self.batch.groups.is_some()
+        {
+            let mut added = vec![Triple::default(); keys.len()];
+            for cell in folded.cells().filter(|cell| cell.moments.count > 0.0) {
+                let [parts, squares, within] = &mut added[cell.cluster];
+                *parts += cell.weight;
+                *squares += cell.moments.count * cell.moments.count;
+                *within += cell.moments.m2;
+            }
+            let pending = pending.and_then(|pending| pending.parts.as_ref());
+            folded.parts = touched(sums, pending, &added);
+            folded.own.clone_from(&folded.histories);
+        }
+        if let Some(sums) = &streams.regression {
+            let mut added = vec![Triple::default(); keys.len()];
+            if merging {
+                let scored = self.scored(slots, folded);
+                for (cell, scored) in folded.cells().zip(&scored) {
+                    let evidence = auto::evidence(&cell, scored, &before[cell.cluster]);
+                    for (sum, value) in added[cell.cluster].iter_mut().zip(evidence) {
+                        *sum += value;
+                    }
+                }
+            }
+            let pending = pending.and_then(|pending| pending.regression.as_ref());
+            folded.regressions = touched(sums, pending, &added);
+        }
+    }
+
+    /// The history of all clusters together, if it is wanted and there is any.
+    fn pool(&self) -> Option<Moments> {
+        let wanted = self.options.prior_count > 0.0 || self.options.frequency_weight != 0.0;
+        let merged = || self.state.histories().map(|(_, history)| history).reduce(Moments::merge);
+        if wanted { merged() } else { None }
+    }
+
+    /// The rewards of each cell with weights multiplied by their score norms.
+    fn scored(&self, slots: &Slots, folded: &Folded) -> Vec<Moments> {
+        let Batch { rewards, weights, score_norms, .. } = self.batch;
+        let Some(norms) = score_norms else { return folded.moments.clone() };
+        let weights: Vec<f64> = match weights {
+            Some(weights) => weights.iter().zip(norms).map(|(w, norm)| w * norm).collect(),
+            None => norms.to_vec(),
+        };
+        let mut scored = Vec::new();
+        fold(rewards, &slots.of, Some(&weights), usize::MAX, 1, &mut scored);
+        scored
+    }
+
+    /// Makes the maps of all cells.
+    pub(crate) fn map(&self, halves: Halves, scratch: &mut Scratch) {
+        let Options { estimator, prior_count, frequency_weight, .. } = *self.options;
+        let Scratch { keys, folded, maps, factors, .. } = scratch;
+        if let Some(pool) = scratch.pool {
+            let m2 = pool.m2 * (prior_count / pool.count);
+            let prior = Moments { count: prior_count, m2, ..pool };
+            for history in &mut folded.histories {
+                let share = history.count / pool.count;
+                factors.push(if share > 0.0 { share.powf(-frequency_weight) } else { 1.0 });
+                *history = history.merge(prior);
+            }
+        }
+        estimator.maps(folded, &self.scale, maps);
+        if frequency_weight != 0.0 && !factors.is_empty() {
+            for (map, cell) in maps.iter_mut().zip(folded.cells()) {
+                map.scale *= factors[cell.cluster];
+            }
+        }
+        if let Some(sums) = &self.state.streams.advantages
+            && halves == Halves::Both
+        {
+            let mut added = vec![Triple::default(); keys.len()];
+            for (cell, map) in folded.cells().zip(maps.iter()) {
+                let Moments { count, origin, offset, m2 } = *cell.moments;
+                let mean = ((origin - map.origin) + (offset - map.offset)) * map.scale;
+                let [number, sum, squares] = &mut added[cell.cluster];
+                *number += count;
+                *sum += count * mean;
+                *squares += m2 * map.scale * map.scale + count * mean * mean;
+            }
+            for (&key, &added) in keys.iter().zip(&added) {
+                // With an eps near 0 advantages can be too large to be summed up.
+                if added[0] > 0.0 && added.iter().all(|sum| sum.is_finite()) {
+                    sums.add(key, added, self.options.forgetting);
+                }
+            }
+        }
+    }
+
+    /// Writes the advantages.
+    pub(crate) fn write(&self, scratch: &Scratch, out: &mut [R]) {
+        let Options { clip, num_threads, .. } = *self.options;
+        let (rewards, maps) = (self.batch.rewards, scratch.maps.iter().copied());
+        let Some(length) = scratch.by_index else {
+            let places = (0..maps.len()).zip(maps);
+            let slots = &scratch.slots.of;
+            return apply(rewards, slots, scratch.maps.len(), places, clip, num_threads, out);
+        };
+        let places = scratch.keys.iter().map(|&key| key as usize).zip(maps);
+        match self.batch.clusters {
+            Ids::I32(ids) => apply(rewards, ids, length, places, clip, num_threads, out),
+            Ids::I64(ids) => apply(rewards, ids, length, places, clip, num_threads, out),
+            Ids::Known(_) | Ids::Any(_) => unreachable!("such ids are never folded by index"),
+        }
+    }
+}

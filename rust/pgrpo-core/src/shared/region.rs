@@ -1,0 +1,246 @@
+//! Memory that several processes have mapped, and how it is laid out.
+#![allow(unsafe_code, reason = "memory of the caller becomes arenas")]
+
+use std::fmt;
+
+use super::index::{Index, Word};
+use crate::arena::Arena;
+use crate::error::Error;
+use crate::sync::Ordering;
+use crate::table::Table;
+
+const MAGIC: u64 = u64::from_ne_bytes(*b"pgrposhm");
+const VERSION: u64 = 1;
+/// Reads differently where bytes are ordered differently.
+const BYTE_ORDER: u64 = 0x0102_0304_0506_0708;
+
+/// The header: 512 words, one page.
+const HEADER_WORDS: u32 = 512;
+const HEADER: usize = HEADER_WORDS as usize * 8;
+/// Words of the header before the options, which are a string padded by zeros: magic, byte order,
+/// version, capacity, number of streams, length of the region.
+const OPTIONS_AT: u32 = 6;
+/// Counters have cache lines of their own at the header's end: words of names in use
+/// ([`Index::USED`]), and this one.
+const NUM_NONFINITE: u32 = 456;
+const MAX_OPTIONS: usize = (Index::USED - OPTIONS_AT) as usize * 8;
+
+/// Heads of rows have 24 bits for the index of a spare, and every slot may need one.
+const MAX_CAPACITY: u32 = 1 << 23;
+const MAX_STREAMS: u32 = 64;
+/// Spares for threads within a commit, running or killed.
+const MIN_SPARES: u32 = 1 << 16;
+const WORDS_PER_SLOT: u32 = 8;
+
+/// The size of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    capacity: u32,
+    num_streams: u32,
+}
+
+impl Layout {
+    /// A region for `capacity` clusters with `num_streams` rows each.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if there are too few or too many of either.
+    pub fn new(capacity: u64, num_streams: u32) -> Result<Self, Error> {
+        let capacity = u32::try_from(capacity)
+            .ok()
+            .filter(|capacity| (1..=MAX_CAPACITY).contains(capacity))
+            .ok_or(Error::Option {
+                name: "capacity",
+                value: capacity.to_string(),
+                expected: "1 to 8388608 clusters",
+            })?;
+        if !(1..=MAX_STREAMS).contains(&num_streams) {
+            let value = num_streams.to_string();
+            return Err(Error::Option { name: "num_streams", value, expected: "1 to 64" });
+        }
+        Ok(Self { capacity, num_streams })
+    }
+
+    fn num_slots(self) -> u32 {
+        (2 * self.capacity).next_power_of_two().max(64)
+    }
+
+    fn num_words(self) -> u32 {
+        self.num_slots() * WORDS_PER_SLOT
+    }
+
+    fn num_spares(self) -> u32 {
+        self.num_slots().max(MIN_SPARES)
+    }
+
+    fn streams_at(self) -> usize {
+        HEADER + Arena::<Word>::bytes(self.num_slots()) + Arena::<Word>::bytes(self.num_words())
+    }
+
+    fn stream_bytes(self) -> usize {
+        Table::bytes(self.num_slots(), self.num_spares())
+    }
+
+    /// Bytes of the region.
+    #[must_use]
+    pub fn length(self) -> usize {
+        self.streams_at() + self.num_streams as usize * self.stream_bytes()
+    }
+
+    /// The first bytes of a new region, the others of which are zeros. `options` is what all its
+    /// users must agree on.
+    ///
+    /// # Panics
+    /// If `options` are longer than a header has room for, 3536 bytes.
+    #[must_use]
+    pub fn header(self, options: &str) -> Vec<u8> {
+        assert!(options.len() <= MAX_OPTIONS, "options of {} bytes", options.len());
+        let mut bytes: Vec<u8> =
+            self.header_words().into_iter().flat_map(u64::to_ne_bytes).collect();
+        bytes.extend(options.as_bytes());
+        bytes.resize(HEADER, 0);
+        bytes
+    }
+
+    fn header_words(self) -> [u64; OPTIONS_AT as usize] {
+        let [capacity, streams] = [self.capacity, self.num_streams].map(u64::from);
+        [MAGIC, BYTE_ORDER, VERSION, capacity, streams, self.length() as u64]
+    }
+}
+
+/// Memory that is not the region it was taken for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    what: &'static str,
+    found: String,
+    expected: String,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "shared table: {} {}; expected {}", self.what, self.found, self.expected)
+    }
+}
+
+impl std::error::Error for Mismatch {}
+
+/// A mapped region: the ids of its clusters and what it counts. The rows are the tables that
+/// [`open`](Self::open) returns beside it.
+pub struct Region {
+    index: Index,
+    header: Arena<Word>,
+}
+
+impl Region {
+    /// A region that lies in memory of somebody else, and the table of each stream.
+    ///
+    /// `options` and the layout must be those that it was made with. Nobody else but the caller may
+    /// use the region meanwhile if `alone` is given: what killed processes left behind is then taken
+    /// back.
+    ///
+    /// Bytes that nobody like us has written make for strange statistics, and for nothing worse.
+    ///
+    /// # Errors
+    /// [`Mismatch`] if this is no such region.
+    ///
+    /// # Safety
+    /// `start` is aligned to 64 bytes and has `length` readable and writable bytes for as long as
+    /// the region and its tables are used, and all its users touch them by atomic operations alone.
+    pub unsafe fn open(
+        start: *mut u8,
+        length: usize,
+        layout: Layout,
+        options: &str,
+        alone: bool,
+    ) -> Result<(Self, Vec<Table>), Mismatch> {
+        if length < HEADER || !start.addr().is_multiple_of(64) {
+            return Err(refused("length", length, format!("at least {HEADER} aligned bytes")));
+        }
+        // SAFETY: the header is within the bytes the caller vouches for; any bytes are words.
+        let header = unsafe { Arena::<Word>::over(start, HEADER_WORDS) };
+        check(&header, length, layout, options)?;
+        let (slots, words) = (layout.num_slots(), layout.num_words());
+        let slots_end = HEADER + Arena::<Word>::bytes(slots);
+        // SAFETY: as above; the parts follow each other, up to the length that was checked.
+        let arenas = unsafe {
+            [
+                Arena::over(start.add(HEADER), slots),
+                Arena::over(start.add(slots_end), words),
+                Arena::over(start, HEADER_WORDS),
+            ]
+        };
+        let index = Index::new(arenas, slots, words, layout.capacity);
+        let stream = |number: u32| {
+            let at = layout.streams_at() + number as usize * layout.stream_bytes();
+            // SAFETY: as above; a table uses `stream_bytes` bytes from there, and any bytes do.
+            unsafe { Table::over(start.add(at), slots, layout.num_spares()) }
+        };
+        let tables: Vec<Table> = (0..layout.num_streams).map(stream).collect();
+        if alone {
+            for table in &tables {
+                table.repair(index.keys());
+            }
+        }
+        Ok((Self { index, header }, tables))
+    }
+
+    /// The keys of cluster ids.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Non-finite rewards that all users of the region left out of the histories.
+    #[must_use]
+    pub fn num_nonfinite(&self) -> u64 {
+        self.header.get(NUM_NONFINITE).0.load(Ordering::SeqCst)
+    }
+
+    /// Adds to [`num_nonfinite`](Self::num_nonfinite).
+    pub fn add_nonfinite(&self, found: u64) {
+        self.header.get(NUM_NONFINITE).0.fetch_add(found, Ordering::SeqCst);
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Region").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// Compares the header with the one that such a region would have.
+fn check(
+    header: &Arena<Word>,
+    length: usize,
+    layout: Layout,
+    options: &str,
+) -> Result<(), Mismatch> {
+    let word = |at: u32| header.get(at).0.load(Ordering::SeqCst);
+    let expected = layout.header_words();
+    let found = [0, 1, 2, 3, 4, 5].map(word);
+    if found[0] != MAGIC {
+        let bytes = |word: u64| format!("{:02x?}", word.to_ne_bytes());
+        return Err(refused("begins with", bytes(found[0]), bytes(MAGIC)));
+    }
+    if found[1] != BYTE_ORDER {
+        return Err(refused("byte order", format!("{:#x}", found[1]), format!("{BYTE_ORDER:#x}")));
+    }
+    let names = ["version", "capacity", "number of streams", "length"];
+    for (at, what) in (2..).zip(names) {
+        if found[at] != expected[at] {
+            return Err(refused(what, found[at], expected[at]));
+        }
+    }
+    if length as u64 != expected[5] {
+        return Err(refused("file size", length, expected[5]));
+    }
+    let bytes: Vec<u8> = (OPTIONS_AT..Index::USED).flat_map(|at| word(at).to_ne_bytes()).collect();
+    let found = String::from_utf8_lossy(&bytes);
+    if found.trim_end_matches('\0') != options {
+        return Err(refused("options", found.trim_end_matches('\0'), options));
+    }
+    Ok(())
+}
+
+fn refused(what: &'static str, found: impl fmt::Display, expected: impl fmt::Display) -> Mismatch {
+    Mismatch { what, found: found.to_string(), expected: expected.to_string() }
+}

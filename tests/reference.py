@@ -1,0 +1,394 @@
+"""Every estimator once more, slowly and exactly: what the core is measured against.
+
+Nothing is kept running here. A cluster's raw rewards stay with their weights, and each call works
+out means and sums of squares from them in rational numbers; floats appear where a root or the
+advantage itself does. So no algorithm is shared with the core: no Welford, no merging, no origin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import starmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+ESTIMATORS = ["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+ORDERS = ["update_then_normalize", "normalize_then_update"]
+PRIOR_EVIDENCE = 16
+"""Rollouts with which `auto` believes in the cluster's mean to begin with."""
+
+Ids = Iterable[Hashable]
+Numbers = Iterable[float]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    index: int
+    cluster: Hashable
+    group: Hashable
+    reward: Fraction
+    weight: Fraction
+    score_norm: Fraction
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of weighted rewards; the mean of nothing is 0."""
+
+    count: Fraction
+    mean: Fraction
+    m2: Fraction
+
+    def sigma(self, ddof: int) -> float:
+        return math.sqrt(self.m2 / (self.count - ddof)) if self.count > ddof else 0.0
+
+
+@dataclass
+class Part:
+    """What a cluster keeps of its rollouts of one group in one call."""
+
+    decay: Fraction
+    rollouts: list[Rollout]
+
+
+@dataclass
+class Evidence:
+    """One rollout's point in `auto`'s regression of y on x."""
+
+    weight: Fraction
+    x: Fraction
+    y: Fraction
+
+
+def moments(rewards: Iterable[tuple[Fraction, Fraction]]) -> Moments:
+    """Of (weight, reward) pairs, in two passes."""
+    pairs = list(rewards)
+    count = sum((weight for weight, _ in pairs), Fraction())
+    if count == 0:
+        return Moments(count, Fraction(), Fraction())
+    mean = sum((weight * reward for weight, reward in pairs), Fraction()) / count
+    m2 = sum((weight * (reward - mean) ** 2 for weight, reward in pairs), Fraction())
+    return Moments(count, mean, m2)
+
+
+def moments_of(rollouts: Iterable[Rollout]) -> Moments:
+    return moments((rollout.weight, rollout.reward) for rollout in rollouts)
+
+
+def squared_weights(rollouts: Iterable[Rollout]) -> Fraction:
+    return sum((rollout.weight**2 for rollout in rollouts), Fraction())
+
+
+def mean_weight(rollouts: list[Rollout]) -> Fraction:
+    """By weight: what any one of them weighs where only sums of a part are known."""
+    count = moments_of(rollouts).count
+    return squared_weights(rollouts) / count if count > 0 else Fraction()
+
+
+def mean_of_others(reward: Fraction, among: Moments, weight: Fraction) -> Fraction | None:
+    """The leave-one-out mean, of a reward that weighs so much; None where there are no others."""
+    if among.count <= weight:
+        return None
+    return reward - (reward - among.mean) * among.count / (among.count - weight)
+
+
+class Reference:
+    """The estimators of `pgrpo.ClusterNormalizer` for finite rewards, with the same options."""
+
+    def __init__(
+        self,
+        estimator: str = "pgrpo",
+        *,
+        ddof: int = 0,
+        eps: float = 1e-4,
+        order: str = "update_then_normalize",
+        forgetting: float = 1.0,
+        prior_count: float = 0.0,
+        sigma_floor: float = 0.0,
+        clip: float | None = None,
+        min_count: float = 1,
+        frequency_weight: float = 0.0,
+    ) -> None:
+        assert estimator in ESTIMATORS, f"estimator is {estimator!r}, expected one of {ESTIMATORS}"
+        assert order in ORDERS, f"order is {order!r}, expected one of {ORDERS}"
+        self.estimator, self.order = estimator, order
+        self.ddof, self.eps, self.sigma_floor, self.clip = ddof, eps, sigma_floor, clip
+        self.forgetting, self.prior_count = Fraction(forgetting), Fraction(prior_count)
+        self.min_count, self.frequency_weight = min_count, frequency_weight
+        self.rewards: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
+        self.parts: defaultdict[Hashable, list[Part]] = defaultdict(list)
+        self.evidence: defaultdict[Hashable, list[Evidence]] = defaultdict(list)
+
+    def __call__(
+        self,
+        rewards: Numbers,
+        clusters: Ids,
+        groups: Ids | None = None,
+        *,
+        weights: Numbers | None = None,
+        score_norms: Numbers | None = None,
+    ) -> NDArray[np.float64]:
+        batch = self._rollouts(rewards, clusters, groups, weights, score_norms)
+        if self.order == "update_then_normalize":
+            self._update(batch)
+            return self._normalize(batch)
+        advantages = self._normalize(batch)
+        self._update(batch)
+        return advantages
+
+    def update(
+        self,
+        rewards: Numbers,
+        clusters: Ids,
+        groups: Ids | None = None,
+        *,
+        weights: Numbers | None = None,
+        score_norms: Numbers | None = None,
+    ) -> None:
+        self._update(self._rollouts(rewards, clusters, groups, weights, score_norms))
+
+    def normalize(
+        self,
+        rewards: Numbers,
+        clusters: Ids,
+        groups: Ids | None = None,
+        *,
+        weights: Numbers | None = None,
+        score_norms: Numbers | None = None,
+    ) -> NDArray[np.float64]:
+        return self._normalize(self._rollouts(rewards, clusters, groups, weights, score_norms))
+
+    def history(self, cluster: Hashable) -> Moments:
+        """A cluster's own history, without the prior."""
+        return moments(self.rewards.get(cluster, []))
+
+    def _rollouts(
+        self,
+        rewards: Numbers,
+        clusters: Ids,
+        groups: Ids | None,
+        weights: Numbers | None,
+        score_norms: Numbers | None,
+    ) -> list[Rollout]:
+        values = [Fraction(float(reward)) for reward in rewards]
+        num = len(values)
+        if groups is None:
+            needing = ("grpo", "dr_grpo", "rloo", "two_way", "shrinkage", "auto")
+            assert self.estimator not in needing, f"{self.estimator} needs groups"
+        rows = zip(
+            list(range(num)),
+            list(clusters),
+            list(range(num) if groups is None else groups),
+            values,
+            [Fraction(1)] * num if weights is None else [Fraction(float(w)) for w in weights],
+            [Fraction(1)] * num
+            if score_norms is None
+            else [Fraction(float(v)) for v in score_norms],
+            strict=True,
+        )
+        return list(starmap(Rollout, rows))
+
+    # The first half: what is remembered.
+
+    def _update(self, batch: list[Rollout]) -> None:
+        weighty = [rollout for rollout in batch if rollout.weight > 0]
+        for cluster, rollouts in by(weighty, "cluster").items():
+            before = self.history(cluster)
+            self._forget(cluster)
+            self.rewards[cluster] += [(rollout.weight, rollout.reward) for rollout in rollouts]
+            for part in by(rollouts, "group").values():
+                self.parts[cluster].append(Part(Fraction(1), part))
+                if before.count > 0:
+                    self.evidence[cluster] += self._evidence(part, before.mean)
+
+    def _forget(self, cluster: Hashable) -> None:
+        """To scale a history's count and m2, its mean left alone, is to scale its weights."""
+        rho = self.forgetting
+        if rho == 1:
+            return
+        self.rewards[cluster] = [(rho * weight, reward) for weight, reward in self.rewards[cluster]]
+        for part in self.parts[cluster]:
+            part.decay *= rho
+        for point in self.evidence[cluster]:
+            point.weight *= rho
+
+    @staticmethod
+    def _evidence(part: list[Rollout], mean_before: Fraction) -> list[Evidence]:
+        """How rewards depart from the mean of the part's others, against how the cluster's mean
+        does, of a history that knows nothing of this batch."""
+        points: list[Evidence] = []
+        among, mean = moments_of(part), mean_weight(part)
+        for rollout in part:
+            others = mean_of_others(rollout.reward, among, mean)
+            if others is not None:
+                weight = rollout.weight * rollout.score_norm
+                x, y = mean_before - others, rollout.reward - others
+                points.append(Evidence(weight, x, y))
+        return points
+
+    # The other half: what is made of it.
+
+    def _normalize(self, batch: list[Rollout]) -> NDArray[np.float64]:
+        advantages = np.zeros(len(batch))
+        total = sum((weight for own in self.rewards.values() for weight, _ in own), Fraction())
+        history = {cluster: self._read(cluster) for cluster in by(batch, "cluster")}
+        own = {cluster: self.history(cluster) for cluster in history}
+        for rollout, advantage in self._estimate(batch, history, own):
+            count = own[rollout.cluster].count
+            if count > 0 and self.frequency_weight != 0:
+                advantage *= float(count / total) ** -self.frequency_weight
+            if self.clip is not None:
+                advantage = min(max(advantage, -self.clip), self.clip)
+            advantages[rollout.index] = advantage
+        return advantages
+
+    def _read(self, cluster: Hashable) -> Moments | None:
+        """The history that estimators see: with the pooled prior, or None where it is too short."""
+        own = list(self.rewards.get(cluster, []))
+        read = moments(own)
+        pool = moments(pair for pairs in self.rewards.values() for pair in pairs)
+        if self.prior_count > 0 and pool.count > 0:
+            count = read.count + self.prior_count
+            mean = (read.count * read.mean + self.prior_count * pool.mean) / count
+            m2 = read.m2 + read.count * (read.mean - mean) ** 2
+            m2 += self.prior_count * (pool.m2 / pool.count + (pool.mean - mean) ** 2)
+            read = Moments(count, mean, m2)
+        return read if read.count > 0 and read.count >= self.min_count else None
+
+    def _estimate(
+        self,
+        batch: list[Rollout],
+        history: dict[Hashable, Moments | None],
+        own: dict[Hashable, Moments],
+    ) -> Iterable[tuple[Rollout, float]]:
+        match self.estimator:
+            case "batch":
+                yield from self._standardized(batch)
+            case "grpo":
+                for group in by(batch, "group").values():
+                    yield from self._standardized(group)
+            case "dr_grpo":
+                for group in by(batch, "group").values():
+                    mean = moments_of(group).mean
+                    weighty = any(rollout.weight > 0 for rollout in group)
+                    for rollout in group:
+                        yield rollout, float(rollout.reward - mean) if weighty else 0.0
+            case "rloo":
+                for group in by(batch, "group").values():
+                    among = moments_of(group)
+                    for part in by(group, "cluster").values():
+                        mean = mean_weight(part)
+                        for rollout in part:
+                            others = mean_of_others(rollout.reward, among, mean)
+                            yield rollout, 0.0 if others is None else float(rollout.reward - others)
+            case "pgrpo":
+                for rollout in batch:
+                    read = history[rollout.cluster]
+                    if read is not None:
+                        yield rollout, float(rollout.reward - read.mean) / self._divisor(read)
+            case "two_way":
+                for group in by(batch, "group").values():
+                    yield from self._two_way(group, history)
+            case _:
+                for cluster, rollouts in by(batch, "cluster").items():
+                    read = history[cluster]
+                    if read is not None:
+                        yield from self._mixed(rollouts, read, own[cluster])
+
+    def _divisor(self, read: Moments, share: float = 1.0) -> float:
+        """Of a history; `share` is that of its variance which a baseline leaves."""
+        return max(read.sigma(self.ddof) * math.sqrt(share), self.sigma_floor) + self.eps
+
+    def _standardized(self, rollouts: list[Rollout]) -> Iterable[tuple[Rollout, float]]:
+        among = moments_of(rollouts)
+        for rollout in rollouts:
+            deviation = float(rollout.reward - among.mean) if among.count > 0 else 0.0
+            yield rollout, deviation / (among.sigma(self.ddof) + self.eps)
+
+    def _two_way(
+        self, group: list[Rollout], history: dict[Hashable, Moments | None]
+    ) -> Iterable[tuple[Rollout, float]]:
+        known = [
+            (rollout, read) for rollout in group if (read := history[rollout.cluster]) is not None
+        ]
+        residuals = [(rollout.weight, rollout.reward - read.mean) for rollout, read in known]
+        among = moments(residuals)
+        for (rollout, read), (_, residual) in zip(known, residuals, strict=True):
+            deviation = float(residual - among.mean) if among.count > 0 else 0.0
+            yield rollout, deviation / self._divisor(read)
+
+    def _mixed(
+        self, rollouts: list[Rollout], read: Moments, own: Moments
+    ) -> Iterable[tuple[Rollout, float]]:
+        """`shrinkage` and `auto`: a baseline between the cluster's mean and the part's.
+
+        r - b is `stretch` times the deviation within the part, plus `weight` times that of the part
+        from the cluster, and so its mean square is known from how variance divides into the two.
+        """
+        cluster = rollouts[0].cluster
+        within, between = self._components(cluster, own)
+        slope = self._slope(cluster, own)
+        squares = self._squares_within(cluster)
+        within_share = squares / own.m2 if own.m2 > 0 else Fraction(1)
+        for part in by(rollouts, "group").values():
+            among, mean = moments_of(part), mean_weight(part)
+            for rollout in part:
+                weight, stretch, other = Fraction(1), Fraction(1), Fraction()
+                if self.estimator == "shrinkage" and among.count > 0:
+                    other = among.mean
+                    if between > 0:
+                        size = among.count / mean
+                        weight = within / (within + size * between)
+                if self.estimator == "auto":
+                    others = mean_of_others(rollout.reward, among, mean)
+                    if others is not None:
+                        weight, other = slope, others
+                        stretch += (1 - slope) * mean / (among.count - mean)
+                baseline = weight * read.mean + (1 - weight) * other
+                share = stretch**2 * within_share + weight**2 * (1 - within_share)
+                yield rollout, float(rollout.reward - baseline) / self._divisor(read, float(share))
+
+    def _squares_within(self, cluster: Hashable) -> Fraction:
+        return sum(
+            (part.decay * moments_of(part.rollouts).m2 for part in self.parts.get(cluster, [])),
+            Fraction(),
+        )
+
+    def _components(self, cluster: Hashable, own: Moments) -> tuple[Fraction, Fraction]:
+        """Variance within parts and between them, of the random-effects model; (0, 0) where there is
+        too little to tell."""
+        num_parts, squared_counts = Fraction(), Fraction()
+        for part in self.parts.get(cluster, []):
+            count = moments_of(part.rollouts).count
+            num_parts += part.decay * squared_weights(part.rollouts) / count
+            squared_counts += part.decay * count**2
+        if own.count <= num_parts or own.count**2 <= squared_counts:
+            return Fraction(), Fraction()
+        squares = self._squares_within(cluster)
+        within = squares / (own.count - num_parts)
+        between = own.m2 - squares - num_parts * within
+        return within, max(Fraction(), between / (own.count - squared_counts / own.count))
+
+    def _slope(self, cluster: Hashable, own: Moments) -> Fraction:
+        """Of y on x, drawn to 1 as by PRIOR_EVIDENCE rollouts of typical y at x = y; in [0, 1]."""
+        points = self.evidence.get(cluster, [])
+        sxx = sum((point.weight * point.x**2 for point in points), Fraction())
+        sxy = sum((point.weight * point.x * point.y for point in points), Fraction())
+        syy = sum((point.weight * point.y**2 for point in points), Fraction())
+        prior = PRIOR_EVIDENCE * syy / own.count if points else Fraction()
+        if sxx + prior == 0:
+            return Fraction(1)
+        return min(max((sxy + prior) / (sxx + prior), Fraction()), Fraction(1))
+
+
+def by(rollouts: Iterable[Rollout], field: str) -> dict[Hashable, list[Rollout]]:
+    """Rollouts by cluster or group, in order of appearance."""
+    found: defaultdict[Hashable, list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        found[getattr(rollout, field)].append(rollout)
+    return dict(found)

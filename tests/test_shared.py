@@ -1,0 +1,287 @@
+"""Several processes, one table: whoever is killed, whenever, blocks nobody and corrupts nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pgrpo import ClusterNormalizer
+from pgrpo.errors import ConfigError
+from pgrpo.shared_memory import mapped, shared_path
+
+TIMEOUT_S = 120
+NURSERIES = 3
+KILLS = 60
+
+
+def open_table(path: str | Path, **options: float) -> ClusterNormalizer:
+    return ClusterNormalizer.shared(path, "pgrpo", **{"capacity": 65536, **options})
+
+
+def total(normalizer: ClusterNormalizer) -> float:
+    """Samples of all clusters, each of which must be as it is between two calls."""
+    stats = normalizer.snapshot()
+    for cluster, history in stats.items():
+        # Every call adds {4, 6} to its clusters: m2 == count.
+        assert (history.mean, history.std) == (5.0, 1.0), (cluster, history)
+    return sum(history.count for history in stats.values())
+
+
+def python(source: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def output(process: subprocess.Popen[str]) -> list[int]:
+    """The numbers that a process printed, once it has ended well."""
+    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+    return [int(number) for number in printed.split()]
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    name = f"test-{uuid.uuid4().hex}"
+    yield name
+    shared_path(name).unlink(missing_ok=True)
+
+
+def test_processes_update_one_table(tmp_path: Path) -> None:
+    source = """
+        import sys
+        from pgrpo import ClusterNormalizer
+        normalizer = ClusterNormalizer.shared(sys.argv[1], "pgrpo", capacity=65536)
+        for call in range(500):
+            normalizer.update([4.0, 6.0, 4.0, 6.0], [call % 3, call % 3, "c1", "c1"])
+    """
+    processes = [python(source, tmp_path / "table") for _ in range(3)]
+    for process in processes:
+        output(process)
+    stats = open_table(tmp_path / "table").snapshot()
+    assert {cluster: history.count for cluster, history in stats.items()} == {
+        "c1": 3000,
+        **{number: 3 * 2 * len(range(number, 500, 3)) for number in range(3)},
+    }
+    assert total(open_table(tmp_path / "table")) == 6000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are files of their own elsewhere")
+def test_name_is_shared_memory(name: str) -> None:
+    one, other = open_table(name), open_table(name)
+    one.update([4.0, 6.0], ["c1", "c1"])
+    assert shared_path(name) == Path("/dev/shm", f"pgrpo-{name}")
+    assert shared_path(name).exists()
+    assert total(other) == 2
+
+
+def test_table_outlives_its_processes(tmp_path: Path) -> None:
+    for calls in range(1, 4):
+        normalizer = open_table(tmp_path / "table")
+        normalizer.update([4.0, 6.0], ["c1", "c1"])
+        assert total(normalizer) == 2 * calls
+        del normalizer
+
+
+def test_only_who_comes_first_is_alone(tmp_path: Path) -> None:
+    def alone() -> bool:
+        with mapped(tmp_path / "file", 4096, b"header") as (memory, alone):
+            assert memory.tobytes() == b"header".ljust(4096, b"\0")
+            kept.append(memory)
+        return alone
+
+    kept: list[object] = []
+    expected = sys.platform != "win32"
+    assert alone() is expected
+    assert alone() is False
+    kept.clear()
+    assert alone() is expected
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_failed_opening_holds_up_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with pytest.raises(ConfigError) as kept, mapped(file, 4096, b"header") as (memory, _):
+        raise ConfigError(f"refused at {memory[:6].tobytes()}")
+    assert str(kept.value) == f"{file}: refused at b'header'"
+    with mapped(file, 4096, b"header") as (_, alone):
+        # `memory` keeps the file mapped.
+        assert alone is False
+
+
+def test_threads_make_one_file(tmp_path: Path) -> None:
+    start, failures = threading.Barrier(8), []
+
+    def make() -> None:
+        start.wait()
+        try:
+            open_table(tmp_path / "table").update([4.0, 6.0], ["c1", "c1"])
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert total(open_table(tmp_path / "table")) == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    keep = open_table(path, forgetting=0.5)
+    with pytest.raises(ConfigError, match=r"table: .*capacity 65536; expected 65$"):
+        open_table(path, capacity=65, forgetting=0.5)
+    with pytest.raises(ConfigError, match=r"table: .*forgetting=0\.5.*expected.*forgetting=1\.0"):
+        open_table(path)
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("contents", "complaint"),
+    [
+        (b"", "cannot be a shared table"),
+        (b"short", "length 5"),
+        (b"\0" * 8192, "begins with"),
+        (b"not a table " * 1000, "begins with"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, contents: bytes, complaint: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(contents)
+    with pytest.raises(ConfigError, match=complaint):
+        open_table(path)
+    assert path.read_bytes() == contents
+
+
+def test_truncated_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    open_table(path, capacity=64)
+    intact = path.read_bytes()
+    path.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(ConfigError, match=f"size {len(intact) // 2}; expected {len(intact)}"):
+        open_table(path, capacity=64)
+    for position in range(56):
+        path.write_bytes(
+            intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :]
+        )
+        with pytest.raises(ConfigError, match="expected"):
+            open_table(path, capacity=64)
+    path.write_bytes(intact)
+    open_table(path, capacity=64)
+
+
+def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing"):
+        open_table(tmp_path / "missing" / "table")
+    with pytest.raises(ConfigError, match="cannot be a shared table"):
+        open_table(tmp_path)
+    with pytest.raises(ConfigError, match="name is empty"):
+        open_table("")
+
+
+# A writer is forked, hammers, and is killed; its parent then makes a call of its own, which nothing
+# may hold up. The writer counts in memory that its parent sees, after each call that has returned.
+NURSERY = """
+    import mmap, os, random, signal, struct, sys, time
+    from pgrpo import ClusterNormalizer
+
+    path, number, kills = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    ledger = mmap.mmap(-1, 8)
+    rng = random.Random(number)
+    own = ClusterNormalizer.shared(path, "pgrpo", capacity=65536)
+
+    def call(normalizer, serial):
+        # One cluster everybody writes to, and one that is often new.
+        often_new = f"c{(serial // 20 * 3 + number) % 5000}"
+        normalizer.update([4.0, 6.0, 4.0, 6.0], ["c5000", "c5000", often_new, often_new])
+
+    def done():
+        return struct.unpack("q", ledger[:])[0]
+
+    longest = 0.0
+    for kill in range(kills):
+        before = done()
+        writer = os.fork()
+        if writer == 0:
+            normalizer = own if kill % 2 else ClusterNormalizer.shared(path, "pgrpo", capacity=65536)
+            serial = before
+            while True:
+                call(normalizer, serial)
+                serial += 1
+                ledger[:] = struct.pack("q", serial)
+        while done() == before:
+            time.sleep(0)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        begin = time.monotonic()
+        call(own, done())
+        longest = max(longest, time.monotonic() - begin)
+        ledger[:] = struct.pack("q", done() + 1)
+    print(done(), int(longest * 1e3))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="writers are forked")
+def test_killed_writers_block_nobody_and_corrupt_nothing(name: str) -> None:
+    checker = open_table(name)
+    nurseries = [python(NURSERY, shared_path(name), number, KILLS) for number in range(NURSERIES)]
+    seen, snapshots = 0.0, 0
+    while any(nursery.poll() is None for nursery in nurseries):
+        now = total(checker)
+        assert now >= seen
+        seen, snapshots = now, snapshots + 1
+    reports = [output(nursery) for nursery in nurseries]
+    calls = sum(calls for calls, _ in reports)
+    assert snapshots > 10
+    # No call that returned is lost; of one that was killed, all, half or nothing is there.
+    assert 4 * calls <= total(checker) <= 4 * (calls + NURSERIES * KILLS)
+    assert max(longest_ms for _, longest_ms in reports) < 10_000
+    # Alone again, and repaired: nothing but that has changed.
+    before = checker.snapshot()
+    del checker
+    assert open_table(name).snapshot() == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="writers are stopped")
+def test_stopped_writers_block_nobody(name: str) -> None:
+    source = """
+        import sys
+        from pgrpo import ClusterNormalizer
+        normalizer = ClusterNormalizer.shared(sys.argv[1], "pgrpo", capacity=65536)
+        while True:
+            normalizer.update([4.0, 6.0], [0, 0])
+    """
+    normalizer = open_table(name)
+    writers = [python(source, shared_path(name)) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while total(normalizer) < 200:
+            assert time.monotonic() < deadline
+        for _ in range(50):
+            for writer in writers:
+                writer.send_signal(signal.SIGSTOP)
+            before = total(normalizer)
+            for _ in range(100):
+                normalizer.update([4.0, 6.0], [0, 0])
+            # The kernel may let a writer end its call before it stops.
+            assert before + 200 <= total(normalizer)
+            for writer in writers:
+                writer.send_signal(signal.SIGCONT)
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert total(normalizer) > 200
