@@ -22,6 +22,60 @@ fn sums_of_8(d: [f64; 8]) -> [f64; 4] {
     [fours[0] + fours[2], fours[1] + fours[3], 8.0, 0.0]
 }
 
+/// Adds rewards to their rows, all about one shift.
+///
+/// The sums of eight of one row are held back as long as the next eight are of that row too: adding
+/// to memory takes longer than to registers.
+#[inline(always)]
+fn about_body<R: Real, I: Id>(
+    shift: f64,
+    rewards: &[R],
+    ids: &[I],
+    rows: &mut [Row],
+    sums_of_8: impl Fn([f64; 8]) -> [f64; 4],
+) {
+    let (rewards_by_8, rest) = rewards.as_chunks::<8>();
+    let (ids_by_8, rest_ids) = ids.as_chunks::<8>();
+    let (mut held, mut row) = ([0.0; 4], 0);
+    for (rewards, ids) in rewards_by_8.iter().zip(ids_by_8) {
+        let d: [f64; 8] = std::array::from_fn(|k| rewards[k].to_f64() - shift);
+        if are_equal(ids) {
+            let sums = sums_of_8(d);
+            if row == ids[0].index() {
+                held = std::array::from_fn(|k| held[k] + sums[k]);
+            } else {
+                rows[row].add(held);
+                (held, row) = (sums, ids[0].index());
+            }
+        } else {
+            for k in 0..8 {
+                rows[ids[k].index()].add([d[k], d[k] * d[k], 1.0, 0.0]);
+            }
+        }
+    }
+    rows[row].add(held);
+    for (reward, id) in rest.iter().zip(rest_ids) {
+        let d = reward.to_f64() - shift;
+        rows[id.index()].add([d, d * d, 1.0, 0.0]);
+    }
+}
+
+/// The highest index of ids.
+pub(crate) fn highest<I: Id>(ids: &[I]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<I: Id>(ids: &[I]) -> usize {
+            I::highest(ids)
+        }
+        if level() >= Level::Avx2 {
+            // SAFETY: the processor has AVX2.
+            return unsafe { avx2(ids) };
+        }
+    }
+    I::highest(ids)
+}
+
 /// Defines functions that are compiled twice, for AVX2 as well, and call the version that can run.
 ///
 /// AVX-512 is not among them: it makes gathers of the look-ups by id, which are slower than loads.
@@ -50,22 +104,7 @@ macro_rules! compile_for_avx2_too {
 compile_for_avx2_too! {
     /// [`about`] without AVX-512.
     fn about_narrow<R: Real, I: Id>(shift: f64, rewards: &[R], ids: &[I], rows: &mut [Row]) {
-        let (rewards_by_8, rest) = rewards.as_chunks::<8>();
-        let (ids_by_8, rest_ids) = ids.as_chunks::<8>();
-        for (rewards, ids) in rewards_by_8.iter().zip(ids_by_8) {
-            let d: [f64; 8] = std::array::from_fn(|k| rewards[k].to_f64() - shift);
-            if are_equal(ids) {
-                rows[ids[0].index()].add(sums_of_8(d));
-            } else {
-                for k in 0..8 {
-                    rows[ids[k].index()].add([d[k], d[k] * d[k], 1.0, 0.0]);
-                }
-            }
-        }
-        for (reward, id) in rest.iter().zip(rest_ids) {
-            let d = reward.to_f64() - shift;
-            rows[id.index()].add([d, d * d, 1.0, 0.0]);
-        }
+        about_body(shift, rewards, ids, rows, sums_of_8);
     }
 
     /// Adds rewards to their rows, each about the first reward of its row.
@@ -197,34 +236,23 @@ mod avx512 {
         _mm512_test_epi32_mask, _mm512_unpackhi_pd, _mm512_unpacklo_pd,
     };
 
-    use super::{PERMUTED, are_equal};
+    use super::{PERMUTED, about_body};
     use crate::fold::{Id, Real, Row};
 
     /// `about_narrow`, bit for bit.
     #[target_feature(enable = "avx512f,avx512dq")]
     pub(super) fn about<R: Real, I: Id>(shift: f64, rewards: &[R], ids: &[I], rows: &mut [Row]) {
-        let (rewards_by_8, rest) = rewards.as_chunks::<8>();
-        let (ids_by_8, rest_ids) = ids.as_chunks::<8>();
-        for (rewards, ids) in rewards_by_8.iter().zip(ids_by_8) {
-            let d: [f64; 8] = std::array::from_fn(|k| rewards[k].to_f64() - shift);
-            if are_equal(ids) {
-                // SAFETY: eight numbers.
-                let d = unsafe { _mm512_loadu_pd(d.as_ptr()) };
-                let q = _mm512_mul_pd(d, d);
-                let pairs = _mm512_add_pd(_mm512_unpacklo_pd(d, q), _mm512_unpackhi_pd(d, q));
-                let fours =
-                    _mm256_add_pd(_mm512_castpd512_pd256(pairs), _mm512_extractf64x4_pd(pairs, 1));
-                let sums =
-                    _mm_add_pd(_mm256_castpd256_pd128(fours), _mm256_extractf128_pd(fours, 1));
-                let squares = _mm_cvtsd_f64(_mm_unpackhi_pd(sums, _mm_setzero_pd()));
-                rows[ids[0].index()].add([_mm_cvtsd_f64(sums), squares, 8.0, 0.0]);
-            } else {
-                for k in 0..8 {
-                    rows[ids[k].index()].add([d[k], d[k] * d[k], 1.0, 0.0]);
-                }
-            }
-        }
-        super::about_narrow(shift, rest, rest_ids, rows);
+        about_body(shift, rewards, ids, rows, |d| {
+            // SAFETY: eight numbers.
+            let d = unsafe { _mm512_loadu_pd(d.as_ptr()) };
+            let q = _mm512_mul_pd(d, d);
+            let pairs = _mm512_add_pd(_mm512_unpacklo_pd(d, q), _mm512_unpackhi_pd(d, q));
+            let upper = _mm512_extractf64x4_pd(pairs, 1);
+            let fours = _mm256_add_pd(_mm512_castpd512_pd256(pairs), upper);
+            let sums = _mm_add_pd(_mm256_castpd256_pd128(fours), _mm256_extractf128_pd(fours, 1));
+            let squares = _mm_cvtsd_f64(_mm_unpackhi_pd(sums, _mm_setzero_pd()));
+            [_mm_cvtsd_f64(sums), squares, 8.0, 0.0]
+        });
     }
 
     /// `(r - high) * scale + low`, where the center is `high` less what is left of it in `low`. Each
