@@ -501,7 +501,10 @@ def test_retracting_undoes() -> None:
         ({"clip": 0}, "clip is 0.0; expected a positive number"),
         ({"clip": "2"}, "clip is '2'; expected a number or None"),
         ({"min_count": -1}, "min_count is -1.0; expected a number of at least 0"),
-        ({"frequency_weight": math.inf}, "frequency_weight is inf; expected a finite number"),
+        (
+            {"frequency_weight": math.inf},
+            "frequency_weight is inf; expected a number from -10 to 10",
+        ),
         ({"track_delta": 1}, "track_delta is 1; expected True or False"),
         ({"track_diagnostics": "no"}, "track_diagnostics is 'no'; expected True or False"),
         ({"num_threads": 0}, "num_threads is 0; expected a number of at least 1"),
@@ -1133,3 +1136,52 @@ def test_a_call_overtaken_by_a_load_never_mixes_clusters() -> None:
         loading.join()
     means = {cluster: stats.mean for cluster, stats in normalizer.snapshot().items()}
     assert means == {"1": 1.0, "2": 2.0, "3": 3.0}
+
+
+def test_equal_rewards_give_zero_beyond_the_range_of_float32() -> None:
+    for size in (63, 64, 200):
+        advantages = ClusterNormalizer(eps=1e-50)(np.ones(size, "f4"), np.zeros(size, "i4"))
+        np.testing.assert_array_equal(advantages, 0.0)
+
+
+def test_retracting_passes_over_what_was_never_folded() -> None:
+    normalizer = ClusterNormalizer(nan_policy="zero")
+    normalizer.update([1.0, 2.0], [0, 0])
+    before = normalizer.snapshot()
+    normalizer.update([5.0, float("nan")], [0, 0])
+    normalizer.retract([5.0, float("nan")], [0, 0])
+    assert normalizer.snapshot()[0].count == before[0].count
+    with pytest.raises(DataError, match="cannot retract 1"):
+        normalizer.retract([1.0], ["never seen"])
+    with pytest.raises(ConfigError, match="forgetting 1"):
+        ClusterNormalizer(forgetting=0.5).retract([1.0], [0])
+
+
+def test_deltas_taken_by_two_threads_lose_no_sums() -> None:
+    normalizer, whole = (
+        ClusterNormalizer("shrinkage", track_delta=True),
+        ClusterNormalizer("shrinkage"),
+    )
+    rewards, groups = np.arange(32.0), np.repeat(np.arange(8), 4)
+    clusters = np.repeat(np.arange(4), 8)
+    deltas: list[bytes] = []
+    done = threading.Event()
+
+    def take() -> None:
+        while not done.is_set():
+            deltas.append(normalizer.delta())
+
+    takers = [threading.Thread(target=take) for _ in range(2)]
+    for taker in takers:
+        taker.start()
+    for _ in range(300):
+        normalizer.update(rewards, clusters, groups)
+        whole.update(rewards, clusters, groups)
+    done.set()
+    for taker in takers:
+        taker.join()
+    gathered = ClusterNormalizer("shrinkage")
+    for delta in (*deltas, normalizer.delta()):
+        gathered.merge(delta)
+    for key in ("count", "num_parts", "squared_sizes"):
+        assert gathered.state_dict()[key] == whole.state_dict()[key]

@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pgrpo import ClusterNormalizer
-from pgrpo.errors import ConfigError
+from pgrpo.errors import ConfigError, DataError
 from pgrpo.shared_memory import mapped, shared_path
 
 TIMEOUT_S = 120
@@ -285,3 +286,54 @@ def test_stopped_writers_block_nobody(name: str) -> None:
             writer.kill()
             writer.communicate()
     assert total(normalizer) > 200
+
+
+def test_other_sums_are_another_table(tmp_path: Path) -> None:
+    # As many sums, but not the same: those of a regression would be taken for those of advantages.
+    ClusterNormalizer.shared(tmp_path / "table", "auto")
+    with pytest.raises(ConfigError, match="regression"):
+        ClusterNormalizer.shared(tmp_path / "table", "pgrpo", track_diagnostics=True)
+
+
+@pytest.mark.parametrize("wrong", [{"eps": -1.0}, {"forgetting": "abc"}, {"capacity": 0}])
+def test_wrong_options_make_no_file(tmp_path: Path, wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ClusterNormalizer.shared(tmp_path / "table", **wrong)
+    assert not (tmp_path / "table").exists()
+
+
+def test_reading_takes_no_room(tmp_path: Path) -> None:
+    normalizer = ClusterNormalizer.shared(tmp_path / "table", capacity=8)
+    for cluster in range(300):
+        assert normalizer.normalize([1.0], [f"c{cluster}"]) == [0.0]
+        with pytest.raises(DataError, match="nan"):
+            normalizer.update([float("nan")], [f"d{cluster}"])
+    normalizer.update([1.0] * 8, list(range(8)))
+    assert len(normalizer.snapshot()) == 8
+
+
+def test_restoring_brings_what_is_pending(tmp_path: Path) -> None:
+    source = ClusterNormalizer(track_delta=True)
+    source.update([1.0, 2.0], ["a", "b"])
+    source.delta()
+    source.update([3.0], ["a"])
+    shared = ClusterNormalizer.shared(tmp_path / "table", track_delta=True)
+    shared.load_state_dict(source.state_dict())
+    assert shared.state_dict()["pending"] == source.state_dict()["pending"]
+    with pytest.raises(ConfigError, match="empty one"):
+        shared.load_state_dict(source.state_dict())
+
+
+def test_ranks_do_not_exchange_what_they_share(tmp_path: Path) -> None:
+    from pgrpo.distributed import all_reduce
+
+    with pytest.raises(ConfigError, match="is shared"):
+        all_reduce(ClusterNormalizer.shared(tmp_path / "table", track_delta=True))
+
+
+def test_read_only_memory_is_refused() -> None:
+    memory = np.zeros(1 << 25, np.uint8)
+    memory.flags.writeable = False
+    for bytes_ in (memory, np.zeros(1 << 26, np.uint8)[::2]):
+        with pytest.raises(ConfigError, match="not contiguous, or read-only"):
+            ClusterNormalizer(memory=(bytes_, 65536, "", False))

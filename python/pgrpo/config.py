@@ -245,7 +245,7 @@ class EstimatorConfig(Section):
     """A history of fewer rewards (`prior_count` included) gives advantage 0."""
     clip: float | None = Field(default=None, gt=0)
     """Bound of |advantage|."""
-    frequency_weight: float = Field(default=0.0, ge=0)
+    frequency_weight: float = Field(default=0.0, ge=0, le=10)
     """Advantages are multiplied by q^-frequency_weight, where q is the share of the cluster's history
     in the rewards of all; 0.5 helps rare clusters."""
 

@@ -33,9 +33,13 @@ def all_reduce(normalizer: ClusterNormalizer, group: ProcessGroup | None = None)
         group: the ranks that take part; by default all.
 
     Raises:
-        ConfigError: the normalizer does not track deltas, or this rank is not of the group.
+        ConfigError: the normalizer does not track deltas, its table is shared (ranks of one machine
+            would hand each other what they have already), or this rank is not of the group.
     """
     import torch.distributed as dist
+
+    if normalizer.is_shared:
+        raise ConfigError(f"{normalizer!r} is shared; expected histories of this rank's own")
 
     own = dist.get_rank(group)
     if own < 0:

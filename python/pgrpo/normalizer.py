@@ -114,9 +114,11 @@ class ClusterNormalizer(_core.Normalizer):
     declares itself free of the interpreter's lock for free-threaded Python. Reading and merging
     histories is lock-free: a thread stopped anywhere delays no other. Two things are not: a string,
     or an int outside of [0, 2^22), is looked up under a lock that readers share and a new one takes
-    alone; and memory for new clusters comes from the allocator. Each cluster is read and updated as a
-    whole, but other threads may be between two clusters. Results of racing threads depend on the order
-    of their merges, by rounding; those of one thread, whatever `num_threads`, do not.
+    alone; and memory for new clusters comes from the allocator. Each history is read and updated as a
+    whole; other threads may be between two clusters, or between a history and the other sums that
+    `shrinkage`, `auto` and diagnostics keep of it. Results of racing threads depend on the order of
+    their merges, by rounding; those of one thread, whatever `num_threads`, do not. Threads must not
+    share one `out`.
 
     Args:
         estimator: the rule, one of the above.
@@ -132,16 +134,17 @@ class ClusterNormalizer(_core.Normalizer):
         forgetting: rho in (0, 1]; before a batch is merged into a cluster, all that was kept of that
             cluster counts rho times as much (n_p and the sums of squares; the mean stays).
         prior_count: pseudo-samples, >= 0, of all clusters pooled (the variance between their means
-            included) with which each history is read.
+            included) with which each history is read. Above 0, every call looks at all clusters.
         sigma_floor: least standard deviation read from a history, >= 0.
         clip: bound of |advantage|, positive; None for none.
         min_count: a history of fewer samples, the prior included, gives 0. The default, 1, makes a
             cold cluster give 0.
-        frequency_weight: alpha; advantages are multiplied by q_p^-alpha, q_p = n_p / sum of all n_p.
+        frequency_weight: alpha, from -10 to 10; advantages are multiplied by q_p^-alpha, q_p = n_p /
+            sum of all n_p. Other than 0, every call looks at all clusters.
         track_diagnostics: keep the sums that `diagnostics` reads beside the histories: of advantages
             and, where groups are given, of groups.
         track_delta: keep what was folded since the last `delta`; not with `forgetting` below 1.
-        num_threads: threads of its own that a large batch is worked on by.
+        num_threads: threads that a batch of more than 262,144 rewards is worked on by.
 
     Raises:
         ConfigError: an option is unknown, of the wrong type or out of range.
@@ -219,7 +222,8 @@ class ClusterNormalizer(_core.Normalizer):
                 (`/dev/shm/pgrpo-NAME` on Linux). Made if it is not there; it stays until it is deleted.
             estimator: as of a normalizer of its own; processes may use different ones, as long as
                 they keep the same sums.
-            capacity: clusters there is room for; about 340 bytes of a sparse file each.
+            capacity: clusters there is room for: some hundreds of bytes of a sparse file each, from
+                2 KiB in small tables down to 0.3 KiB in those of one history each.
             **options: as of a normalizer of its own.
 
         Raises:
@@ -229,16 +233,22 @@ class ClusterNormalizer(_core.Normalizer):
         if isinstance(cast(object, capacity), bool) or not isinstance(cast(object, capacity), int):
             raise ConfigError(f"capacity is {short(capacity)}; expected an int")
         path = shared_path(path_or_name)
-        agreed = f"forgetting={float(options.get('forgetting', 1.0))!r}"
+        # Refuses wrong options before a file is made of them.
+        checked = cls(estimator, **options)._options
+        agreed = f"forgetting={float(checked['forgetting'])!r}"
         try:
-            diagnosed = bool(options.get("track_diagnostics", False))
-            length, header = cls._layout(estimator, diagnosed, capacity, agreed)
+            length, header = cls._layout(estimator, checked["track_diagnostics"], capacity, agreed)
         except OverflowError:
             raise ConfigError(f"capacity is {capacity}; expected a positive int") from None
         with mapped(path, length, header) as (mapping, alone):
             self = cls(estimator, **options, memory=(mapping, capacity, agreed, alone))
         self._shared = (str(path.resolve()), capacity)
         return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its histories are those of several processes."""
+        return self._shared is not None
 
     def __repr__(self) -> str:
         """As it would be made again; options left alone are left out."""
@@ -413,7 +423,8 @@ class ClusterNormalizer(_core.Normalizer):
             """Take rewards [N] of clusters [N] out of the histories again, which must be in them.
 
             Exact up to rounding: what is left is what was never added. Not with `shrinkage`, `auto`,
-            `track_diagnostics` or `track_delta`, which keep more than can be taken back.
+            `track_diagnostics` or `track_delta`, which keep more than can be taken back, nor with
+            `forgetting` below 1. Non-finite rewards are refused or passed over, by `nan_policy`.
 
             Raises:
                 ConfigError: the normalizer is of one of those kinds.
@@ -514,6 +525,9 @@ class ClusterNormalizer(_core.Normalizer):
         """Replace all that is remembered by a `state_dict`.
 
         Threads in the middle of a call finish it with what was there before.
+
+        What it replaces takes up memory until the normalizer goes: other threads may be reading it.
+        A shared table must be empty, for it is not this process's alone.
 
         Raises:
             CheckpointError: it is not the state of a normalizer; everything stays as it was.

@@ -91,6 +91,11 @@ def results() -> dict[str, np.ndarray]:
         normalizer = pgrpo.ClusterNormalizer(estimator, eps=EPS)
         for call, batch in enumerate(batches()):
             found[f"{estimator}-{call}"] = normalizer(*batch)
+            # Few cells of float32 have a kernel of their own, rounded otherwise.
+            rewards, clusters, groups = batch
+            plain = rewards.astype(np.float32), clusters.astype(np.int32), groups
+            narrow = pgrpo.ClusterNormalizer(estimator, eps=EPS)(*plain)
+            found[f"{estimator}-{call}-float32"] = narrow
         stats = normalizer.snapshot()
         found[f"{estimator}-history"] = np.array(
             [[s.count, s.mean, s.std] for _, s in sorted(stats.items())]
@@ -235,11 +240,7 @@ def states_round_trip():
 
 
 def copied(normalizer):
-    try:
-        restored = pickle.loads(pickle.dumps(normalizer))
-    except TypeError:  # today's core cannot be pickled
-        print("  pickling is not offered")
-        return normalizer
+    restored = pickle.loads(pickle.dumps(normalizer))
     assert copy.deepcopy(normalizer).snapshot() == restored.snapshot()
     return restored
 
@@ -284,7 +285,8 @@ def kernels_agree():
             with np.load(file) as found:
                 assert set(found) == set(expected)
                 for name, values in expected.items():
-                    assert_close(found[name], values, f"PGRPO_SIMD={kernel}: {name}")
+                    tolerance = 4e-7 if name.endswith("float32") else TOLERANCE
+                    assert_close(found[name], values, f"PGRPO_SIMD={kernel}: {name}", tolerance)
 
 
 def main(arguments: list[str]) -> None:

@@ -16,9 +16,6 @@ pub enum Ids<'a> {
     I64(&'a [i64]),
     /// Integers and strings.
     Any(&'a [AnyId<'a>]),
-    /// Keys that stand for them already.
-    #[doc(hidden)]
-    Known(&'a [u32]),
 }
 
 impl<'a> Ids<'a> {
@@ -27,7 +24,6 @@ impl<'a> Ids<'a> {
             Self::I32(ids) => ids.len(),
             Self::I64(ids) => ids.len(),
             Self::Any(ids) => ids.len(),
-            Self::Known(ids) => ids.len(),
         }
     }
 
@@ -35,15 +31,21 @@ impl<'a> Ids<'a> {
         match self {
             Self::I32(ids) => i64::from(ids[entry]),
             Self::I64(ids) => ids[entry],
-            Self::Known(ids) => i64::from(ids[entry]),
             Self::Any(_) => unreachable!("ids of any kind are numbered first"),
+        }
+    }
+
+    /// The id at a position.
+    pub(crate) fn id(&self, entry: usize) -> AnyId<'a> {
+        match self {
+            Self::Any(ids) => ids[entry],
+            ints => AnyId::Int(ints.value(entry)),
         }
     }
 
     fn only(self, kept: &[usize]) -> OwnedIds<'a> {
         match self {
             Self::Any(ids) => OwnedIds::Any(kept.iter().map(|&entry| ids[entry]).collect()),
-            Self::Known(ids) => OwnedIds::Known(kept.iter().map(|&entry| ids[entry]).collect()),
             ints => OwnedIds::I64(kept.iter().map(|&entry| ints.value(entry)).collect()),
         }
     }
@@ -52,7 +54,6 @@ impl<'a> Ids<'a> {
 enum OwnedIds<'a> {
     I64(Vec<i64>),
     Any(Vec<AnyId<'a>>),
-    Known(Vec<u32>),
 }
 
 impl OwnedIds<'_> {
@@ -60,7 +61,6 @@ impl OwnedIds<'_> {
         match self {
             Self::I64(ids) => Ids::I64(ids),
             Self::Any(ids) => Ids::Any(ids),
-            Self::Known(ids) => Ids::Known(ids),
         }
     }
 }
@@ -84,6 +84,9 @@ impl<'a, R: Real> Batch<'a, R> {
     /// Checks everything but the rewards' values.
     pub(crate) fn check(&self, out: Option<usize>) -> Result<(), Error> {
         let rewards = self.rewards.len();
+        if u32::try_from(rewards).is_err() {
+            return Err(Error::Size { rewards });
+        }
         let lengths = [
             ("clusters", Some(self.clusters.len())),
             ("groups", self.groups.map(|groups| groups.len())),

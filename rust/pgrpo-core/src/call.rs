@@ -6,9 +6,9 @@ use std::cell::Cell;
 use crate::batch::{Batch, Ids, number};
 use crate::error::Error;
 use crate::estimators::{Estimator, Folded, Scale, auto};
-use crate::fold::{Affine, KEPT_CELLS, Real, apply, fold};
+use crate::fold::{Affine, Real, Row, apply, fold};
 use crate::histories::Sums;
-use crate::ids::{AnyId, DIRECT};
+use crate::ids::DIRECT;
 use crate::moments::Moments;
 use crate::options::{Options, Order};
 use crate::slots::Slots;
@@ -49,6 +49,8 @@ pub(crate) struct Scratch {
     factors: Vec<f64>,
     folded: Folded,
     maps: Vec<Affine>,
+    rows: Vec<Row>,
+    pairs: Vec<[f64; 2]>,
     /// Length of the table of maps by key, where the batch was folded by its ids as they are.
     by_index: Option<usize>,
 }
@@ -71,6 +73,11 @@ impl Scratch {
         self.keys.iter().zip(if cells_are_clusters { &self.folded.moments } else { &self.batch })
     }
 
+    /// Whether all sums are finite, as those of finite rewards are.
+    pub(crate) fn is_finite(&self) -> bool {
+        self.folded.moments.iter().all(|moments| (moments.offset + moments.m2).is_finite())
+    }
+
     /// Whether a non-finite reward may be among these. Too large a one shows in one of the three.
     pub(crate) fn is_suspect(&self) -> bool {
         self.folded.moments.iter().any(|moments| {
@@ -78,6 +85,12 @@ impl Scratch {
         })
     }
 }
+
+/// The key of a cluster that nothing is known of: no row has it.
+const UNKNOWN: u32 = u32::MAX;
+
+/// Buffers for more cells, or more rewards of a batch that is not folded by index, are not kept.
+const KEPT: usize = 1 << 16;
 
 /// Lends the thread's buffers, emptied.
 pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
@@ -87,20 +100,46 @@ pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
     let mut scratch = SCRATCH.take().unwrap_or_default();
     scratch.clear();
     let result = work(&mut scratch);
-    if scratch.maps.capacity() <= KEPT_CELLS && scratch.slots.of.capacity() <= KEPT_CELLS {
+    if [&scratch.keys, &scratch.slots.of].iter().all(|list| list.capacity() <= KEPT)
+        && scratch.rows.capacity() <= KEPT
+    {
         SCRATCH.set(Some(scratch));
     }
     result
 }
 
 impl<R: Real> Call<'_, R> {
-    /// Sums the batch up by cell.
-    pub(crate) fn fold(&self, scratch: &mut Scratch) -> Result<(), Error> {
-        let Batch { groups, weights, .. } = self.batch;
+    /// Sums the batch up by cell. Remembers nothing yet, the ids of clusters no more than rewards.
+    pub(crate) fn fold(&self, scratch: &mut Scratch) {
+        let Batch { rewards, groups, weights, .. } = self.batch;
         // A table of keys does not pay for a few rewards.
-        let many = self.batch.rewards.len() >= 32;
+        let many = rewards.len() >= 32;
         let plain = many && groups.is_none() && weights.is_none() && !self.state.is_shared();
-        if plain && self.fold_by_index(scratch) { Ok(()) } else { self.fold_by_cell(scratch) }
+        if !(plain && self.fold_by_index(scratch)) {
+            self.fold_by_cell(scratch);
+        }
+    }
+
+    /// Finds the keys of the clusters, giving new ones if they are to be merged into.
+    pub(crate) fn find_keys(&self, merging: bool, scratch: &mut Scratch) -> Result<(), Error> {
+        let Scratch { slots, cluster_slots, keys, by_index, .. } = scratch;
+        if by_index.is_some() {
+            return Ok(());
+        }
+        let key = |entry: u32| {
+            let id = self.batch.clusters.id(entry as usize);
+            if merging { self.state.key_of(id) } else { Ok(self.state.find(id).unwrap_or(UNKNOWN)) }
+        };
+        if self.batch.groups.is_none() {
+            for &entry in &slots.first {
+                keys.push(key(entry)?);
+            }
+        } else {
+            for &cell in &cluster_slots.first {
+                keys.push(key(slots.first[cell as usize])?);
+            }
+        }
+        Ok(())
     }
 
     /// Folds by cluster, where ids are small numbers that are keys: the fastest way. False if not.
@@ -108,11 +147,11 @@ impl<R: Real> Call<'_, R> {
         let (rewards, threads) = (self.batch.rewards, self.options.num_threads);
         // No more cells than twice the rewards: they are all looked at once the rewards are summed.
         let limit = (2 * rewards.len()).min(usize::try_from(DIRECT).unwrap_or(usize::MAX));
-        let moments = &mut scratch.folded.moments;
+        let (rows, moments) = (&mut scratch.rows, &mut scratch.folded.moments);
         let fits = match self.batch.clusters {
-            Ids::I32(ids) => fold(rewards, ids, None, limit, threads, moments),
-            Ids::I64(ids) => fold(rewards, ids, None, limit, threads, moments),
-            Ids::Known(_) | Ids::Any(_) => false,
+            Ids::I32(ids) => fold(rewards, ids, None, limit, threads, rows, moments),
+            Ids::I64(ids) => fold(rewards, ids, None, limit, threads, rows, moments),
+            Ids::Any(_) => false,
         };
         if !fits {
             return false;
@@ -130,23 +169,20 @@ impl<R: Real> Call<'_, R> {
     }
 
     /// Folds by cluster, or by cluster and group, whatever the ids.
-    fn fold_by_cell(&self, scratch: &mut Scratch) -> Result<(), Error> {
+    fn fold_by_cell(&self, scratch: &mut Scratch) {
         let Batch { rewards, weights, .. } = self.batch;
-        let known: Vec<u32>;
-        let clusters = if let Ids::Any(ids) = self.batch.clusters {
-            known = ids.iter().map(|&id| self.state.key_of(id)).collect::<Result<_, _>>()?;
-            Ids::Known(&known)
-        } else {
-            self.batch.clusters
-        };
-        let numbered: Vec<i64>;
-        let groups = if let Some(Ids::Any(ids)) = self.batch.groups {
-            numbered = number(ids);
-            Some(Ids::I64(&numbered))
-        } else {
-            self.batch.groups
-        };
-        let Scratch { slots, cluster_slots, group_slots, folded, keys, .. } = scratch;
+        let (cluster_numbers, group_numbers): (Vec<i64>, Vec<i64>);
+        let mut clusters = self.batch.clusters;
+        if let Ids::Any(ids) = clusters {
+            cluster_numbers = number(ids);
+            clusters = Ids::I64(&cluster_numbers);
+        }
+        let mut groups = self.batch.groups;
+        if let Some(Ids::Any(ids)) = groups {
+            group_numbers = number(ids);
+            groups = Some(Ids::I64(&group_numbers));
+        }
+        let Scratch { slots, cluster_slots, group_slots, folded, .. } = scratch;
         if let Some(groups) = groups {
             let pair = |entry: usize| (clusters.value(entry), groups.value(entry));
             slots.assign(rewards.len(), pair, |(cluster, group)| {
@@ -157,7 +193,7 @@ impl<R: Real> Call<'_, R> {
             slots.assign(rewards.len(), |entry| clusters.value(entry), i64::cast_unsigned);
         }
         let (threads, moments) = (self.options.num_threads, &mut folded.moments);
-        fold(rewards, &slots.of, weights, usize::MAX, threads, moments);
+        fold(rewards, &slots.of, weights, usize::MAX, threads, &mut scratch.rows, moments);
         moments.truncate(slots.first.len());
         if let Some(weights) = weights {
             folded.weights.resize(moments.len(), 0.0);
@@ -168,25 +204,10 @@ impl<R: Real> Call<'_, R> {
                 *square = if moments.count > 0.0 { *square / moments.count } else { 0.0 };
             }
         }
-        let key = |cell: u32| {
-            let entry = slots.first[cell as usize] as usize;
-            match clusters {
-                Ids::Known(keys) => Ok(keys[entry]),
-                _ => self.state.key_of(AnyId::Int(clusters.value(entry))),
-            }
-        };
-        let Some(groups) = groups else {
-            for cell in 0..moments.len() {
-                keys.push(key(cell as u32)?);
-            }
-            return Ok(());
-        };
+        let Some(groups) = groups else { return };
         let first = |cell: usize| slots.first[cell] as usize;
         cluster_slots.assign(moments.len(), |cell| clusters.value(first(cell)), i64::cast_unsigned);
         group_slots.assign(moments.len(), |cell| groups.value(first(cell)), i64::cast_unsigned);
-        for &cell in &cluster_slots.first {
-            keys.push(key(cell)?);
-        }
         scratch.batch.resize(cluster_slots.first.len(), Moments::default());
         folded.groups.resize(group_slots.first.len(), Moments::default());
         for (cell, &moments) in moments.iter().enumerate() {
@@ -197,7 +218,6 @@ impl<R: Real> Call<'_, R> {
         }
         folded.cluster_of.clone_from(&cluster_slots.of);
         folded.group_of.clone_from(&group_slots.of);
-        Ok(())
     }
 
     /// Merges what was folded, unless only the other half is wanted, and reads what is remembered.
@@ -206,7 +226,7 @@ impl<R: Real> Call<'_, R> {
         let (streams, pending) = (&self.state.streams, self.state.pending.as_ref());
         let merging = halves != Halves::Normalize;
         let reads_after = order == Order::UpdateThenNormalize;
-        if !reads_after {
+        if !reads_after && halves != Halves::Update {
             scratch.pool = self.pool();
         }
         let Scratch { keys, folded, before, batch, slots, .. } = scratch;
@@ -227,7 +247,7 @@ impl<R: Real> Call<'_, R> {
             }
             folded.histories.push(if reads_after { new } else { old });
         }
-        if reads_after {
+        if reads_after && halves != Halves::Update {
             scratch.pool = self.pool();
         }
         let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple]| {
@@ -288,8 +308,8 @@ impl<R: Real> Call<'_, R> {
             Some(weights) => weights.iter().zip(norms).map(|(w, norm)| w * norm).collect(),
             None => norms.to_vec(),
         };
-        let mut scored = Vec::new();
-        fold(rewards, &slots.of, Some(&weights), usize::MAX, 1, &mut scored);
+        let (mut rows, mut scored) = (Vec::new(), Vec::new());
+        fold(rewards, &slots.of, Some(&weights), usize::MAX, 1, &mut rows, &mut scored);
         scored
     }
 
@@ -334,19 +354,25 @@ impl<R: Real> Call<'_, R> {
     }
 
     /// Writes the advantages.
-    pub(crate) fn write(&self, scratch: &Scratch, out: &mut [R]) {
-        let Options { clip, num_threads, .. } = *self.options;
-        let (rewards, maps) = (self.batch.rewards, scratch.maps.iter().copied());
-        let Some(length) = scratch.by_index else {
-            let places = (0..maps.len()).zip(maps);
-            let slots = &scratch.slots.of;
-            return apply(rewards, slots, scratch.maps.len(), places, clip, num_threads, out);
-        };
-        let places = scratch.keys.iter().map(|&key| key as usize).zip(maps);
-        match self.batch.clusters {
-            Ids::I32(ids) => apply(rewards, ids, length, places, clip, num_threads, out),
-            Ids::I64(ids) => apply(rewards, ids, length, places, clip, num_threads, out),
-            Ids::Known(_) | Ids::Any(_) => unreachable!("such ids are never folded by index"),
+    pub(crate) fn write(&self, scratch: &mut Scratch, out: &mut [R]) {
+        let num_threads = self.options.num_threads;
+        let Scratch { maps, pairs, keys, slots, by_index, .. } = scratch;
+        let (rewards, num_cells, maps) = (self.batch.rewards, maps.len(), maps.iter().copied());
+        if let Some(length) = *by_index {
+            let places = keys.iter().map(|&key| key as usize).zip(maps);
+            match self.batch.clusters {
+                Ids::I32(ids) => apply(rewards, ids, length, places, num_threads, pairs, out),
+                Ids::I64(ids) => apply(rewards, ids, length, places, num_threads, pairs, out),
+                Ids::Any(_) => unreachable!("such ids are never folded by index"),
+            }
+        } else {
+            let places = (0..num_cells).zip(maps);
+            apply(rewards, &slots.of, num_cells, places, num_threads, pairs, out);
+        }
+        if let Some(clip) = self.options.clip {
+            for advantage in out {
+                *advantage = R::from_f64(advantage.to_f64().clamp(-clip, clip));
+            }
         }
     }
 }

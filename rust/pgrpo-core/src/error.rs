@@ -23,6 +23,13 @@ pub enum Error {
         /// Entries of the other array.
         length: usize,
     },
+    /// More rewards than one call takes.
+    Size {
+        /// Entries of `rewards`.
+        rewards: usize,
+    },
+    /// The rewards were changed while they were read.
+    Changed,
     /// The estimator compares within groups, and no groups were given.
     GroupsRequired {
         /// Name of the estimator.
@@ -82,6 +89,12 @@ impl fmt::Display for Error {
             }
             Self::Length { rewards, name, length } => {
                 write!(out, "rewards has {rewards} entries, {name} has {length}")
+            }
+            Self::Size { rewards } => {
+                write!(out, "rewards has {rewards} entries; expected fewer than 2^32")
+            }
+            Self::Changed => {
+                write!(out, "rewards were changed by another thread while they were read")
             }
             Self::GroupsRequired { estimator } => {
                 write!(out, "estimator {estimator} needs groups: one group id for each reward")

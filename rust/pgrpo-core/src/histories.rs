@@ -72,6 +72,11 @@ impl Histories {
         moments(origin, old)
     }
 
+    /// Keys of the clusters that ever had samples: low ones first.
+    pub fn keys(&self) -> impl Iterator<Item = u32> {
+        self.table.iter().filter(|(_, row)| row.origin().is_some()).map(|(key, _)| key)
+    }
+
     /// Every cluster with samples, with its key: those of low keys first.
     pub fn iter(&self) -> impl Iterator<Item = (u32, Moments)> {
         let present = self.table.iter().filter(|(_, row)| row.origin().is_some());

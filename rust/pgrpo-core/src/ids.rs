@@ -73,6 +73,7 @@ struct Known {
 // A poisoned lock is used all the same: what it guards is complete after every statement but the last.
 impl Interner {
     /// The key of an integer.
+    #[inline]
     pub fn int(&self, id: i64) -> u32 {
         if let Some(key) = direct(id) {
             return key;
@@ -98,7 +99,17 @@ impl Interner {
         *entry.or_insert_with(|| add(&mut known.ids, ClusterId::Name(id.to_owned())))
     }
 
+    /// The key of any id, if it was ever given one.
+    pub fn find(&self, id: AnyId<'_>) -> Option<u32> {
+        let known = || self.known.read().unwrap_or_else(PoisonError::into_inner);
+        match id {
+            AnyId::Int(id) => direct(id).or_else(|| known().ints.get(&id).copied()),
+            AnyId::Name(name) => known().names.get(name).copied(),
+        }
+    }
+
     /// The key of any id.
+    #[inline]
     pub fn key(&self, id: AnyId<'_>) -> u32 {
         match id {
             AnyId::Int(id) => self.int(id),
@@ -106,14 +117,14 @@ impl Interner {
         }
     }
 
-    /// The id of a key that was given out.
+    /// The id of a key, if it was given to one.
     #[must_use]
-    pub fn id(&self, key: u32) -> ClusterId {
+    pub fn id(&self, key: u32) -> Option<ClusterId> {
         if key < INTERNED {
-            return ClusterId::Int(i64::from(key));
+            return Some(ClusterId::Int(i64::from(key)));
         }
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.ids[(key - INTERNED) as usize].clone()
+        known.ids.get((key - INTERNED) as usize).cloned()
     }
 }
 

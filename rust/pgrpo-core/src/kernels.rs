@@ -193,7 +193,11 @@ pub(crate) fn permute<R: Real, I: Id>(
         }
         let (Some(rewards), Some(ids)) = (as_f32(rewards), as_u32(ids)) else { return false };
         let Some(out) = as_f32_mut(out) else { return false };
-        // SAFETY: the processor has AVX-512 F.
+        // Beyond the range of f32 a product with 0 would be NaN.
+        if !pairs.iter().all(|pair| pair.iter().all(|number| number.abs() < 1e30)) {
+            return false;
+        }
+        // SAFETY: the processor has AVX-512 F and FMA.
         unsafe { avx512::permute(rewards, ids, pairs, streamed, out) };
         true
     }

@@ -8,6 +8,7 @@ use crate::call::{Call, Halves, with_scratch};
 use crate::error::Error;
 use crate::estimators::Scale;
 use crate::fold::Real;
+use crate::moments::is_finite_reward;
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
@@ -120,25 +121,36 @@ impl Normalizer {
     /// samples, [`Error::Unsupported`] where more than histories is kept: nothing was changed then.
     pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
         let options = &self.options;
-        if options.estimator.needs_parts() || options.track_diagnostics || options.track_delta {
+        let tracks = options.track_diagnostics || options.track_delta;
+        if options.estimator.needs_parts() || tracks || options.forgetting < 1.0 {
             return Err(Error::Unsupported {
                 what: "retract",
-                needs: "an estimator other than shrinkage and auto, and no tracking of deltas or \
-                        diagnostics",
+                needs: "an estimator other than shrinkage and auto, forgetting 1, and no tracking of \
+                        deltas or diagnostics",
             });
         }
         batch.check(None)?;
         if let Some(index) = batch.holes().next() {
-            return Err(Error::NonFinite { index, value: batch.rewards[index].to_f64() });
+            if options.nan_policy == NanPolicy::Raise {
+                return Err(Error::NonFinite { index, value: batch.rewards[index].to_f64() });
+            }
+            // They never entered a history.
+            let kept: Vec<usize> = (0..batch.rewards.len())
+                .filter(|&entry| is_finite_reward(batch.rewards[entry].to_f64()))
+                .collect();
+            return self.retract(&batch.only(&kept).borrow());
         }
         let state = self.state();
         let batch = Batch { groups: None, ..*batch };
         let call = Call { options, scale: self.scale, state, batch };
         with_scratch(|scratch| {
-            call.fold(scratch)?;
+            call.fold(scratch);
+            call.find_keys(false, scratch)?;
             let rewards = &state.streams.rewards;
             let refuse = |key, count| {
-                let name = state.id_of(key).map_or_else(String::new, |id| id.to_string());
+                let name = state
+                    .id_of(key)
+                    .map_or_else(|| "without a history".to_owned(), |id| id.to_string());
                 let (cluster, held) = (name, rewards.read(key).count);
                 Err(Error::Retract { cluster, count, held })
             };
@@ -228,19 +240,26 @@ impl Normalizer {
                     needs: "an empty one, for other processes use it too",
                 });
             }
-            return Self::merge_into(self.state(), snapshot);
+            let state = self.state();
+            Self::merge_into(state, snapshot)?;
+            return Self::restore_pending(state, snapshot);
         }
         let state = State::new(self.options.kept(), self.options.track_delta);
         Self::merge_into(&state, snapshot)?;
-        if let Some(pending) = &state.pending {
-            for entry in &snapshot.pending {
-                pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
-            }
-        }
+        Self::restore_pending(&state, snapshot)?;
         // pairs with: the load in `state`.
         let old = self.state.swap(Box::into_raw(Box::new(state)), Ordering::AcqRel);
         // A thread may be in the middle of a call: what it uses is kept as long as self.
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(old);
+        Ok(())
+    }
+
+    fn restore_pending(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
+        let Some(pending) = &state.pending else { return Ok(()) };
+        pending.take();
+        for entry in &snapshot.pending {
+            pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
+        }
         Ok(())
     }
 
@@ -263,12 +282,17 @@ impl Normalizer {
         let batch = Batch { groups, ..*batch };
         let call = Call { options: &self.options, scale: self.scale, state: self.state(), batch };
         let done = with_scratch(|scratch| {
-            call.fold(scratch)?;
+            call.fold(scratch);
             // A hole of weight 0 does not show in sums.
-            let suspect = batch.weights.is_some() || scratch.is_suspect();
-            if suspect && batch.holes().next().is_some() {
-                return Ok(false);
+            if batch.weights.is_some() || scratch.is_suspect() {
+                if batch.holes().next().is_some() {
+                    return Ok(false);
+                }
+                if !scratch.is_finite() {
+                    return Err(Error::Changed);
+                }
             }
+            call.find_keys(halves != Halves::Normalize, scratch)?;
             call.remember(halves, scratch);
             if let Some(out) = out.as_deref_mut() {
                 call.map(halves, scratch);

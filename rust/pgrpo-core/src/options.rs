@@ -64,7 +64,7 @@ impl FromStr for NanPolicy {
     }
 }
 
-/// Everything that can be chosen; see `math` in the documentation for what each does.
+/// Everything that can be chosen; `docs/estimators.md` has the formulas.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The rule.
@@ -144,7 +144,12 @@ impl Options {
             ("sigma_floor", sigma_floor, sigma_floor >= 0.0, "a number of at least 0"),
             ("clip", self.clip.unwrap_or(1.0), self.clip.unwrap_or(1.0) > 0.0, "a positive number"),
             ("min_count", min_count, min_count >= 0.0, "a number of at least 0"),
-            ("frequency_weight", self.frequency_weight, true, "a finite number"),
+            (
+                "frequency_weight",
+                self.frequency_weight,
+                self.frequency_weight.abs() <= 10.0,
+                "a number from -10 to 10",
+            ),
         ];
         for (name, value, in_range, expected) in reals {
             if !(in_range && value.is_finite()) {

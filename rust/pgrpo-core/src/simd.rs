@@ -9,7 +9,7 @@ pub enum Level {
     Baseline,
     /// AVX2.
     Avx2,
-    /// AVX-512 F, VL, DQ and BW.
+    /// AVX-512 F and DQ, and FMA.
     Avx512,
 }
 
@@ -30,9 +30,8 @@ pub fn level() -> Level {
 #[cfg(target_arch = "x86_64")]
 fn widest() -> Level {
     let avx512 = std::is_x86_feature_detected!("avx512f")
-        && std::is_x86_feature_detected!("avx512vl")
         && std::is_x86_feature_detected!("avx512dq")
-        && std::is_x86_feature_detected!("avx512bw");
+        && std::is_x86_feature_detected!("fma");
     if avx512 {
         Level::Avx512
     } else if std::is_x86_feature_detected!("avx2") {

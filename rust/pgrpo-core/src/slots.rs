@@ -1,5 +1,5 @@
 //! Ids of a batch numbered in order of first appearance.
-#![allow(clippy::cast_possible_truncation, reason = "`assign` refuses more than 2^32 - 1 entries")]
+#![allow(clippy::cast_possible_truncation, reason = "batches of 2^32 entries and more are refused")]
 
 /// A batch's ids as numbers 0, 1, 2, ...: equal ids have equal numbers.
 #[derive(Debug, Default)]
@@ -20,7 +20,6 @@ impl Slots {
         key: impl Fn(usize) -> K,
         hash: impl Fn(K) -> u64,
     ) {
-        assert!(num_entries < u32::MAX as usize, "a batch of {num_entries}; expected below 2^32");
         self.of.clear();
         self.first.clear();
         self.table.clear();

@@ -42,6 +42,13 @@ pub struct Entry<I = ClusterId> {
     pub advantages: Triple,
 }
 
+impl<I> Entry<I> {
+    fn is_empty(&self) -> bool {
+        let sums = [self.parts, self.regression, self.advantages];
+        self.rewards.count == 0.0 && sums.iter().flatten().all(|&sum| sum == 0.0)
+    }
+}
+
 /// The running sums of every cluster.
 #[derive(Debug)]
 pub struct Streams {
@@ -90,15 +97,18 @@ impl Streams {
         Entry { id, rewards: self.rewards.read(id), parts, regression, advantages }
     }
 
-    /// Every cluster with a history here, emptied: what a thread adds meanwhile is either taken or left for the next time.
+    /// Every cluster here, emptied: what a thread adds meanwhile is either taken or left for the next
+    /// time; of a call in progress, perhaps its rewards now and its sums then.
     pub fn take(&self) -> Vec<Entry<u32>> {
-        let ids: Vec<u32> = self.rewards.iter().map(|(id, _)| id).collect();
-        let entries = ids.into_iter().map(|id| {
+        let keys: Vec<u32> = self.rewards.keys().collect();
+        let entries = keys.into_iter().map(|id| {
+            // Rewards first, as calls add them first.
+            let rewards = self.rewards.take(id);
             let [parts, regression, advantages] =
                 self.sums().map(|sums| sums.map(|sums| sums.take(id)).unwrap_or_default());
-            Entry { id, rewards: self.rewards.take(id), parts, regression, advantages }
+            Entry { id, rewards, parts, regression, advantages }
         });
-        entries.filter(|entry| entry.rewards.count > 0.0).collect()
+        entries.filter(|entry| !entry.is_empty()).collect()
     }
 }
 
@@ -171,6 +181,7 @@ impl State {
     }
 
     /// The key of any id.
+    #[inline]
     pub(crate) fn key_of(&self, id: AnyId<'_>) -> Result<u32, Error> {
         match &self.names {
             Names::Own(interner) => Ok(interner.key(id)),
@@ -178,10 +189,18 @@ impl State {
         }
     }
 
+    /// The key of any id, if it was ever given one.
+    pub(crate) fn find(&self, id: AnyId<'_>) -> Option<u32> {
+        match &self.names {
+            Names::Own(interner) => interner.find(id),
+            Names::Shared(region) => region.index().find(id),
+        }
+    }
+
     /// The id of a key.
     pub(crate) fn id_of(&self, key: u32) -> Option<ClusterId> {
         match &self.names {
-            Names::Own(interner) => Some(interner.id(key)),
+            Names::Own(interner) => interner.id(key),
             Names::Shared(region) => region.index().id(key),
         }
     }

@@ -4,7 +4,7 @@
 use std::ffi::{c_char, c_int, c_long};
 
 use numpy::npyffi::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_TYPES};
-use numpy::{PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pgrpo_core::AnyId;
 use pgrpo_core::fold::Real;
 use pyo3::prelude::*;
@@ -98,8 +98,19 @@ pub(crate) fn reals_mut<'a, R: Real>(
     if inputs.iter().flatten().any(overlaps) {
         return None;
     }
-    // SAFETY: it is a writeable array of that kind and size, and none of what is read meanwhile.
+    // SAFETY: it is a writeable array of that kind and size, and none of the inputs. As with all of
+    // NumPy, whoever writes to an array, or gives it as `out`, in another thread at the same time has
+    // a race of their own making; lengths are fixed here, and every index is checked.
     Some(unsafe { std::slice::from_raw_parts_mut(array.start.cast(), array.length) })
+}
+
+/// Start and length of the bytes of an array, if they lie together and may be written to.
+pub(crate) fn bytes_mut(array: &Bound<'_, PyArray1<u8>>) -> Option<(*mut u8, usize)> {
+    let array = array.as_untyped();
+    // SAFETY: a live array, whose fields are read as NumPy's macros do.
+    let fields = unsafe { &(*array.as_array_ptr()).fields };
+    let wanted = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_WRITEABLE;
+    (fields.flags & wanted == wanted).then(|| (fields.data.cast(), array.len()))
 }
 
 /// An array of one dimension, contiguous, aligned, in native byte order.

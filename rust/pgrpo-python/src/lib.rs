@@ -7,14 +7,15 @@ mod table;
 
 use std::str::FromStr;
 
-use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
+use numpy::{Element, PyArray1, PyArrayMethods};
 use pgrpo_core::fold::Real;
 use pgrpo_core::shared::{Layout, Region};
+use pgrpo_core::state::Kept;
 use pgrpo_core::{Batch, Error, Estimator, NanPolicy, Options, Order, Snapshot};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use arrays::{Ids, Reals, ids, reals, reals_mut};
+use arrays::{Ids, Reals, bytes_mut, ids, reals, reals_mut};
 
 mod errors {
     //! The exception classes, which Python owns.
@@ -26,12 +27,22 @@ mod errors {
 /// Below this many rewards a call is over before other threads could have used the interpreter.
 const DETACH_FROM: usize = 4096;
 
+/// What processes that share a table must agree on: what they say, and which sums are kept.
+fn agreed_on(options: &str, kept: Kept) -> String {
+    let Kept { parts, regression, advantages } = kept;
+    let names = [(parts, "parts"), (regression, "regression"), (advantages, "advantages")];
+    let sums: Vec<&str> = names.iter().filter(|(kept, _)| *kept).map(|(_, name)| *name).collect();
+    format!("{options} sums=rewards,{}", sums.join(","))
+}
+
 fn to_python(error: Error) -> PyErr {
     let message = error.to_string();
     match error {
         Error::Option { .. } | Error::Unsupported { .. } => errors::ConfigError::new_err(message),
         Error::Snapshot { .. } => errors::CheckpointError::new_err(message),
         Error::Length { .. }
+        | Error::Size { .. }
+        | Error::Changed
         | Error::GroupsRequired { .. }
         | Error::NonFinite { .. }
         | Error::Weight { .. }
@@ -277,8 +288,12 @@ impl Normalizer {
             return Ok(Self { core, memory: None });
         };
         let layout = Layout::new(capacity, options.kept().num_streams()).map_err(to_python)?;
-        let (start, length) = (memory.data(), memory.len());
-        // SAFETY: the mapping is kept as long as the core, and used by nothing but tables like these.
+        let Some((start, length)) = bytes_mut(&memory) else {
+            return Err(errors::ConfigError::new_err("memory is not contiguous, or read-only"));
+        };
+        let agreed = agreed_on(&agreed, options.kept());
+        // SAFETY: the array keeps its bytes as long as the core keeps the array. What others write to
+        // them meanwhile may spoil histories, but not lead outside: they are read as atomics only.
         #[allow(unsafe_code, reason = "memory that other processes have mapped too")]
         let region = unsafe { Region::open(start, length, layout, &agreed, alone) };
         let (region, tables) =
@@ -299,10 +314,11 @@ impl Normalizer {
         let choose = || {
             let estimator = Estimator::from_str(estimator)?;
             let options = Options { estimator, track_diagnostics, ..Options::default() };
-            Layout::new(capacity, options.kept().num_streams())
+            let layout = Layout::new(capacity, options.kept().num_streams())?;
+            Ok((layout, agreed_on(agreed, options.kept())))
         };
-        let layout = choose().map_err(to_python)?;
-        Ok((layout.length(), PyBytes::new(py, &layout.header(agreed))))
+        let (layout, agreed) = choose().map_err(to_python)?;
+        Ok((layout.length(), PyBytes::new(py, &layout.header(&agreed))))
     }
 
     /// Fold a batch into the histories and return its advantages [N].
