@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use pgrpo_core::Snapshot;
-use pgrpo_core::fold::Real;
+use pgrpo_core::elements::Real;
 use pgrpo_core::moments::is_finite_reward;
 use pgrpo_core::{AnyId, Batch, Error, Estimator, Ids, NanPolicy, Normalizer, Options, Order};
 

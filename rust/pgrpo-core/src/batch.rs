@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::elements::Real;
 use crate::error::Error;
-use crate::fold::Real;
 use crate::ids::AnyId;
 use crate::moments::is_finite_reward;
 

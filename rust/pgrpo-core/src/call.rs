@@ -4,9 +4,10 @@
 use std::cell::Cell;
 
 use crate::batch::{Batch, Ids, number};
+use crate::elements::{Affine, Real, Row};
 use crate::error::Error;
 use crate::estimators::{Estimator, Folded, Scale, auto};
-use crate::fold::{Affine, Real, Row, apply, fold};
+use crate::fold::{apply, fold};
 use crate::histories::Sums;
 use crate::ids::DIRECT;
 use crate::moments::Moments;

@@ -1,7 +1,7 @@
 //! The inner loops, compiled for the instruction sets of [`simd`].
 #![allow(unsafe_code, reason = "calls across instruction sets, and stores past the caches")]
 
-use crate::fold::{Affine, Id, Real, Row};
+use crate::elements::{Affine, Id, Real, Row};
 use crate::simd::{Level, level};
 
 /// Whether eight ids are one.
@@ -241,7 +241,7 @@ mod avx512 {
     };
 
     use super::{PERMUTED, about_body};
-    use crate::fold::{Id, Real, Row};
+    use crate::elements::{Id, Real, Row};
 
     /// `about_narrow`, bit for bit.
     #[target_feature(enable = "avx512f,avx512dq")]

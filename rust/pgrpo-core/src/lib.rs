@@ -1,6 +1,6 @@
 //! Per-cluster reward histories and the advantages read from them.
 //!
-//! A call of [`Normalizer`] sums its batch up per cell ([`fold`]), merges once per cluster it touches
+//! A call of [`Normalizer`] sums its batch up per cell, merges once per cluster it touches
 //! into the histories ([`histories`], rows of a lock-free [`table`]), lets the estimator make a map of
 //! each cell ([`estimators`]), and applies the maps. [`state`] is all that is remembered,
 //! [`snapshot`] its form on disk.
@@ -13,11 +13,13 @@ mod arena;
 pub mod batch;
 #[cfg(not(loom))]
 mod call;
+#[cfg(not(loom))]
+pub mod elements;
 pub mod error;
 #[cfg(not(loom))]
 pub mod estimators;
 #[cfg(not(loom))]
-pub mod fold;
+mod fold;
 pub mod histories;
 pub mod ids;
 #[cfg(not(loom))]

@@ -5,9 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::batch::Batch;
 use crate::call::{Call, Halves, with_scratch};
+use crate::elements::Real;
 use crate::error::Error;
 use crate::estimators::Scale;
-use crate::fold::Real;
 use crate::moments::is_finite_reward;
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
@@ -184,8 +184,8 @@ impl Normalizer {
     pub fn snapshot(&self) -> Snapshot {
         let state = self.state();
         let pending = state.pending.iter().flat_map(|pending| {
-            let keys = pending.rewards.iter().map(|(key, _)| pending.entry(key));
-            keys.filter_map(|entry| state.named(&entry))
+            let entries = pending.rewards.keys().map(|key| pending.entry(key));
+            entries.filter(|entry| !entry.is_empty()).filter_map(|entry| state.named(&entry))
         });
         Snapshot {
             clusters: state.entries(),

@@ -43,7 +43,7 @@ pub struct Entry<I = ClusterId> {
 }
 
 impl<I> Entry<I> {
-    fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         let sums = [self.parts, self.regression, self.advantages];
         self.rewards.count == 0.0 && sums.iter().flatten().all(|&sum| sum == 0.0)
     }

@@ -93,7 +93,7 @@ struct Given {
 }
 
 /// Passes a batch on, whichever the types of its ids.
-fn with_batch<R: pgrpo_core::fold::Real, T>(
+fn with_batch<R: pgrpo_core::elements::Real, T>(
     rollouts: &[Rollout],
     rewards: &[R],
     kind: Kind,

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::process::Command;
 
-use pgrpo_core::fold::Real;
+use pgrpo_core::elements::Real;
 use pgrpo_core::simd::{Level, level};
 use pgrpo_core::{
     Batch, ClusterId, Error, Estimator, Ids, Moments, NanPolicy, Normalizer, Options, Snapshot,

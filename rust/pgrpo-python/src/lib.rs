@@ -8,7 +8,7 @@ mod table;
 use std::str::FromStr;
 
 use numpy::{Element, PyArray1, PyArrayMethods};
-use pgrpo_core::fold::Real;
+use pgrpo_core::elements::Real;
 use pgrpo_core::shared::{Layout, Region};
 use pgrpo_core::state::Kept;
 use pgrpo_core::{Batch, Error, Estimator, NanPolicy, Options, Order, Snapshot};

@@ -1,7 +1,7 @@
 //! Auto: between the cluster's history and the group, by what would have varied least.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, Scale, leave_one_out};
-use crate::fold::Affine;
 use crate::moments::Moments;
 use crate::table::Triple;
 

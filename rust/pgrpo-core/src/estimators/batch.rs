@@ -1,7 +1,7 @@
 //! Batch normalisation: each reward against all of its call.
 
+use crate::elements::Affine;
 use crate::estimators::{Folded, Scale};
-use crate::fold::Affine;
 use crate::moments::Moments;
 
 /// `A = (r - mean_B) / (sigma_B + eps)`, of the batch B.

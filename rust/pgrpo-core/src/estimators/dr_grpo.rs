@@ -1,7 +1,7 @@
 //! Dr. GRPO: each reward less its group's mean.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, centered};
-use crate::fold::Affine;
 
 /// `A = r - mean_G`, of the group G, in units of the reward.
 ///

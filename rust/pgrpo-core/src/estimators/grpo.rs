@@ -1,7 +1,7 @@
 //! GRPO: each reward against its group.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, Scale};
-use crate::fold::Affine;
 
 /// `A = (r - mean_G) / (sigma_G + eps)`, of the group G.
 ///

@@ -18,8 +18,8 @@ pub mod two_way;
 
 use std::str::FromStr;
 
+use crate::elements::Affine;
 use crate::error::Error;
-use crate::fold::Affine;
 use crate::moments::Moments;
 use crate::table::Triple;
 

@@ -1,7 +1,7 @@
 //! P-GRPO, the default: each reward against its cluster's history.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, Scale, centered};
-use crate::fold::Affine;
 
 /// `A = (r - mean_p) / (sigma_p + eps)`, of the history of cluster p.
 ///

@@ -1,7 +1,7 @@
 //! RLOO: each reward less the mean of the others in its group.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, centered, leave_one_out};
-use crate::fold::Affine;
 
 /// `A = r - mean of the group's other rewards = (r - mean_G) * W / (W - w)`, in units of the reward,
 /// where W is the size of the group and w = 1, or the sum of its weights and their weighted mean.

@@ -1,7 +1,7 @@
 //! Shrinkage: between the cluster's history and the group, by how much prompts differ.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, Scale};
-use crate::fold::Affine;
 use crate::moments::Moments;
 use crate::table::Triple;
 

@@ -1,8 +1,8 @@
 //! Two-way normalisation, for groups that mix clusters: what is special neither to the cluster nor to
 //! the group.
 
+use crate::elements::Affine;
 use crate::estimators::{Cell, Folded, Scale};
-use crate::fold::Affine;
 
 /// `A = (e - mean_G(e)) / (sigma_p + eps)`, of e = r - `mean_p` by the history of cluster p, and its
 /// mean over the group.
