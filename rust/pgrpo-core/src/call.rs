@@ -159,8 +159,7 @@ impl<R: Real> Call<'_, R> {
         }
         scratch.by_index = Some(moments.len());
         for key in 0..moments.len() {
-            // Not >= 0: non-finite rewards are noticed later.
-            if moments[key].count != 0.0 {
+            if moments[key].count > 0.0 {
                 moments[scratch.keys.len()] = moments[key];
                 scratch.keys.push(key as u32);
             }
