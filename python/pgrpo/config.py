@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pgrpo.errors import ConfigError
+from pgrpo.types import READS_HISTORIES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,8 +25,6 @@ else:
     import tomli as tomllib
 
 EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
-READS_HISTORIES = frozenset({"pgrpo", "two_way", "shrinkage", "auto"})
-"""Estimators whose advantages depend on reward histories."""
 
 
 class Section(BaseModel):

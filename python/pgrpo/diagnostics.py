@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgrpo.types import ClusterId, FloatArray
+from pgrpo.types import READS_HISTORIES, ClusterId, FloatArray
 
 SUMS: tuple[str, ...] = (
     "count", "origin", "offset", "m2",
@@ -21,8 +21,6 @@ SUMS: tuple[str, ...] = (
 )  # fmt: skip
 """What a normalizer keeps of a cluster, in the order of the core's columns."""
 
-HISTORY_ESTIMATORS = frozenset({"pgrpo", "two_way", "shrinkage", "auto"})
-"""Those that read histories."""
 LAGGING = 0.3
 """Mean advantages beyond this say that histories lag behind the rewards."""
 MINORITY = 0.05
@@ -127,7 +125,7 @@ def diagnose(
     if estimator == "pgrpo":
         what = "rewards differ more between prompts than between rollouts of one (ICC * group size > 1)"
         warn((icc * group_size > 1) & ~binary, f"{what}; shrinkage or auto varies less")
-    if estimator in HISTORY_ESTIMATORS:
+    if estimator in READS_HISTORIES:
         what = "the history lags behind; forgetting below 1 lets it follow"
         warn(np.abs(mean_advantage) > LAGGING, f"|mean advantage| > {LAGGING}: {what}")
         warn(n < 2 * group_size, "fewer rewards than two groups have; prior_count steadies it")

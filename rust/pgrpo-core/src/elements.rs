@@ -4,6 +4,8 @@ use crate::moments::Moments;
 
 /// A reward or an advantage as it lies in memory.
 pub trait Real: Copy + Send + Sync + 'static {
+    /// Error of an advantage, in units of 1, that may come from rounding what is subtracted.
+    const NEGLIGIBLE: f64;
     /// The number, exactly.
     fn to_f64(self) -> f64;
     /// The nearest number.
@@ -11,6 +13,7 @@ pub trait Real: Copy + Send + Sync + 'static {
 }
 
 impl Real for f64 {
+    const NEGLIGIBLE: f64 = 1e-15;
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self
@@ -22,6 +25,7 @@ impl Real for f64 {
 }
 
 impl Real for f32 {
+    const NEGLIGIBLE: f64 = 1e-9;
     #[inline(always)]
     fn to_f64(self) -> f64 {
         f64::from(self)

@@ -172,8 +172,8 @@ fn fold_each<R: Real, I: Id>(
     true
 }
 
-/// Error of an advantage, in units of 1, that a single subtraction of `origin + offset` may add.
-const NEGLIGIBLE: [f64; 2] = [1e-9, 1e-15];
+/// Advantages from here on are written past the caches, which they would only sweep.
+const STREAM_FROM: usize = 1 << 20;
 
 /// Advantages \[N\] of the rewards \[N\]: the map of `ids[i]` applied to each, out of `maps` with
 /// their ids, all below `num_maps`. `pairs` is a buffer.
@@ -188,12 +188,11 @@ pub(crate) fn apply<R: Real, I: Id>(
 ) {
     pairs.clear();
     pairs.resize(num_maps, [0.0; 2]);
-    let negligible = NEGLIGIBLE[usize::from(size_of::<R>() == size_of::<f64>())];
     let mut exact = true;
     for (id, Affine { origin, offset, scale }) in maps.clone() {
         let center = origin + offset;
         let lost = offset - (center - origin);
-        exact &= (lost * scale).abs() <= negligible;
+        exact &= (lost * scale).abs() <= R::NEGLIGIBLE;
         pairs[id] = [center, scale];
     }
     let mut placed = Vec::new();
@@ -211,6 +210,3 @@ pub(crate) fn apply<R: Real, I: Id>(
         }
     });
 }
-
-/// Advantages from here on are written past the caches, which they would only sweep.
-const STREAM_FROM: usize = 1 << 20;

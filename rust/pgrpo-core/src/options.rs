@@ -34,13 +34,10 @@ fn named<T: Copy>(
     values: &[(&str, T)],
     expected: &'static str,
 ) -> Result<T, Error> {
-    let found = values.iter().find(|(known, _)| *known == name);
-    let value = || format!("{name:?}");
-    found.map(|&(_, value)| value).ok_or_else(|| Error::Option {
-        name: option,
-        value: value(),
-        expected,
-    })
+    match values.iter().find(|(known, _)| *known == name) {
+        Some(&(_, value)) => Ok(value),
+        None => Err(Error::Option { name: option, value: format!("{name:?}"), expected }),
+    }
 }
 
 impl FromStr for Order {

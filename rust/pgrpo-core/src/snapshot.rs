@@ -47,7 +47,7 @@ impl<I> Entry<I> {
     fn fault(&self) -> Option<(&'static str, f64)> {
         let Moments { count, origin, offset, m2 } = self.rewards;
         let mean = origin + offset;
-        let ([parts, squares, within], [xx, xy, evidence]) = (self.parts, self.regression);
+        let ([parts, squares, within], [xx, xy, yy]) = (self.parts, self.regression);
         let [num_advantages, sum, sum_squares] = self.advantages;
         let positive = |sum| (0.0..=MAX_SUM).contains(&sum);
         let signed = |sum: f64| sum.abs() <= MAX_SUM;
@@ -61,21 +61,13 @@ impl<I> Entry<I> {
             (within, positive(within), "has parts[2] outside of 0 to 1e300"),
             (xx, positive(xx), "has regression[0] outside of 0 to 1e300"),
             (xy, signed(xy), "has regression[1] outside of -1e300 to 1e300"),
-            (evidence, positive(evidence), "has regression[2] outside of 0 to 1e300"),
+            (yy, positive(yy), "has regression[2] outside of 0 to 1e300"),
             (num_advantages, positive(num_advantages), "has advantages[0] outside of 0 to 1e300"),
             (sum, signed(sum), "has advantages[1] outside of -1e300 to 1e300"),
             (sum_squares, positive(sum_squares), "has advantages[2] outside of 0 to 1e300"),
         ];
         let fault = checks.into_iter().find(|&(_, passed, _)| !passed);
         fault.map(|(value, _, reason)| (reason, value))
-    }
-
-    /// Refuses what cannot be the sums of any rewards, and would spoil what they are merged with.
-    ///
-    /// # Errors
-    /// What is wrong, to be said of the entry.
-    pub fn check(&self) -> Result<(), &'static str> {
-        self.fault().map_or(Ok(()), |(reason, _)| Err(reason))
     }
 }
 
@@ -100,7 +92,7 @@ impl Entry {
 }
 
 impl Snapshot {
-    /// Refuses clusters that stand there twice, and numbers that [`Entry::check`] refuses.
+    /// Refuses clusters that stand there twice, and what cannot be the sums of any rewards.
     ///
     /// # Errors
     /// [`Error::Snapshot`] names the cluster and what is wrong with it.

@@ -1,39 +1,18 @@
-//! Processes killed after each single instruction of what they do to a region, for real: a child is
-//! stepped through it by `ptrace`, and killed with `SIGKILL`.
+//! Processes killed between two instructions of what they do to a region, for real: a child is stepped
+//! through it by `ptrace`, and killed with `SIGKILL` at places spread over all of it.
 #![cfg(all(target_os = "linux", target_pointer_width = "64"))]
 #![allow(unsafe_code, reason = "system calls")]
 #![allow(clippy::float_cmp, reason = "exactly equal is what is claimed")]
 
-use std::ffi::{c_int, c_long, c_void};
+use std::ffi::c_void;
 use std::ptr;
 
+use libc::{
+    _exit, MAP_ANONYMOUS, MAP_SHARED, PROT_READ, PROT_WRITE, PTRACE_SINGLESTEP, PTRACE_TRACEME,
+    SIGKILL, SIGSTOP, WIFEXITED, fork, kill, mmap, munmap, ptrace, raise, waitpid,
+};
 use pgrpo_core::shared::{Layout, Region};
 use pgrpo_core::{AnyId, ClusterId, Histories, Moments};
-
-const PROT_READ_WRITE: c_int = 3;
-const MAP_SHARED_ANONYMOUS: c_int = 0x21;
-const TRACEME: c_int = 0;
-const SINGLESTEP: c_int = 9;
-const SIGKILL: c_int = 9;
-const SIGSTOP: c_int = 19;
-
-unsafe extern "C" {
-    fn mmap(
-        at: *mut c_void,
-        length: usize,
-        prot: c_int,
-        flags: c_int,
-        fd: c_int,
-        offset: i64,
-    ) -> *mut c_void;
-    fn munmap(at: *mut c_void, length: usize) -> c_int;
-    fn fork() -> c_int;
-    fn ptrace(request: c_int, pid: c_int, address: *mut c_void, data: *mut c_void) -> c_long;
-    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
-    fn raise(signal: c_int) -> c_int;
-    fn kill(pid: c_int, signal: c_int) -> c_int;
-    fn _exit(status: c_int) -> !;
-}
 
 /// Memory that a forked child shares with its parent.
 struct Shared {
@@ -46,7 +25,8 @@ impl Shared {
         let layout = Layout::new(5000, 1).unwrap();
         // SAFETY: fresh memory, wherever the system wants it.
         let start = unsafe {
-            mmap(ptr::null_mut(), layout.length(), PROT_READ_WRITE, MAP_SHARED_ANONYMOUS, -1, 0)
+            let (access, kind) = (PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS);
+            mmap(ptr::null_mut(), layout.length(), access, kind, -1, 0)
         };
         assert!(start.addr() != usize::MAX, "no memory");
         let header = layout.header("");
@@ -80,7 +60,7 @@ fn killed_after(instructions: usize, work: &dyn Fn()) -> usize {
     unsafe {
         let child = fork();
         if child == 0 {
-            ptrace(TRACEME, 0, ptr::null_mut(), ptr::null_mut());
+            ptrace(PTRACE_TRACEME);
             raise(SIGSTOP);
             work();
             _exit(0);
@@ -88,9 +68,9 @@ fn killed_after(instructions: usize, work: &dyn Fn()) -> usize {
         assert_eq!(waitpid(child, &raw mut status, 0), child);
         assert_eq!(status & 0xff, 0x7f, "the child cannot be traced");
         for done in 0..instructions {
-            assert_eq!(ptrace(SINGLESTEP, child, ptr::null_mut(), ptr::null_mut()), 0);
+            assert_eq!(ptrace(PTRACE_SINGLESTEP, child, 0, 0), 0);
             assert_eq!(waitpid(child, &raw mut status, 0), child);
-            if libc::WIFEXITED(status) {
+            if WIFEXITED(status) {
                 return done;
             }
         }
