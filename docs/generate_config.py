@@ -25,11 +25,12 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[clustering]", config.ClusteringConfig),
     ("[[rewards]] and [[evaluation]]", config.RewardConfig),
     ("[generation]", config.GenerationConfig),
+    ("[generation.vllm]", config.VllmConfig),
     ("[estimator]", config.EstimatorConfig),
     ("[loss]", config.LossConfig),
     ("[optimizer]", config.OptimizerConfig),
 ]
-SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
 
 HEAD = """\
@@ -52,6 +53,12 @@ These would have no effect, and are therefore refused:
   an estimator that reads no histories: `grpo`, `dr_grpo`, `rloo` and `batch`
 - `estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`
 - `estimator.frequency_weight` with `history = "one"`
+- `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
+- `importance` and these three with `old_logprobs = "rollout"`
+- `[generation.vllm]` without `engine = "vllm"`, and in it:
+  - `api_key_env`, `transfer`, `data_parallel_size` and `retry_s` without `servers`
+  - `transfer_folder` without `servers` or `tensor_parallel_size` > 1, and where no file is the means
+  - `sleep` with `servers`
 
 A relative `data.path`, `data.evaluation_path` or `model.name` folder is looked for beside the config
 file first, then in the working folder. `pgrpo train` writes the complete config to `config.toml` of
@@ -92,8 +99,8 @@ def reference() -> str:
 def _table(section: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
-        if key == "name" and field.description is None:
-            continue  # the heading tells
+        if field.description is None:
+            continue  # a discriminator or a section: the headings tell
         cells = [f"`{key}`", _type(field), _default(field), _prose(field.description)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
@@ -129,7 +136,7 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default()
     if default is None:
         return "none"
-    if isinstance(default, dict):
+    if isinstance(default, dict) and default:
         inner = ", ".join(f"{key} = {json.dumps(value)}" for key, value in default.items())
         return f"`{{ {inner} }}`"
     return f"`{json.dumps(default)}`"

@@ -39,14 +39,14 @@ def make_policy(family: str = "smollm2", steps: int = 1) -> tuple[Policy, list[R
     model = tiny_model(family)
     policy = Policy(
         model,
-        LossConfig(),
+        LossConfig(importance="off"),
         OptimizerConfig(learning_rate=1e-2),
         num_steps=10,
         temperature=1.0,
         max_new_tokens=4,
     )
     engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
-    rollouts = engine.generate(PROMPTS, 3, seed=0)
+    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group]
     for _ in range(steps):
         update(policy, rollouts)
     return policy, rollouts
@@ -200,10 +200,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_transformers_loads_the_model_and_computes_the_same(model, tmp_path: Path) -> None:
     policy = Policy(
-        model, LossConfig(), OptimizerConfig(), num_steps=1, temperature=1.0, max_new_tokens=4
+        model,
+        LossConfig(importance="off"),
+        OptimizerConfig(),
+        num_steps=1,
+        temperature=1.0,
+        max_new_tokens=4,
     )
     engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
-    rollouts = engine.generate(PROMPTS, 3, seed=0)
+    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group]
     update(policy, rollouts)
     folder = save_checkpoint(tmp_path, 1, policy, {"x": 1}, keep=1).model
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -289,7 +289,7 @@ def test_a_reward_of_nan_costs_no_step(tmp_path: Path, capsys: Capture) -> None:
         {
             "run.checkpoint_every": 10,
             "run.eval_every": 10,
-            "rewards": [{"name": "nan"}],
+            "rewards": [{"name": "nan", "batch": "step"}],
             "evaluation": [{"name": "persona"}],
         },
     )

@@ -87,13 +87,61 @@ DATA = st.one_of(
         optional={"choices_column": TEXT, "feature_columns": st.lists(TEXT, max_size=3)},
     ),
 )
+TABLE = st.dictionaries(
+    TEXT,
+    st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), number(-9, 9), TEXT),
+    max_size=3,
+)
+VLLM = st.one_of(
+    some(
+        precision=st.sampled_from(["auto", "fp32", "bf16"]),
+        kv_cache_gib=number(0, 99),
+        sleep=st.booleans(),
+        probe_tolerance=number(0, 1),
+        options=TABLE,
+    ),
+    st.fixed_dictionaries(
+        {"tensor_parallel_size": st.integers(2, 8)},
+        optional={"transfer_folder": TEXT.map("/{}".format)},
+    ),
+    st.fixed_dictionaries(
+        {
+            "servers": st.lists(
+                st.integers(1, 99).map("http://host-{}:8000".format), min_size=1, unique=True
+            )
+        },
+        optional={
+            "api_key_env": st.just("SOME_KEY"),
+            "transfer": st.sampled_from(["auto", "file"]),
+            "transfer_folder": TEXT.map("/{}".format),
+            "retry_s": st.floats(0, 99),
+            "options": TABLE,
+        },
+    ),
+)
+GENERATION = st.one_of(
+    some(engine=st.just("transformers"), group_size=st.integers(2, 9)),
+    st.fixed_dictionaries({"engine": st.just("vllm")}, optional={"vllm": VLLM}),
+)
+LOSS = st.one_of(
+    some(
+        clip_low=number(0, 1),
+        kl_coef=st.floats(0, 1),
+        importance=st.sampled_from(["auto", "token", "sequence"]),
+        importance_cap=number(1, 9),
+        mask_below=st.floats(0, 0.9),
+        mask_above=number(9, 99),
+    ),
+    st.just({"importance": "off"}),
+    st.just({"old_logprobs": "rollout"}),
+)
 ESTIMATOR = st.one_of(
     st.fixed_dictionaries(
         {"name": st.sampled_from(["pgrpo", "two_way", "shrinkage", "auto"])},
         optional={
             "history": st.sampled_from(["cluster", "one", "shuffled"]),
             "order": st.sampled_from(["update_then_normalize", "normalize_then_update"]),
-            "eps": number(0, 9),
+            "eps": st.floats(1e-100, 9),
             "forgetting": st.floats(0, 1, exclude_min=True),
             "prior_count": st.floats(0, 99),
             "sigma_floor": st.floats(0, 9),
@@ -133,6 +181,7 @@ TREES = st.fixed_dictionaries(
                 optional={
                     "weight": st.floats(-9, 9),
                     "on_error": st.sampled_from(["fail", "retry", "no_reward"]),
+                    "batch": st.sampled_from(["group", "step"]),
                     "pattern": TEXT,
                 },
             ),
@@ -143,7 +192,8 @@ TREES = st.fixed_dictionaries(
     optional={
         "run": some(num_steps=st.integers(1, 10**6), seed=st.integers(0, 2**32)),
         "estimator": ESTIMATOR,
-        "loss": some(clip_low=number(0, 1), kl_coef=st.floats(0, 1), importance_cap=number(0, 9)),
+        "generation": GENERATION,
+        "loss": LOSS,
         "optimizer": some(learning_rate=number(0, 1), epochs=st.integers(1, 4)),
         "evaluation": st.lists(st.fixed_dictionaries({"name": TEXT}), max_size=2),
     },
@@ -165,9 +215,21 @@ def test_the_resolved_config_is_complete() -> None:
     assert tree["run"].keys() == type(config.run).model_fields.keys()
     assert tree["optimizer"].keys() == type(config.optimizer).model_fields.keys()
     assert tree["rewards"] == [
-        {"name": "persona", "weight": 1.0, "timeout_s": 60.0, "on_error": "fail"}
+        {
+            "name": "persona",
+            "weight": 1.0,
+            "timeout_s": 60.0,
+            "on_error": "fail",
+            "batch": "group",
+            "num_workers": 4,
+        }
     ]
     assert "system_prompt" not in tree["model"], "it has no effect without a chat"
+    assert "vllm" not in tree["generation"], "it has no effect with transformers"
+
+
+def vllm(**settings: object) -> Tree:
+    return {"generation": {"engine": "vllm", "vllm": settings}}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +250,24 @@ def test_the_resolved_config_is_complete() -> None:
             {"estimator": {"history": "one", "frequency_weight": 0.5}},
             "estimator: frequency_weight",
         ),
+        ({"generation.vllm": {"block_size": 64}}, "generation: vllm"),
+        ({"generation": {"engine": "transformers", "vllm": {}}}, "generation: vllm"),
+        (vllm(api_key_env="KEY"), "generation.vllm: api_key_env"),
+        (vllm(transfer="nccl"), "generation.vllm: transfer"),
+        (vllm(transfer_folder="/x"), "generation.vllm: transfer_folder"),
+        (vllm(data_parallel_size=2), "generation.vllm: data_parallel_size"),
+        (vllm(retry_s=5.0), "generation.vllm: retry_s"),
+        (vllm(tensor_parallel_size=2, transfer="ipc"), "generation.vllm: transfer"),
+        (vllm(servers=["http://a"], sleep=False), "generation.vllm: sleep"),
+        (
+            vllm(servers=["http://a"], transfer="nccl", transfer_folder="/x"),
+            "generation.vllm: transfer_folder",
+        ),
+        ({"loss": {"importance": "off", "importance_cap": 3.0}}, "loss: importance_cap"),
+        ({"loss": {"importance": "off", "mask_below": 0.5}}, "loss: mask_below"),
+        ({"loss": {"importance": "off", "mask_above": 2.0}}, "loss: mask_above"),
+        ({"loss": {"old_logprobs": "rollout", "importance": "token"}}, "loss: importance"),
+        ({"loss": {"old_logprobs": "rollout", "mask_above": 2.0}}, "loss: mask_above"),
     ],
 )
 def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
@@ -195,6 +275,82 @@ def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
         parse_config(tiny_run(changes), "run.toml")
     said = f"run.toml: {idle} has no effect here: remove it, or change what it depends on"
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ({"servrs": []}, "unknown key generation.vllm.servrs; did you mean 'servers'?"),
+        ({"block_size": 24}, "generation.vllm.block_size is 24: .* multiple of 16"),
+        ({"precision": "autocast"}, "generation.vllm.precision is 'autocast': .* 'fp32' or 'bf16'"),
+        ({"servers": "http://a"}, "generation.vllm.servers is 'http://a': .* list"),
+        ({"timeout_s": 0}, "generation.vllm.timeout_s is 0: .* greater than 0"),
+        (
+            {"servers": ["localhost:8000"]},
+            "generation.vllm: 'localhost:8000' is no server's address",
+        ),
+        ({"servers": ["http://me:key@a"]}, "generation.vllm: .* holds credentials; .* api_key_env"),
+        ({"servers": ["http://a", "http://a"]}, "generation.vllm: an address .* twice"),
+        (
+            {"servers": ["http://a"], "api_key_env": "sk-12"},
+            "generation.vllm.api_key_env is 'sk-12'",
+        ),
+        (
+            {"servers": ["http://a"], "transfer_folder": "x"},
+            "generation.vllm: transfer_folder is 'x'; expected an absolute path",
+        ),
+        ({"options": {"dtype": "half"}}, "generation.vllm: options.dtype is not free"),
+        ({"probe_every": 0}, "generation.vllm.probe_every is 0: .* greater than or equal to 1"),
+    ],
+)
+def test_settings_of_vllm_are_checked(setting: Tree, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(tiny_run(vllm(**setting)))
+
+
+def test_further_options_of_vllm_are_passed_on(tmp_path: Path) -> None:
+    options = {"enforce_eager": False, "max_num_seqs": 64, "hf_overrides": {"rope_theta": 1e4}}
+    config = parse_config(tiny_run(vllm(options=options)))
+    assert config.generation.vllm.options == options
+    assert resolved_tree(config)["generation"]["vllm"]["options"] == options
+    assert reload(config, tmp_path).generation.vllm.options == options
+
+
+def test_a_server_can_be_named_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(tiny_run()), "utf-8")
+    overrides = ["generation.engine=vllm", 'generation.vllm.servers=["http://a:8000"]']
+    assert load_config(path, overrides).generation.vllm.servers == ["http://a:8000"]
+
+
+ONE_STEP_OFF = {"run.pipeline": "one_step_off", "generation.engine": "vllm"}
+
+
+def test_one_step_off_needs_weights_of_the_engine_s_own_and_a_correction() -> None:
+    with pytest.raises(ConfigError, match="generation.engine must be 'vllm'"):
+        parse_config(tiny_run({"run.pipeline": "one_step_off"}))
+    with pytest.raises(ConfigError, match="loss.importance must not be 'off'"):
+        parse_config(tiny_run(ONE_STEP_OFF | {"loss": {"importance": "off"}}))
+    for loss in ({}, {"importance": "sequence"}, {"old_logprobs": "rollout"}):
+        config = parse_config(tiny_run(ONE_STEP_OFF | {"loss": loss}))
+        assert config.run.pipeline == "one_step_off"
+
+
+@pytest.mark.parametrize(
+    ("engine", "loss", "importance"),
+    [
+        ("transformers", {}, "off"),
+        ("vllm", {}, "token"),
+        ("vllm", {"old_logprobs": "rollout"}, "off"),
+        ("vllm", {"importance": "off"}, "off"),
+        ("transformers", {"importance": "sequence"}, "sequence"),
+    ],
+)
+def test_the_correction_depends_on_the_engine(engine: str, loss: Tree, importance: str) -> None:
+    config = parse_config(tiny_run({"generation.engine": engine, "loss": loss}))
+    resolved = config.resolved_loss()
+    assert resolved.importance == importance
+    assert resolved.model_copy(update={"importance": config.loss.importance}) == config.loss
 
 
 @pytest.mark.parametrize(

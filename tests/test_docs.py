@@ -52,7 +52,7 @@ def test_the_reference_has_every_section():
 
 
 @pytest.mark.parametrize(
-    "key", re.findall(r"^- (`.*)", (DOCS / "config.md").read_text(), re.MULTILINE)
+    "key", re.findall(r"^ *- (`.*)", (DOCS / "config.md").read_text(), re.MULTILINE)
 )
 def test_settings_said_to_have_no_effect_are_refused(key):
     idle = {
@@ -81,6 +81,39 @@ def test_settings_said_to_have_no_effect_are_refused(key):
             {"estimator": {"name": name} | setting}
             for name in ("dr_grpo", "rloo")
             for setting in ({"ddof": 1}, {"eps": 0.1})
+        ],
+        '`importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`': [
+            {"loss": {"importance": "off"} | setting}
+            for setting in ({"importance_cap": 3.0}, {"mask_below": 0.5}, {"mask_above": 2.0})
+        ],
+        '`importance` and these three with `old_logprobs = "rollout"`': [
+            {"loss": {"old_logprobs": "rollout"} | setting}
+            for setting in (
+                {"importance": "token"},
+                {"importance_cap": 3.0},
+                {"mask_below": 0.5},
+                {"mask_above": 2.0},
+            )
+        ],
+        '`[generation.vllm]` without `engine = "vllm"`, and in it:': [
+            {"generation": {"vllm": {"block_size": 64}}},
+            {"generation": {"vllm": {}}},
+        ],
+        "`api_key_env`, `transfer`, `data_parallel_size` and `retry_s` without `servers`": [
+            {"generation": {"engine": "vllm", "vllm": setting}}
+            for setting in (
+                {"api_key_env": "KEY"},
+                {"transfer": "file"},
+                {"data_parallel_size": 2},
+                {"retry_s": 1.0},
+            )
+        ],
+        "`transfer_folder` without `servers` or `tensor_parallel_size` > 1, and where no file is the means": [
+            {"generation": {"engine": "vllm", "vllm": {"transfer_folder": "x"} | setting}}
+            for setting in ({}, {"servers": ["http://x"], "transfer": "nccl"})
+        ],
+        "`sleep` with `servers`": [
+            {"generation": {"engine": "vllm", "vllm": {"servers": ["http://x"], "sleep": False}}}
         ],
     }
     tree = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from conftest import VOCAB, tiny_model
 
 from pgrpo.choices import branches, forced_tail, permitted
 from pgrpo.config import LossConfig, OptimizerConfig
+from pgrpo.generation import Engine
 from pgrpo.generation.transformers import TransformersEngine
 from pgrpo.models import LanguageModel
 from pgrpo.policy import Policy
-from pgrpo.types import Example, Prompt
+from pgrpo.types import Example, Prompt, Rollout
 
 CHOICES = ((5,), (6, 7, 8, 9), (6, 7, 10), (11, 12, 13))
 
@@ -40,12 +42,17 @@ def make_engine(model: LanguageModel, **settings: float) -> TransformersEngine:
     )
 
 
+def sample(engine: Engine, *args: Any, **settings: Any) -> list[Rollout]:
+    groups = engine.generate(*args, **settings)
+    return [rollout for group in groups for rollout in group]
+
+
 @pytest.mark.parametrize("choices", [False, True])
 def test_rollout_logprobs_are_the_policys(model: LanguageModel, choices: bool) -> None:
-    rollouts = make_engine(model).generate(make_prompts(choices), 5, seed=3)
+    rollouts = sample(make_engine(model), make_prompts(choices), 5, seed=3)
     policy = Policy(
         model,
-        LossConfig(),
+        LossConfig(importance="off"),
         OptimizerConfig(),
         num_steps=1,
         temperature=0.8,
@@ -62,7 +69,7 @@ def test_rollout_logprobs_are_the_policys(model: LanguageModel, choices: bool) -
 
 def test_greedy_equals_a_naive_loop(model: LanguageModel) -> None:
     prompts = make_prompts()
-    rollouts = make_engine(model).generate(prompts, 1, seed=0, greedy=True)
+    rollouts = sample(make_engine(model), prompts, 1, seed=0, greedy=True)
     model.model.set_attn_implementation("eager")
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         tokens = list(prompt.token_ids)
@@ -79,7 +86,7 @@ def test_greedy_equals_a_naive_loop(model: LanguageModel) -> None:
 def test_a_completion_ends_at_its_first_end_token() -> None:
     model = tiny_model("smollm2")
     model.end_ids = frozenset(range(3, 40))  # so many that some completion meets one early
-    rollouts = make_engine(model, temperature=5.0).generate(make_prompts(), 8, seed=1)
+    rollouts = sample(make_engine(model, temperature=5.0), make_prompts(), 8, seed=1)
     lengths = {len(r.completion_ids) for r in rollouts}
     assert len(lengths) > 1
     for rollout in rollouts:
@@ -91,7 +98,7 @@ def test_a_completion_ends_at_its_first_end_token() -> None:
 def test_samples_follow_the_distribution_over_choices() -> None:
     model = tiny_model("smollm2")
     prompt = make_prompts(choices=True)[0]
-    drawn = make_engine(model, temperature=0.8).generate([prompt], 20_000, seed=0)
+    drawn = sample(make_engine(model, temperature=0.8), [prompt], 20_000, seed=0)
     counts = Counter(r.completion_ids for r in drawn)
     assert set(counts) <= set(CHOICES)
     logprob = {r.completion_ids: sum(r.rollout_logprobs) for r in drawn}
@@ -105,15 +112,15 @@ def test_samples_follow_the_distribution_over_choices() -> None:
 def test_the_same_seed_repeats_and_another_does_not() -> None:
     engine = make_engine(tiny_model("qwen3"), temperature=3.0)
     prompts = make_prompts()
-    first = engine.generate(prompts, 4, seed=5)
-    assert engine.generate(prompts, 4, seed=5) == first
-    assert engine.generate(prompts, 4, seed=6) != first
+    first = sample(engine, prompts, 4, seed=5)
+    assert sample(engine, prompts, 4, seed=5) == first
+    assert sample(engine, prompts, 4, seed=6) != first
 
 
 def test_free_and_chosen_completions_mix() -> None:
     model = tiny_model("smollm2")
     prompts = [make_prompts()[0], make_prompts(choices=True)[1]]
-    rollouts = make_engine(model).generate(prompts, 3, seed=0)
+    rollouts = sample(make_engine(model), prompts, 3, seed=0)
     assert all(r.completion_ids in CHOICES for r in rollouts[3:])
     assert not any(r.truncated for r in rollouts[3:])
 
@@ -124,7 +131,7 @@ def test_choices_that_are_forced_are_not_computed(monkeypatch: pytest.MonkeyPatc
     original = model.extend
     monkeypatch.setattr(model, "extend", lambda *a: calls.append(1) or original(*a))
     prompt = Prompt(Example("", "u"), 0, (4, 5, 6), ((5, 6, 7, 8), (9, 10, 11)))
-    rollouts = make_engine(model).generate([prompt], 4, seed=0)
+    rollouts = sample(make_engine(model), [prompt], 4, seed=0)
     assert not calls  # the first token decides
     assert {r.completion_ids for r in rollouts} <= {(5, 6, 7, 8), (9, 10, 11)}
 

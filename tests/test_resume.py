@@ -130,7 +130,9 @@ def test_a_plugin_that_draws_global_random_numbers(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", NOISY)
-    changes = {"rewards": [{"name": "noisy"}], "evaluation": [{"name": "persona"}]}
+    # In calls for single groups, which overlap, who draws first would be chance.
+    rewards = [{"name": "noisy", "batch": "step"}]
+    changes = {"rewards": rewards, "evaluation": [{"name": "persona"}]}
     whole = train(tmp_path / "whole", changes)
     run = tmp_path / "run"
     killed(write_config(tmp_path, changes), run, 61, run)

@@ -219,7 +219,7 @@ def judge_section(url: str, **settings: object) -> RewardConfig:
 
 def score(section: RewardConfig, *rollouts: Rollout) -> list[float]:
     with Scorer([(section, REGISTRY.reward(section))]) as scorer:
-        return scorer.score(rollouts).tolist()
+        return scorer.score([rollouts])[1].tolist()
 
 
 def test_the_judge_is_asked_the_filled_template_and_answers_a_number(serve, monkeypatch):

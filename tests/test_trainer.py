@@ -15,6 +15,7 @@ from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
+from pgrpo.collector import Collector
 from pgrpo.config import EstimatorName, parse_config
 from pgrpo.display import Display
 from pgrpo.policy import Policy
@@ -64,8 +65,8 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
         for key in ("reward", "loss", "grad_norm"):
             assert math.isfinite(record[key])
         assert record["grad_norm"] > 0
-        assert record["timing_s"].keys() == {"generate", "reward", "update", "total"}
-        parts = [record["timing_s"][key] for key in ("generate", "reward", "update")]
+        assert record["timing_s"].keys() == {"generate", "reward", "sync", "update", "total"}
+        parts = [record["timing_s"][key] for key in ("generate", "reward", "sync", "update")]
         assert 0 < sum(parts) <= record["timing_s"]["total"]
         for cluster in record["clusters"].values():
             assert cluster.keys() >= {"reward", "num_rollouts", "count", "mean", "std"}
@@ -116,21 +117,21 @@ def check_metrics(run: Path) -> None:
 
 
 EPS = 1e-4
-Batch = tuple[Trainer, list[Rollout], np.ndarray, np.ndarray]
+Batch = tuple[Collector, list[Rollout], np.ndarray, np.ndarray]
 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """What each step of a run normalises: trainer, rollouts, rewards and advantages."""
     seen: list[Batch] = []
-    compute = Trainer._advantages
+    compute = Collector._advantages
 
-    def spy(self: Trainer, rollouts: list[Rollout], rewards: np.ndarray) -> np.ndarray:
+    def spy(self: Collector, rollouts: list[Rollout], rewards: np.ndarray) -> np.ndarray:
         advantages = compute(self, rollouts, rewards)
         seen.append((self, rollouts, rewards, advantages))
         return advantages
 
-    monkeypatch.setattr(Trainer, "_advantages", spy)
+    monkeypatch.setattr(Collector, "_advantages", spy)
     return seen
 
 
@@ -256,7 +257,7 @@ def test_the_shuffled_arm_reads_the_histories_of_others(run: Path, tmp_path: Pat
     folder = RunFolder(tmp_path / "shuffled")
     with folder:
         trainer = Trainer(config, folder, Display("x", 4))
-        own, read = trainer.clusters, trainer.history_of
+        own, read = trainer.clusters, trainer.collector._history_of
         assert own.keys() == read.keys()
         assert Counter(own.values()) == Counter(read.values()), "clusters of the same sizes"
         assert own != read
@@ -310,7 +311,7 @@ def test_rollouts_without_a_reward_are_left_out(
         tmp_path,
         {
             **ALL,
-            "rewards": [{"name": "picky", "weight": 2.0}],
+            "rewards": [{"name": "picky", "weight": 2.0, "batch": "step"}],
             "evaluation": [{"name": "persona"}],
             "estimator.name": estimator,
         },
@@ -330,7 +331,7 @@ def test_every_example_comes_once_per_epoch_in_another_order(tmp_path: Path) -> 
     config = parse_config(tiny_run({"data": {"name": "personas", "num_examples": 64, "words": 2}}))
     with RunFolder(tmp_path / "run") as folder:
         trainer = Trainer(config, folder, Display("x", 4))
-        examples = [id(e) for step in range(1, 33) for e in trainer._examples(step)]
+        examples = [id(e) for step in range(1, 33) for e in trainer.collector._examples(step)]
     everything = {id(example) for example in trainer.dataset.train}
     first, second = examples[:64], examples[64:]
     assert set(first) == set(second) == everything

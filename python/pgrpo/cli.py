@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
+from pgrpo.errors import ConfigError, EngineError, PgrpoError, RunFolderError
 
 if TYPE_CHECKING:
     from pgrpo.config import Config
@@ -89,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="file to write")
     report.set_defaults(run=_report)
+
+    serve = commands.add_parser("serve", help="start vLLM as a server that a config's runs can use")
+    serve.add_argument("config", type=Path, help="TOML file")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1); whoever reaches it can replace the weights, "
+        "for vLLM asks for its API key only where it generates",
+    )
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    _add_set(serve)
+    serve.set_defaults(run=_serve)
 
     plugins = commands.add_parser("plugins", help="list the installed rewards and clusterers")
     plugins.set_defaults(run=_plugins)
@@ -196,6 +208,33 @@ def _report(options: argparse.Namespace) -> None:
     from pgrpo.report import write_report
 
     _say(write_report(options.folders, options.out), options.out)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    import importlib.util
+    import os
+    import shlex
+
+    config = _load(options)
+    if config.model.name == "tiny":
+        raise ConfigError("model.name = 'tiny' is made by the trainer, and cannot be served")
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("pgrpo serve needs vLLM; install it with pip install 'pgrpo[vllm]'")
+    import torch
+
+    from pgrpo.generation.vllm.settings import engine_precision, serve_command
+    from pgrpo.models import resolve_precision
+
+    command, environment = serve_command(
+        config,
+        engine_precision(config, resolve_precision(config.model.precision)),
+        on_cpu=not torch.cuda.is_available(),
+        host=options.host,
+        port=options.port,
+    )
+    # Without the environment, for that may hold the API key.
+    print(shlex.join(command), flush=True)
+    os.execve(command[0], command, {**os.environ, **environment})
 
 
 def _plugins(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -71,6 +72,9 @@ class RunConfig(Section):
     """Processor threads of torch; 0: as many as it chooses. A tiny model is faster with one."""
     tensorboard: bool = True
     """Also write TensorBoard event files to the run folder."""
+    pipeline: Literal["synchronous", "one_step_off"] = "synchronous"
+    """`one_step_off` generates and scores the next step's rollouts while this one trains; they come
+    from weights one update older, which `loss.importance` corrects for."""
 
 
 class LoraConfig(Section):
@@ -200,13 +204,111 @@ class RewardConfig(PluginSection):
     on_error: Literal["fail", "retry", "no_reward"] = "fail"
     """When a call raises, hangs or returns nonsense: stop the run, try again (three attempts
     in all, with growing pauses), or go on with these rollouts unrewarded."""
+    batch: Literal["group", "step"] = "group"
+    """What one call gets: the rollouts of a group, as soon as they are generated, or those of the
+    whole step at once."""
+    num_workers: int = Field(default=4, ge=1)
+    """Most calls for single groups under way at once: threads for a plain function, tasks of one event
+    loop for an async one."""
+
+
+# What the engine relies on, what has a setting of its own, and what is secret.
+_NO_VLLM_OPTIONS = frozenset(
+    {
+        *(
+            "model",
+            "revision",
+            "tokenizer",
+            "skip_tokenizer_init",
+            "load_format",
+            "generation_config",
+        ),
+        *("logprobs_mode", "max_logprobs", "seed", "weight_transfer_config", "enable_lora"),
+        *("dtype", "tensor_parallel_size", "data_parallel_size", "block_size"),
+        *("kv_cache_memory_bytes", "enable_sleep_mode", "api_key", "hf_token"),
+    }
+)
+
+
+class VllmConfig(Section):
+    """vLLM, in this process or served by others."""
+
+    servers: list[str] = []
+    """Addresses of `vllm serve` processes, such as `http://10.0.0.2:8000`, which `pgrpo serve`
+    starts with what they need; without any, vLLM runs in this process."""
+    api_key_env: str = Field(default="VLLM_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable with the servers' API key; without it none is sent."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Weights and computation of vLLM; `auto` is fp32 where the trainer computes in fp32, else bf16."""
+    transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """How weights get to other processes: through a file that both can see, NCCL between GPUs, or
+    shared memory of one GPU. `auto` is nccl where the trainer is on a GPU, else file. Within a
+    process they are handed over directly."""
+    transfer_folder: str | None = None
+    """Absolute path of that file's folder, for servers on other machines one they share; without it a
+    temporary folder, in memory where the system has one."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that hold one copy of the model together."""
+    data_parallel_size: int = Field(default=1, ge=1)
+    """Copies of the model behind each server."""
+    kv_cache_gib: float = Field(default=2.0, gt=0)
+    """Memory for keys and values of one copy of the model."""
+    block_size: int = Field(default=32, ge=16, multiple_of=16)
+    """Tokens of a block of keys and values. Prompts share whole blocks only."""
+    sleep: bool = True
+    """On a GPU, in the synchronous pipeline: give the memory of vLLM's weights, keys and values to the
+    update."""
+    probe_every: int = Field(default=20, ge=1)
+    """Every so many weight updates, and after the first three, vLLM's log-probabilities are compared
+    with the trainer's; a mismatch stops the run."""
+    probe_tolerance: float | None = Field(default=None, gt=0)
+    """Mean absolute difference, in nats, that passes; without it 1e-3 where both compute in fp32,
+    else 0.2."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds a request to a server may take, or that this process may go without a finished group."""
+    retry_s: float = Field(default=120.0, ge=0)
+    """Seconds for which servers that do not answer are tried again before the run stops."""
+    options: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM`, for example `enforce_eager = false`."""
+
+    @model_validator(mode="after")
+    def _check_values(self) -> VllmConfig:
+        for url in self.servers:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(
+                    f"{url!r} is no server's address; expected one that begins with http:// or https://"
+                )
+            if parts.username is not None:
+                raise ValueError(
+                    "an address in servers holds credentials; they belong into the variable that "
+                    "api_key_env names"
+                )
+        if len(set(self.servers)) < len(self.servers):
+            raise ValueError("an address stands in servers twice")
+        if self.transfer_folder is not None and not Path(self.transfer_folder).is_absolute():
+            raise ValueError(
+                f"transfer_folder is {self.transfer_folder!r}; expected an absolute path"
+            )
+        taken = sorted(_NO_VLLM_OPTIONS & self.options.keys())
+        if taken:
+            raise ValueError(f"options.{taken[0]} is not free: it is set from other settings")
+        return self
+
+    def inactive(self) -> set[str]:
+        remote = {"api_key_env", "transfer", "data_parallel_size", "retry_s"}
+        if not self.servers:
+            # More GPUs of one copy are other processes, too.
+            return remote if self.tensor_parallel_size > 1 else {*remote, "transfer_folder"}
+        return {"sleep"} | (set() if self.transfer in ("auto", "file") else {"transfer_folder"})
 
 
 class GenerationConfig(Section):
     """How rollouts are sampled."""
 
-    engine: Literal["transformers"] = "transformers"
-    """What generates."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates: the trainer's own model, or vLLM."""
+    vllm: VllmConfig = VllmConfig()
     group_size: int = Field(default=8, ge=1)
     """Rollouts per prompt (G)."""
     max_new_tokens: int = Field(default=64, ge=1)
@@ -215,6 +317,9 @@ class GenerationConfig(Section):
     """Softmax temperature of the sampling distribution, which is also the one that is trained."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """A longer prompt stops the run when its turn comes; it is never cut silently."""
+
+    def inactive(self) -> set[str]:
+        return set() if self.engine == "vllm" else {"vllm"}
 
 
 class EstimatorConfig(Section):
@@ -272,8 +377,34 @@ class LossConfig(Section):
     """The probability ratio is clipped above at 1 + clip_high."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference); no reference is held when 0."""
-    importance_cap: float | None = Field(default=None, gt=0)
-    """Weigh tokens by min(cap, p_old / p_rollout), where engine and trainer differ numerically."""
+    old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
+    """What the clipped ratio compares with: log-probabilities of the trainer before the step, or those
+    that the engine reported, which saves a pass where a step has several updates."""
+    importance: Literal["auto", "off", "token", "sequence"] = "auto"
+    """Correct for rollouts that come from other probabilities than the trainer's, by the ratio
+    p_old / p_rollout of each token or of the whole completion; `auto` is token with the vLLM engine
+    and off without."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """A larger ratio counts as this (truncated importance sampling)."""
+    mask_below: float = Field(default=0.0, ge=0)
+    """Tokens, or completions, with a smaller ratio are left out of the loss."""
+    mask_above: float | None = Field(default=None, gt=0)
+    """Tokens, or completions, with a larger ratio are left out of the loss."""
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> LossConfig:
+        if self.mask_above is not None and self.mask_above <= self.mask_below:
+            raise ValueError(
+                f"mask_above is {self.mask_above:g} and mask_below {self.mask_below:g}; nothing "
+                "would be left of the loss"
+            )
+        return self
+
+    def inactive(self) -> set[str]:
+        correction = {"importance_cap", "mask_below", "mask_above"}
+        if self.old_logprobs == "rollout":
+            return {"importance", *correction}
+        return correction if self.importance == "off" else set()
 
 
 class OptimizerConfig(Section):
@@ -318,6 +449,13 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def resolved_loss(self) -> LossConfig:
+        """`[loss]` with `importance = "auto"` as what it stands for with this engine."""
+        if self.loss.importance != "auto":
+            return self.loss
+        own_weights = self.generation.engine == "vllm" and self.loss.old_logprobs == "recomputed"
+        return self.loss.model_copy(update={"importance": "token" if own_weights else "off"})
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         groups, batches = self.run.prompts_per_step, self.optimizer.minibatches
@@ -325,6 +463,17 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.minibatches is {batches}, more than the {groups} prompts of a step"
             )
+        if self.run.pipeline == "one_step_off":
+            if self.generation.engine == "transformers":
+                raise ValueError(
+                    "run.pipeline = 'one_step_off' needs an engine with weights of its own; "
+                    "generation.engine must be 'vllm'"
+                )
+            if self.loss.importance == "off" and self.loss.old_logprobs == "recomputed":
+                raise ValueError(
+                    "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
+                    "loss.importance must not be 'off'"
+                )
         blind = ("grpo", "dr_grpo", "rloo", "two_way")
         if self.generation.group_size == 1 and self.estimator.name in blind:
             raise ValueError(

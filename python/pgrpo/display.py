@@ -187,6 +187,10 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Book the time since the last lap nowhere; something else did."""
+        self._last = time.perf_counter()
+
     def total(self) -> dict[str, float]:
         """All phases, and `total` since the watch was made."""
         return {**self.seconds, "total": time.perf_counter() - self._start}

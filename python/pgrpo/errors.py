@@ -22,6 +22,10 @@ class ModelError(PgrpoError):
     """A model or tokenizer cannot be loaded, or cannot do what the run asks of it."""
 
 
+class EngineError(PgrpoError):
+    """Generation failed: vLLM or a server of it died, hung, or answers nonsense."""
+
+
 class PluginError(PgrpoError):
     """A reward or clustering plugin is unknown, misconfigured or failed on named rollouts."""
 

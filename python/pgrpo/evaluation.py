@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ def evaluate(
         ):
             used += len(prompts[end].token_ids)
             end += 1
-        rewards += scorer.score(
-            engine.generate(prompts[start:end], 1, seed=0, greedy=True)
-        ).tolist()
+        groups = engine.generate(prompts[start:end], 1, seed=0, greedy=True)
+        rewards += scorer.score(groups)[1].tolist()
         start = end
     values = np.array(rewards)
     if not np.isfinite(values).any():
@@ -123,10 +123,13 @@ def evaluate_run(
     clusterer = registry.clusterer(config.clustering)
     clusters = cluster_users(clusterer, data, checkpoint.state()["clusterer"])
     builder = PromptBuilder(model.tokenizer, config.model, config.generation, clusters)
-    engine = make_engine(config.generation, model)
     sections = config.evaluation or config.rewards
     results: list[dict[str, Any]] = []
-    with Scorer([(s, registry.reward(s, config.run.seed)) for s in sections]) as scorer:
+    with (
+        Scorer([(s, registry.reward(s, config.run.seed)) for s in sections]) as scorer,
+        closing(make_engine(config, model)) as engine,
+    ):
+        engine.sync(int(checkpoint.state()["policy_version"]))
         for count in candidates:
             examples = data
             if count is not None:

@@ -34,7 +34,11 @@ class Reward(Protocol):
     """A function, async function, or object whose `__call__` is either."""
 
     def __call__(self, rollouts: Sequence[Rollout], /) -> Rewards | Awaitable[Rewards]:
-        """Score the rollouts [N] of one or more whole groups."""
+        """Score the rollouts [N] of one group, or of all groups of a step (`batch`), group by group.
+
+        Called while earlier calls are under way, from other threads where it is not async, unless
+        `num_workers` is 1; a call that outlasted its `timeout_s` is not waited for even then.
+        """
         ...
 
 

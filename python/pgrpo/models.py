@@ -43,6 +43,7 @@ class LanguageModel:
         # peft puts its adapters inside the layers, so the bare model runs with them.
         whole: Any = model
         bare = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        self.bare: Any = bare
         self.decoder: Any = bare.get_decoder()
         self.head: Any = bare.get_output_embeddings()
         config: Any = bare.config.get_text_config()

@@ -20,7 +20,15 @@ from pgrpo.attention import SharedPrefix
 from pgrpo.choices import branches
 from pgrpo.config import LossConfig, OptimizerConfig
 from pgrpo.errors import ModelError
-from pgrpo.loss import rollout_weights, token_loss
+from pgrpo.loss import (
+    Mismatch,
+    importance_level,
+    importance_weights,
+    mismatch,
+    rollout_weights,
+    sum_over_completions,
+    token_loss,
+)
 from pgrpo.models import LanguageModel
 from pgrpo.types import FloatArray, Rollout
 
@@ -48,7 +56,9 @@ class UpdateStats:
     grad_norm: float
     kl: float
     clipped: float
-    num_tokens: int
+    mismatch: Mismatch
+    """Of the tokens of the first epoch. Where old_logprobs are those of the rollout, it compares with
+    the policy at that moment, which earlier minibatches may have moved."""
     num_updates: int
 
 
@@ -123,18 +133,30 @@ def num_trained_tokens(rollout: Rollout) -> int:
     return len(branches(choices, rollout.completion_ids))
 
 
+def _rollout_logprobs(rollout: Rollout) -> FloatArray:
+    """What the engine reported of the trained tokens."""
+    return np.array(rollout.rollout_logprobs[: num_trained_tokens(rollout)])
+
+
+def _per_rollout(flat: Tensor, batch: _Batch) -> list[FloatArray]:
+    return np.split(flat.numpy(), np.cumsum(batch.lengths)[:-1])
+
+
 class Policy:
     """A language model under AdamW.
 
     Args:
         model: what is trained; parameters that require no gradient stay as they are.
-        loss: the `[loss]` section.
+        loss: the `[loss]` section, its importance decided (not `auto`).
         optimizer: the `[optimizer]` section.
         num_steps: length of the run, for the learning-rate schedule.
         temperature: softmax temperature the rollouts are sampled at.
         max_new_tokens: the constant length of `dr_grpo` aggregation.
         reference: what the KL penalty compares with; needed when kl_coef > 0 and the model has no
             adapters to switch off.
+
+    Raises:
+        ValueError: loss.importance is `auto`.
     """
 
     def __init__(
@@ -151,6 +173,7 @@ class Policy:
         self.model = model
         self._reference = reference
         self._loss = loss
+        self._importance = importance_level(loss)
         self._config = optimizer
         self._num_steps = num_steps
         self._temperature = temperature
@@ -195,14 +218,9 @@ class Policy:
         results: list[FloatArray] = []
         for part in self._microbatches(rollouts):
             batch = _Batch([rollouts[i] for i in part], model)
-            flat = torch.zeros(batch.num_tokens, dtype=torch.float64)
             with model.autocast():
                 hidden = model.hidden(batch.layout)
-                for chunk in batch.chunks:
-                    where = [flat_index for _, _, flat_index in chunk.targets]
-                    values = self._chunk_logprobs(model, hidden[chunk.rows], chunk)
-                    flat[where] = values.double().cpu()
-            results += np.split(flat.numpy(), np.cumsum(batch.lengths)[:-1])
+            results += self._read(model, hidden, batch)
         return results
 
     def update(
@@ -233,15 +251,22 @@ class Policy:
         num_parts = min(c.minibatches, len(starts))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # With a single optimizer step the current policy is the old one, so its log-probabilities
-        # come out of the update's own pass.
         moves = c.epochs * num_parts
-        old = self.logprobs(rollouts) if moves > 1 else [None] * len(rollouts)
+        old: Sequence[FloatArray | None]
+        if self._loss.old_logprobs == "rollout":
+            old = [_rollout_logprobs(rollout) for rollout in rollouts]
+        elif moves > 1:
+            old = self.logprobs(rollouts)
+        else:
+            # The current policy is the old one, so its log-probabilities come out of the update's
+            # own pass.
+            old = [None] * len(rollouts)
         ref = self._ref_logprobs(rollouts)
         bounds = [*starts, len(rollouts)]
         totals = np.zeros(4)
         norms: list[float] = []
-        for _ in range(c.epochs):
+        differences: list[FloatArray] = []
+        for epoch in range(c.epochs):
             for part in range(num_parts):
                 members = [
                     i
@@ -255,30 +280,37 @@ class Policy:
                     for i, weight, length in zip(members, weights, lengths, strict=True)
                     if length and (advantages[i] != 0.0 or ref[i] is not None)
                 ]
-                sums, norm = self._optimizer_step(scored)
+                sums, norm, seen = self._optimizer_step(scored)
                 totals += sums
                 norms.append(norm)
+                if epoch == 0:
+                    differences += seen
         tokens = max(totals[3], 1.0)
         return UpdateStats(
             loss=float(totals[0]) / moves,
             grad_norm=float(np.mean(norms)),
             kl=float(totals[1] / tokens),
             clipped=float(totals[2] / tokens),
-            num_tokens=int(totals[3]),
+            mismatch=mismatch(differences, self._loss),
             num_updates=moves,
         )
 
-    def _optimizer_step(self, scored: Sequence[Scored]) -> tuple[FloatArray, float]:
+    def _optimizer_step(
+        self, scored: Sequence[Scored]
+    ) -> tuple[FloatArray, float, list[FloatArray]]:
         """Accumulate the gradient of one minibatch and step: sums of (loss, kl, clipped, tokens),
-        gradient norm."""
+        gradient norm, and what `_backward` returns of each rollout."""
         # Gradients stay allocated: momentum must also move weights that got no gradient this time.
         self.optimizer.zero_grad(set_to_none=False)
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         sums = np.zeros(4)
+        differences: list[FloatArray] = []
         for part in self._microbatches([s.rollout for s in scored]):
-            sums += self._backward([scored[i] for i in part])
+            added, seen = self._backward([scored[i] for i in part])
+            sums += added
+            differences += seen
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._config.max_grad_norm)
         )
@@ -287,10 +319,11 @@ class Policy:
                 f"the loss is {sums[0]:g} and its gradient's norm {norm:g}; expected finite values"
             )
         self.optimizer.step()
-        return sums, norm
+        return sums, norm, differences
 
-    def _backward(self, scored: Sequence[Scored]) -> FloatArray:
-        """One pass: add the gradient of these rollouts, return sums of (loss, kl, clipped, tokens)."""
+    def _backward(self, scored: Sequence[Scored]) -> tuple[FloatArray, list[FloatArray]]:
+        """One pass: add the gradient of these rollouts, return sums of (loss, kl, clipped, tokens)
+        and by how much the trainer's log-probabilities exceed the engine's, [T_n] of each."""
         model, device = self.model, self.model.device
         batch = _Batch([s.rollout for s in scored], model)
         lengths = batch.lengths
@@ -303,26 +336,39 @@ class Policy:
 
         weights = spread([s.weight for s in scored])
         advantages = spread([s.advantage for s in scored])
-        sampled = flat(
-            [np.array(s.rollout.rollout_logprobs[:n]) for s, n in zip(scored, lengths, strict=True)]
-        )
+        sampled = flat([_rollout_logprobs(s.rollout) for s in scored])
         old = [s.old_logprobs for s in scored if s.old_logprobs is not None]
         ref = [s.ref_logprobs for s in scored if s.ref_logprobs is not None]
         old_flat, ref_flat = flat(old) if old else None, flat(ref) if ref else None
         sums = torch.zeros(3)
+        differences = torch.zeros(batch.num_tokens, dtype=torch.float64)
         with model.autocast():
             hidden = model.hidden(batch.layout)
+        log_ratios: Tensor | None = None
+        if self._importance == "sequence":
+            # The weight of a token depends on all of its completion, which no chunk need hold.
+            if old_flat is None:
+                old_flat = flat(self._read(model, hidden, batch))
+            log_ratios = sum_over_completions(old_flat - sampled, lengths)
+        with model.autocast():
             gradient = torch.zeros_like(hidden)
             for chunk in batch.chunks:
                 leaf = hidden.detach()[chunk.rows].requires_grad_()
                 where = torch.tensor([i for _, _, i in chunk.targets], device=device)
                 logprobs = self._chunk_logprobs(model, leaf, chunk)
+                current = logprobs.detach()
+                old_logprobs = current if old_flat is None else old_flat[where]
+                trainers = current if self._loss.old_logprobs == "rollout" else old_logprobs
+                difference = trainers - sampled[where]
+                differences[where.cpu()] = difference.double().cpu()
                 terms = token_loss(
                     logprobs,
-                    logprobs.detach() if old_flat is None else old_flat[where],
+                    old_logprobs,
                     advantages[where],
                     self._loss,
-                    rollout_logprobs=sampled[where],
+                    importance=importance_weights(
+                        difference if log_ratios is None else log_ratios[where], self._loss
+                    ),
                     ref_logprobs=None if ref_flat is None else ref_flat[where],
                 )
                 loss = (terms.loss * weights[where]).sum()
@@ -331,7 +377,23 @@ class Policy:
                 gradient[chunk.rows] = leaf.grad
                 sums += torch.stack([loss.detach(), terms.kl.sum(), terms.clipped.sum()]).cpu()
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        return np.array([*sums.tolist(), batch.num_tokens])
+        totals = np.array([*sums.tolist(), batch.num_tokens])
+        return totals, _per_rollout(differences, batch)
+
+    @torch.no_grad()
+    def _read(self, model: LanguageModel, hidden: Tensor, batch: _Batch) -> list[FloatArray]:
+        """Log-probabilities [T_n] of each rollout, from the decoder's output for its batch.
+
+        Not to be called under autocast: older versions of torch (pytorch/pytorch#158232) would use
+        the weights that were converted here again in the loss, without a way back for gradients.
+        """
+        flat = torch.zeros(batch.num_tokens, dtype=torch.float64)
+        with model.autocast():
+            for chunk in batch.chunks:
+                where = [flat_index for _, _, flat_index in chunk.targets]
+                values = self._chunk_logprobs(model, hidden[chunk.rows], chunk)
+                flat[where] = values.double().cpu()
+        return _per_rollout(flat, batch)
 
     def _chunk_logprobs(self, model: LanguageModel, hidden: Tensor, chunk: _Chunk) -> Tensor:
         """Log-probability of every target of a chunk: hidden [R, hidden] -> [targets]."""

@@ -224,13 +224,11 @@ class Judge:
             raise PluginError("the judge needs httpx: pip install 'pgrpo[judge]'")
         self._config = config
         self._key = _read_key(config.api_key_env)
+        self._session: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient, asyncio.Semaphore] | None
+        self._session = None
 
     async def __call__(self, rollouts: Sequence[Rollout]) -> list[float | Exception]:
-        import httpx
-
-        config = self._config
-        slots = asyncio.Semaphore(config.max_concurrency)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        client, slots = self._open_session()
 
         async def judge(rollout: Rollout) -> float | Exception:
             async with slots:
@@ -239,8 +237,18 @@ class Judge:
                 except Exception as error:  # one rollout's failure leaves the others their verdicts
                     return error
 
-        async with httpx.AsyncClient(headers=headers, timeout=config.request_timeout_s) as client:
-            return await asyncio.gather(*map(judge, rollouts))
+        return await asyncio.gather(*map(judge, rollouts))
+
+    def _open_session(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        """Connections and places of all calls in this event loop; making a client takes 50 ms."""
+        import httpx
+
+        loop, config = asyncio.get_running_loop(), self._config
+        if self._session is None or self._session[0] is not loop:
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            client = httpx.AsyncClient(headers=headers, timeout=config.request_timeout_s)
+            self._session = loop, client, asyncio.Semaphore(config.max_concurrency)
+        return self._session[1:]
 
     async def _ask(self, client: httpx.AsyncClient, rollout: Rollout) -> str:
         """The model's reply."""

@@ -1,14 +1,18 @@
 """The training loop, top to bottom.
 
-dataset -> prompts -> engine -> rewards -> histories -> advantages -> update -> engine. Data moves
-one way; a step's rewards are folded in one call, in rollout order, so a seeded run repeats bit by
-bit.
+dataset -> prompts -> engine -> rewards -> histories -> advantages (`collector`) -> update -> engine.
+Data moves one way. With `run.pipeline = "one_step_off"` the next step's batch is collected in a
+thread while this one's updates the policy; weights move between the two, so a seeded run repeats in
+either pipeline.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -19,22 +23,22 @@ import torch
 from pgrpo import metrics
 from pgrpo.checkpoint import Checkpoint, discard_partial, latest_checkpoint, save_checkpoint
 from pgrpo.clustering import cluster_users, describe
+from pgrpo.collector import Batch, Collector
 from pgrpo.config import Config
 from pgrpo.data import load_dataset
 from pgrpo.display import Display, Stopwatch
-from pgrpo.errors import CheckpointError, PgrpoError, PluginError
+from pgrpo.errors import PgrpoError
 from pgrpo.evaluation import evaluate, held_out
-from pgrpo.generation import Engine, make_engine
+from pgrpo.generation import Engine, SyncStats, make_engine
 from pgrpo.models import LanguageModel, load_language_model
-from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.plugins import Registry, load_registry
 from pgrpo.policy import Policy
 from pgrpo.report import Verdict, write_report
 from pgrpo.run_folder import RunFolder
 from pgrpo.scoring import Scorer
-from pgrpo.seeds import derive_seed, seed_globals
+from pgrpo.seeds import derive_seed
 from pgrpo.tokenization import PromptBuilder
-from pgrpo.types import ClusterId, Example, FloatArray, Rollout
+from pgrpo.types import ClusterId
 
 
 class Trainer:
@@ -74,30 +78,29 @@ class Trainer:
         self.held_out_prompts = [self.builder.build(example) for example in examples]
         self.policy = Policy(
             self.model,
-            config.loss,
+            config.resolved_loss(),
             config.optimizer,
             num_steps=config.run.num_steps,
             temperature=config.generation.temperature,
             max_new_tokens=config.generation.max_new_tokens,
             reference=self._load_reference(),
         )
-        self.engine: Engine = make_engine(config.generation, self.model)
-        estimator = config.estimator
-        options = estimator.model_dump(exclude={"name", "history"})
-        self.normalizer = ClusterNormalizer(
-            estimator.name, nan_policy="zero", track_diagnostics=True, **options
+        self.engine: Engine = make_engine(config, self.model)
+        self.collector = Collector(
+            config, self.dataset, self.clusters, self.builder, self.engine, self.scorer
         )
-        # Control arms read other histories than their clusters'; these are kept for the metrics.
-        self.histories = (
-            self.normalizer
-            if estimator.history == "cluster"
-            else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
+        # OpenMP counts threads per thread, and vLLM's kernels take the count as they find it.
+        self._thread = ThreadPoolExecutor(
+            1, "collector", torch.set_num_threads, (torch.get_num_threads(),)
         )
-        self.history_of = self._history_keys()
+        self._batch: Batch | None = None  # collected, not yet learned from
+        self._ahead: Future[Batch] | None = None  # the one after it, while it is collected
+        self._synced_version: int | None = None
+        self._sync_stats: SyncStats | None = None
         self.done = 0
         self.saved = 0
         self.policy_version = 0
-        self._mid_step = False
+        self._updating = False
         self._warned: set[str] = set()
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -114,7 +117,7 @@ class Trainer:
             if run.tensorboard
             else None
         )
-        with self.scorer, self.held_out_scorer:
+        with self.scorer, self.held_out_scorer, closing(self.engine), self._thread:
             try:
                 # A run that failed in an evaluation was saved before it.
                 evaluated = {r["step"] for r in self.folder.records("evaluations.jsonl")}
@@ -127,13 +130,19 @@ class Trainer:
                     if tensorboard is not None:
                         tensorboard.write(record, step)
                     self.display.step(record, samples[0] if samples else None)
-                    self.done, self._mid_step = step, False
+                    self.done, self._updating = step, False
                     self._evaluate_if_due(step, tensorboard)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
             except (PgrpoError, KeyboardInterrupt):
-                # Between steps all is in order, and nothing of the steps so far need be lost.
-                if not self._mid_step and self.done > self.saved:
+                # Between updates all is in order, and nothing of the steps so far need be lost.
+                unused = self._unused_batch()
+                folded = self.done + (unused is not None)
+                if (
+                    not self._updating
+                    and self.collector.num_folded == folded
+                    and self.done > self.saved
+                ):
                     self._save(self.done)
                 raise
         self._write_info("finished")
@@ -141,45 +150,25 @@ class Trainer:
         return write_report([self.folder.path], self.folder.path / "report.html")
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Generate, score, normalise, update: the step's metrics and samples."""
-        config = self.config
-        seed_globals(derive_seed(config.run.seed, "globals", step))
-        watch = Stopwatch()
-
-        prompts = [self.builder.build(example) for example in self._examples(step)]
-        rollouts = self.engine.generate(
-            prompts,
-            config.generation.group_size,
-            seed=derive_seed(config.run.seed, "sampling", step),
-        )
-        watch.lap("generate")
-
-        rewards = self.scorer.score(rollouts)
-        if not np.isfinite(rewards).any():
-            raise PluginError(
-                f"no rollout of step {step} got a reward; there is nothing to learn from"
-            )
-        self._mid_step = True
-        before = self.histories.snapshot()
-        advantages = self._advantages(rollouts, rewards)
-        after = self.histories.snapshot()
-        watch.lap("reward")
-
+        """Take one step: its metrics and samples."""
+        config, watch = self.config, Stopwatch()
+        batch = self._next_batch(step, watch)
+        rollouts, rewards, advantages = batch.rollouts, batch.rewards, batch.advantages
         rewarded = [i for i, reward in enumerate(rewards) if np.isfinite(reward)]
+        self._updating, self._batch = True, None
         learning_rate = self.policy.learning_rate(step)
         stats = self.policy.update(
             [rollouts[i] for i in rewarded], advantages[rewarded], learning_rate
         )
         self.policy_version += stats.num_updates
-        self.engine.sync(self.policy_version)
         watch.lap("update")
 
         clusters = metrics.cluster_records(
             rollouts,
             rewards,
             advantages,
-            after,
-            before if config.estimator.order == "normalize_then_update" else after,
+            batch.after,
+            batch.before if config.estimator.order == "normalize_then_update" else batch.after,
             eps=config.estimator.eps,
             ddof=config.estimator.ddof,
         )
@@ -197,55 +186,59 @@ class Trainer:
             "entropy": -float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
             "kl": stats.kl if config.loss.kl_coef else None,
             "clipped": stats.clipped,
+            "mismatch": asdict(stats.mismatch),
             "policy_version": self.policy_version,
+            "rollout_version": min(r.policy_version for r in rollouts),
+            "sync": None if self._sync_stats is None else asdict(self._sync_stats),
             "peak_memory_bytes": metrics.peak_memory_bytes(),
             "clusters": clusters,
             "fairness": metrics.fairness(
                 [c["reward"] for c in clusters.values() if c["reward"] is not None]
             ),
-            "timing_s": watch.total(),
+            "timing_s": {**batch.timing_s, **watch.total()},
         }
-        return record, self._samples(step, rollouts, rewards, advantages)
+        return record, self._samples(batch)
 
-    def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
-        """Fold the step's rewards into the histories and normalise them: [N]."""
-        clusters = [rollout.prompt.cluster_id for rollout in rollouts]
-        keys = [self.history_of[rollout.prompt.example.user] for rollout in rollouts]
-        groups = [rollout.group_id for rollout in rollouts]
-        # Squared norms of the scores, sum_t (1 - p_t)^2; read by `auto` alone.
-        norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
-        if self.histories is not self.normalizer:
-            self.histories.update(rewards, clusters)
-        return self.normalizer(rewards, keys, groups, score_norms=norms)
+    def _next_batch(self, step: int, watch: Stopwatch) -> Batch:
+        """The step's batch; under `one_step_off` the next one's is then under way."""
+        if self._ahead is not None:
+            self._batch = self._ahead.result()
+            self._ahead = None
+            watch.lap("wait")
+        elif self._batch is None:
+            self._sync(watch)
+            self._batch = self.collector.collect(step)
+            watch.skip()
+        if self.config.run.pipeline == "synchronous":
+            self.engine.sleep()
+        elif step < self.config.run.num_steps:
+            self._sync(watch)
+            self._ahead = self._thread.submit(self.collector.collect, step + 1)
+        return self._batch
 
-    def _examples(self, step: int) -> list[Example]:
-        """The step's training examples: consecutive places in a shuffle of its own per epoch."""
-        train, size = self.dataset.train, self.config.run.prompts_per_step
-        return [
-            train[self._shuffled(place // len(train))[place % len(train)]]
-            for place in range((step - 1) * size, step * size)
-        ]
+    def _sync(self, watch: Stopwatch | None = None) -> None:
+        """Let the engine, which must be idle, have the newest weights."""
+        if self._synced_version != self.policy_version:
+            self._sync_stats = self.engine.sync(self.policy_version)
+            self._synced_version = self.policy_version
+        if watch is not None:
+            watch.lap("sync")
 
-    def _shuffled(self, epoch: int) -> Sequence[int]:
-        cached = getattr(self, "_epoch_order", None)
-        if cached is None or cached[0] != epoch:
-            random = np.random.default_rng(derive_seed(self.config.run.seed, "shuffle", epoch))
-            self._epoch_order = (epoch, random.permutation(len(self.dataset.train)).tolist())
-        return self._epoch_order[1]
+    def _unused_batch(self) -> Batch | None:
+        """What was collected and not learned from, once nothing is being collected any more."""
+        if self._ahead is None:
+            return self._batch
+        # What went wrong there is told when the batch is wanted.
+        return None if self._ahead.exception() else self._ahead.result()
 
-    def _samples(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: FloatArray,
-        advantages: FloatArray,
-    ) -> list[dict[str, Any]]:
+    def _samples(self, batch: Batch) -> list[dict[str, Any]]:
         """Rollouts for samples.jsonl, spread over the step's groups."""
+        rollouts, rewards, advantages = batch.rollouts, batch.rewards, batch.advantages
         wanted = min(self.config.run.samples_per_step, len(rollouts))
         chosen = np.linspace(0, len(rollouts) - 1, wanted).round().astype(int).tolist()
         return [
             {
-                "step": step,
+                "step": batch.step,
                 "prompt": rollouts[i].prompt.example.text,
                 "completion": rollouts[i].completion,
                 "reward": float(rewards[i]) if np.isfinite(rewards[i]) else None,
@@ -260,6 +253,8 @@ class Trainer:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
             return
+        self._unused_batch()  # waits until the engine is idle
+        self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         result = evaluate(
             self.engine,
@@ -289,19 +284,6 @@ class Trainer:
         self.display.about = {cluster: str(text["about"]) for cluster, text in self.about.items()}
         return clusters
 
-    def _history_keys(self) -> dict[str, ClusterId]:
-        """User -> name of the history its rollouts are normalised by."""
-        users = list(self.clusters)
-        match self.config.estimator.history:
-            case "cluster":
-                return self.clusters
-            case "one":
-                return dict.fromkeys(users, 0)
-            case "shuffled":
-                random = np.random.default_rng(derive_seed(self.config.run.seed, "control"))
-                order = random.permutation(len(users))
-                return {user: self.clusters[users[i]] for user, i in zip(users, order, strict=True)}
-
     def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
         return load_language_model(
             self.config.model,
@@ -320,8 +302,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         state = {
-            "normalizer": self.normalizer.state_dict(),
-            "histories": self.histories.state_dict(),
+            **self.collector.state_dict(self._unused_batch()),
             "clusterer": self.clusterer.state_dict(),
             "policy_version": self.policy_version,
             "torch": torch.__version__,
@@ -339,22 +320,16 @@ class Trainer:
 
     def _warnings(self) -> list[str]:
         """What stands to be warned of, judged by all steps so far."""
-        return metrics.warnings(self.normalizer.diagnostics(), self.config.loss.aggregation)
+        return metrics.warnings(
+            self.collector.normalizer.diagnostics(), self.config.loss.aggregation
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
         checkpoint.restore_optimizer(self.policy)
-        try:
-            self.normalizer.load_state_dict(state["normalizer"])
-            if self.histories is not self.normalizer:
-                self.histories.load_state_dict(state["histories"])
-            self.policy_version = int(state["policy_version"])
-        except KeyError as error:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path} lacks {error} in state.json"
-            ) from None
+        self._batch = self.collector.load_state_dict(state, checkpoint.step)
+        self.policy_version = int(state["policy_version"])
         self.done = self.saved = checkpoint.step
-        self.engine.sync(self.policy_version)
         self.display.note(f"continuing after step {self.done}")
 
     def _write_info(self, status: str) -> None:

@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from pgrpo.config import GenerationConfig
-from pgrpo.models import LanguageModel
 from pgrpo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    # vLLM's own processes import this package for its weight transfer, and need no more of it.
+    from pgrpo.config import Config
+    from pgrpo.models import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStats:
+    """What taking over the policy's weights came to."""
+
+    num_bytes: int
+    """Weights (or adapters) that were moved."""
+    transfer_s: float
+    """Seconds it took to move them, the probe left out."""
+    probe_error: float | None
+    """Mean absolute difference between the engine's and the trainer's log-probabilities, in nats, where
+    it was probed."""
 
 
 class Engine(Protocol):
-    """Samples completions from the current policy."""
+    """Samples completions from the policy as it was when it was last synced."""
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
-    ) -> list[Rollout]:
-        """`group_size` rollouts for each prompt, group after group.
+    ) -> Iterator[list[Rollout]]:
+        """The `group_size` rollouts of each prompt as soon as they are finished, in any order.
+
+        Who takes no further group makes the engine wait; closing the iterator abandons the rest.
 
         Args:
             prompts: B prompts; the position in this sequence becomes the group_id.
             group_size: G.
             seed: of this call; the same call with the same weights repeats its rollouts.
             greedy: take the likeliest token instead of sampling.
+
+        Raises:
+            EngineError: it failed, and trying again did not help.
         """
         ...
 
-    def sync(self, policy_version: int) -> None:
-        """Take over the policy's weights as they are after this many updates."""
+    def sync(self, policy_version: int) -> SyncStats | None:
+        """Take over the policy's weights as they are after this many updates; None where there is
+        nothing to move.
+
+        Raises:
+            EngineError: they did not arrive, or the engine computes something else with them.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give up what memory can be given up until the next sync."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
         ...
 
 
-def make_engine(config: GenerationConfig, model: LanguageModel) -> Engine:
-    """The engine that `generation.engine` names."""
-    match config.engine:
+def make_engine(config: Config, model: LanguageModel) -> Engine:
+    """The engine that `generation.engine` names, for the policy's model."""
+    match config.generation.engine:
         case "transformers":
             from pgrpo.generation.transformers import TransformersEngine
 
             return TransformersEngine(
-                model, max_new_tokens=config.max_new_tokens, temperature=config.temperature
+                model,
+                max_new_tokens=config.generation.max_new_tokens,
+                temperature=config.generation.temperature,
             )
+        case "vllm":
+            from pgrpo.generation.vllm.engine import VllmEngine
+
+            return VllmEngine(config, model)

@@ -6,7 +6,7 @@ prompt's keys and values (`attention.PrefixCache`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,24 @@ class TransformersEngine:
         """See `Engine.sync`."""
         self._policy_version = policy_version
 
-    @torch.no_grad()
+    def sleep(self) -> None:
+        """See `Engine.sleep`."""
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
+    ) -> Iterator[list[Rollout]]:
+        """See `Engine.generate`. All completions grow together, so all groups come at the end."""
+        rollouts = self._generate(prompts, group_size, seed, greedy) if prompts else []
+        for start in range(0, len(rollouts), group_size):
+            yield rollouts[start : start + group_size]
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: Sequence[Prompt], group_size: int, seed: int, greedy: bool
     ) -> list[Rollout]:
-        """See `Engine.generate`."""
-        if not prompts:
-            return []
         random = torch.Generator().manual_seed(seed)
         rows = [prompt for prompt in prompts for _ in range(group_size)]
         tokens: list[list[int]] = [[] for _ in rows]

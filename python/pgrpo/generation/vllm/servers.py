@@ -1,0 +1,405 @@
+"""vLLM in processes of its own, spoken to over HTTP.
+
+A server that does not answer, or that has come back without the policy's weights, is tried again for
+`generation.vllm.retry_s`, while the others go on; it gets the weights of the last sync before it is
+asked for more. Each sample says which weights made it, so none of a server that restarted unnoticed
+is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import tempfile
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import torch
+
+from pgrpo.errors import EngineError
+from pgrpo.generation.vllm.engine import Completion, Request
+from pgrpo.generation.vllm.settings import (
+    LORA_NAME,
+    engine_precision,
+    folder_of,
+    longest_sequence,
+    save_adapter,
+)
+
+if TYPE_CHECKING:
+    from pgrpo.config import Config, VllmConfig
+    from pgrpo.models import LanguageModel
+
+_log = logging.getLogger("pgrpo")
+
+Answer = TypeVar("Answer")
+
+_REQUESTS_PER_SERVER = 64
+"""Groups of 8 fill a batch of 512."""
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+
+
+class _Unavailable(Exception):  # noqa: N818 - no error in the end, if the server recovers
+    """A server did not answer, or not sensibly; it may do so later."""
+
+
+class Server:
+    """One server: its address, and what we know of it.
+
+    Attributes:
+        url: its address.
+        version: of the weights it has from us; None when it may have lost them.
+        in_flight: requests under way.
+        failed_at: when it last did not answer.
+        renewal: held while it is given weights.
+    """
+
+    def __init__(self, url: str, options: VllmConfig) -> None:
+        self.url = url.rstrip("/")
+        self.version: str | None = None
+        self.in_flight = 0
+        self.failed_at = 0.0
+        self.renewal = threading.Lock()
+        key = os.environ.get(options.api_key_env)
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(options.timeout_s, connect=10.0),
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """One request and its answer, from JSON; None where it says nothing in JSON.
+
+        Raises:
+            _Unavailable: no answer, or the server's own fault.
+            EngineError: the server refuses it.
+        """
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.TimeoutException:
+            raise _Unavailable(f"{self.url}{path} timed out") from None
+        except httpx.TransportError as error:
+            raise _Unavailable(f"{self.url}{path}: {error or type(error).__name__}") from None
+        said = " ".join(response.text.split())[:300]
+        if response.status_code >= 500 or response.status_code in (408, 429):
+            raise _Unavailable(f"{self.url}{path} answered {response.status_code}: {said}")
+        if response.is_error:
+            raise EngineError(
+                f"server {self.url} refuses {path} with status {response.status_code} (pgrpo serve "
+                f"starts one that fits): {said}"
+            )
+        try:
+            return response.json()
+        except ValueError:
+            return None
+
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
+
+class Servers:
+    """The backend protocol over `vllm serve` processes.
+
+    Args:
+        config: of the run.
+        model: the policy's model.
+    """
+
+    def __init__(self, config: Config, model: LanguageModel) -> None:
+        self._options = config.generation.vllm
+        self._config = config
+        self._longest = longest_sequence(config)
+        self._servers = [Server(url, self._options) for url in self._options.servers]
+        self.capacity = _REQUESTS_PER_SERVER * len(self._servers)
+        self._model = model
+        self._has_adapters = config.model.lora is not None
+        self._wanted = ""
+        self._transfer: Any = self._options.transfer
+        if self._transfer == "auto":
+            self._transfer = "nccl" if model.device.type == "cuda" else "file"
+        self._update = _Recorder()
+        self._sender: Any = None
+        self._adapters = tempfile.TemporaryDirectory(
+            prefix="pgrpo-adapters-", dir=self._options.transfer_folder
+        )
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.capacity, thread_name_prefix="vllm")
+        self._futures: list[Future[None]] = []
+        self._results: queue.Queue[tuple[int, int, list[Completion] | BaseException]]
+        self._results = queue.Queue()
+        self._epoch = 0
+
+    def submit(self, key: int, request: Request) -> None:
+        """See `Backend.submit`."""
+        self._futures = [future for future in self._futures if not future.done()]
+        self._futures.append(self._threads.submit(self._answer, self._epoch, key, request))
+
+    def next(self) -> tuple[int, list[Completion]]:
+        """See `Backend.next`."""
+        while True:
+            epoch, key, result = self._results.get()
+            if epoch != self._epoch:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            return key, result
+
+    def abandon(self) -> None:
+        """See `Backend.abandon`; returns when no server works on them any more."""
+        self._epoch += 1
+        running = [future for future in self._futures if not future.cancel()]
+        for server in self._servers if running else ():
+            with contextlib.suppress(_Unavailable, EngineError):
+                server.call("POST", "/abort_requests", {})
+        wait(running)
+        self._futures = []
+
+    def send_weights(self, version: int) -> int:
+        """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
+        no other."""
+        self._wanted = str(version)
+        if self._has_adapters:
+            num_bytes = save_adapter(self._model, Path(self._adapters.name) / self._wanted)
+        else:
+            num_bytes = self._persist(lambda: self._make_sender().send(version), lambda: True)
+        self._persist(self._renew_all, lambda: True)
+        return num_bytes
+
+    def sleep(self) -> None:
+        """See `Backend.sleep`. The memory is other machines', or other processes' to manage."""
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self.abandon()
+        self._threads.shutdown()
+        if self._sender is not None:
+            self._sender.close()
+        self._adapters.cleanup()
+        for server in self._servers:
+            server.close()
+
+    def _answer(self, epoch: int, key: int, request: Request) -> None:
+        """Have one request answered, by whichever server can."""
+        try:
+            result = self._persist(lambda: self._ask(request), lambda: epoch == self._epoch)
+        except BaseException as error:  # it has to reach the waiting side
+            self._results.put((epoch, key, error))
+        else:
+            self._results.put((epoch, key, result))
+
+    def _ask(self, request: Request) -> list[Completion]:
+        """One attempt."""
+        with self._lock:
+            server = min(
+                self._servers,
+                key=lambda s: (0, s.in_flight) if s.version == self._wanted else (1, s.failed_at),
+            )
+            server.in_flight += 1
+        try:
+            self._renew(server)
+            body: dict[str, Any] = {
+                "token_ids": request.token_ids,
+                "sampling_params": {**request.sampling, "detokenize": False},
+            }
+            if self._has_adapters:
+                body["model"] = LORA_NAME
+            answer = server.call("POST", "/inference/v1/generate", body)
+            if not isinstance(answer, dict):
+                raise _Unavailable(f"{server.url} answered no completions")
+            completions = [_completion(choice) for choice in answer["choices"]]
+            if any(c.version != self._wanted for c in completions):
+                raise _Unavailable(f"{server.url} has lost the policy's weights")
+        except _Unavailable:
+            with self._lock:
+                # Even if it is the network's fault: only a server that says so has our weights.
+                server.version, server.failed_at = None, time.monotonic()
+            raise
+        finally:
+            with self._lock:
+                server.in_flight -= 1
+        return completions
+
+    def _make_sender(self) -> Any:
+        if self._sender is None:
+            try:
+                from pgrpo.generation.vllm.weights import WeightSender
+            except ImportError as error:
+                raise EngineError(
+                    f"full weights are sent by vLLM's own means, which cannot be imported ({error}); "
+                    "install them with pip install 'pgrpo[vllm]'"
+                ) from error
+            precision = engine_precision(self._config, self._model.precision)
+            clients = [self._update] if self._transfer == "file" else [*map(_Client, self._servers)]
+            self._sender = WeightSender(
+                self._transfer,
+                self._model.bare,
+                clients,
+                dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+                folder=folder_of(self._options),
+            )
+        return self._sender
+
+    def _renew_all(self) -> None:
+        """Have all servers that answer use the wanted weights; one at least."""
+        with ThreadPoolExecutor(len(self._servers)) as threads:
+            failures = [f for f in threads.map(self._try_renew, self._servers) if f]
+        if len(failures) == len(self._servers):
+            raise failures[0]
+        for failure in failures:
+            _log.warning("%s; going on with the other servers", failure)
+
+    def _try_renew(self, server: Server) -> _Unavailable | None:
+        try:
+            self._renew(server)
+        except _Unavailable as failure:
+            server.version, server.failed_at = None, time.monotonic()
+            return failure
+        return None
+
+    def _renew(self, server: Server) -> None:
+        """Have a server use the wanted weights, and nothing cached of others."""
+        with server.renewal:
+            if server.version == self._wanted:
+                return
+            if server.version is None:
+                self._check_model(server)
+            if self._has_adapters:
+                folder = str(Path(self._adapters.name) / self._wanted)
+                body = {"lora_name": LORA_NAME, "lora_path": folder, "load_inplace": True}
+                server.call("POST", "/v1/load_lora_adapter", body)
+                server.call("POST", "/update_weight_version", {"new_version": self._wanted})
+            elif self._transfer == "file":
+                self._update.replay(_Client(server), self._wanted)
+            elif server.version is None and server.failed_at:
+                raise EngineError(
+                    f"server {server.url} has lost the policy's weights, which {self._transfer} cannot "
+                    "send again; continue the run with --resume"
+                )
+            if not server.call("POST", "/reset_prefix_cache")["success"]:
+                raise _Unavailable(f"{server.url} cannot reset its prefix cache: it is in use")
+            server.version = self._wanted
+
+    def _check_model(self, server: Server) -> None:
+        # Other servers of OpenAI's protocol do not tell.
+        found = server.call("GET", "/v1/models")["data"][0].get("max_model_len")
+        if found is not None and found < self._longest:
+            raise EngineError(
+                f"server {server.url} takes sequences of {found} tokens; generation.max_prompt_tokens "
+                f"and max_new_tokens ask for {self._longest}"
+            )
+
+    def _persist(self, attempt: Callable[[], Answer], wanted: Callable[[], bool]) -> Answer:
+        """Try until it works, for at most retry_s after the first failure.
+
+        Raises:
+            EngineError: it did not.
+        """
+        deadline, pause_s = None, _FIRST_PAUSE_S
+        while True:
+            try:
+                return attempt()
+            except _Unavailable as error:
+                now = time.monotonic()
+                if deadline is None:
+                    deadline = now + self._options.retry_s
+                    _log.warning("%s; trying again for %g s", error, self._options.retry_s)
+                if now >= deadline or not wanted():
+                    raise EngineError(
+                        f"no vLLM server could be used for retry_s = {self._options.retry_s:g}: "
+                        f"{error}"
+                    ) from None
+                time.sleep(min(pause_s, deadline - now))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _completion(choice: Mapping[str, Any]) -> Completion:
+    content = (choice["logprobs"] or {}).get("content") or []
+    versions = {span["version"] for span in choice["weight_versions"] or ()}
+    return Completion(
+        token_ids=tuple(choice["token_ids"] or ()),
+        logprobs=tuple(
+            {
+                position["token_id"]: position["logprob"],
+                **{option["token_id"]: option["logprob"] for option in position["top_logprobs"]},
+            }
+            for position in content
+        ),
+        finish_reason=choice["finish_reason"],
+        version=versions.pop() if len(versions) == 1 else None,
+    )
+
+
+class _Client:
+    """`weights.SyncClient` over one server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._server.call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._server.call("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        handles = update_info.get("ipc_handles")
+        if handles is not None:
+            # Not run here: needs CUDA. They are no JSON.
+            update_info = {name: v for name, v in update_info.items() if name != "ipc_handles"}
+            update_info["ipc_handles_pickled"] = b64encode(pickle.dumps(handles)).decode()
+        self._server.call("POST", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = {} if weight_version is None else {"weight_version": weight_version}
+        self._server.call("POST", "/finish_weight_update", body)
+
+    def world_size(self) -> int:
+        return int(self._server.call("GET", "/get_world_size")["world_size"])
+
+
+class _Recorder:
+    """`weights.SyncClient` that keeps an update, for every server and for those that come back."""
+
+    def __init__(self) -> None:
+        self._init: dict[str, Any] = {}
+        self._updates: list[dict[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._init = init_info
+
+    def start_weight_update(self) -> None:
+        self._updates = []
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._updates.append(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        pass
+
+    def world_size(self) -> int:
+        return 1
+
+    def replay(self, client: _Client, version: str) -> None:
+        """Give the update to a server."""
+        client.init_weight_transfer_engine(self._init)
+        try:
+            client.start_weight_update()
+        except _Unavailable:
+            # A trainer that was killed may have left it in the midst of an update.
+            client.finish_weight_update()
+            client.start_weight_update()
+        for update in self._updates:
+            client.update_weights(update)
+        client.finish_weight_update(version)

@@ -1,0 +1,159 @@
+"""What vLLM is started with, in this process or as a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pgrpo.assets import model_folder
+from pgrpo.errors import EngineError
+
+if TYPE_CHECKING:
+    from pgrpo.config import Config, VllmConfig
+    from pgrpo.models import LanguageModel
+
+LORA_NAME = "policy"
+"""What servers know the adapters by."""
+
+# Choices can be longer than max_new_tokens, and are asked for token by token.
+_LEAST_NEW_TOKENS = 64
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def engine_precision(config: Config, trainer_precision: str) -> str:
+    """`generation.vllm.precision` with "auto" as what it stands for: fp32 or bf16."""
+    wanted = config.generation.vllm.precision
+    if wanted != "auto":
+        return wanted
+    return "fp32" if trainer_precision == "fp32" else "bf16"
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with its completion."""
+    generation = config.generation
+    return generation.max_prompt_tokens + max(generation.max_new_tokens, _LEAST_NEW_TOKENS)
+
+
+def engine_arguments(
+    config: Config, precision: str, model: str | None = None, *, on_cpu: bool
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, which are those of `vllm serve` too.
+
+    Args:
+        config: of the run.
+        precision: fp32 or bf16.
+        model: folder with the model's config, where that is not at hand under the model's name.
+        on_cpu: vLLM runs on a CPU.
+
+    Raises:
+        EngineError: adapters need a base that vLLM can load itself.
+    """
+    options = config.generation.vllm
+    longest = longest_sequence(config)
+    adapters = config.model.lora is not None
+    if adapters and config.model.name == "tiny":
+        raise EngineError(
+            "model.name = 'tiny' is made by the trainer; with adapters vLLM needs a model that it can "
+            "load itself"
+        )
+    arguments: dict[str, Any] = {
+        # Adapters are loaded on top of what vLLM reads; else weights come from the trainer.
+        "model": model_folder(config.model.name) if adapters or model is None else model,
+        "load_format": "auto" if adapters else "dummy",
+        "revision": config.model.revision,
+        # Texts are made by the trainer's tokenizer.
+        "skip_tokenizer_init": True,
+        "dtype": "float32" if precision == "fp32" else "bfloat16",
+        "max_model_len": longest,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "block_size": options.block_size,
+        "enable_prefix_caching": True,
+        # Log-probabilities of the distribution that is sampled from: after temperature and mask.
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        # The model's own sampling defaults must not change that distribution.
+        "generation_config": "vllm",
+        "kv_cache_memory_bytes": round(options.kv_cache_gib * 2**30),
+        "max_num_seqs": 512,
+        "seed": 0,
+    }
+    if on_cpu:
+        arguments |= {
+            # Compiling takes a minute.
+            "enforce_eager": True,
+            # Chunks and seeds do not go together on a CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, longest),
+        }
+    if config.model.lora is not None:
+        rank = config.model.lora.rank
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": next((r for r in _LORA_RANKS if r >= rank), rank),
+        }
+    return arguments | options.options
+
+
+def serve_command(
+    config: Config, precision: str, *, on_cpu: bool, host: str, port: int
+) -> tuple[list[str], dict[str, str]]:
+    """A `vllm serve` that the run of this config can use: command line and environment."""
+    arguments = engine_arguments(config, precision, on_cpu=on_cpu)
+    transfer = config.generation.vllm.transfer
+    backend = transfer if transfer in ("nccl", "ipc") else "pgrpo"
+    if transfer == "auto" and not on_cpu:
+        backend = "nccl"
+    arguments["weight_transfer_config"] = {"backend": backend}
+    arguments["data_parallel_size"] = config.generation.vllm.data_parallel_size
+    # What `vllm serve` runs; the command itself is missing from builds for a CPU.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", host, "--port", str(port)]
+    # The route that takes and returns token ids.
+    command.append("--enable-scale-out")
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = json.dumps(value) if isinstance(value, Mapping) else str(value)
+            command += [f"--{flag}", text]
+    environment = {
+        # The routes that weights come by.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if backend == "ipc":
+        # Handles of a GPU's memory are pickled, in requests that nobody else may send.
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    key = os.environ.get(config.generation.vllm.api_key_env)
+    if key:
+        environment["VLLM_API_KEY"] = key
+    return command, environment
+
+
+def folder_of(options: VllmConfig) -> Path | None:
+    """`transfer_folder`, if one is set."""
+    return None if options.transfer_folder is None else Path(options.transfer_folder)
+
+
+def save_config(model: LanguageModel, folder: Path) -> str:
+    """Write what vLLM builds the model from, without weights; returns the folder."""
+    bare = model.bare
+    # A model that was made from a config, and not loaded, does not name its class there.
+    bare.config.architectures = [type(bare).__name__]
+    bare.config.save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapter(model: LanguageModel, folder: Path) -> int:
+    """Write the adapters as peft does; returns their bytes."""
+    whole: Any = model.model
+    whole.save_pretrained(str(folder))
+    return sum(path.stat().st_size for path in folder.glob("adapter_model*"))
