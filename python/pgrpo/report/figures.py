@@ -29,8 +29,15 @@ ARM_COLORS = (
 
 MINORITY_COLOR = "#e0115f"
 
-PART_COLORS = ("#4f6d8f", "#8aa5bf", "#b79f76", "#a3a3a3")
-"""Generate, reward, update, other: muted, so that they are not taken for arms."""
+PART_COLORS = {
+    "generate": "#4f6d8f",
+    "reward": "#8aa5bf",
+    "wait": "#4f6d8f",
+    "sync": "#7d9b84",
+    "update": "#b79f76",
+    "other": "#a3a3a3",
+}
+"""Parts of a step: muted, so that they are not taken for arms."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +194,10 @@ def stacked(rows: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure
             "insidetextanchor": "middle",
             "textangle": 0,
             "textfont": {"color": "#ffffff", "size": 12},
-            "marker": {"color": color},
+            "marker": {"color": PART_COLORS[part]},
             "hovertemplate": "%{x:.3f} s",
         }
-        for (part, seconds), color in zip(parts.items(), PART_COLORS, strict=True)
+        for part, seconds in parts.items()
     ]
     layout = _layout(70 + 42 * len(rows))
     layout |= {"barmode": "stack", "bargap": 0.35, "uniformtext": {"mode": "hide", "minsize": 11}}

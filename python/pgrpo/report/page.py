@@ -448,7 +448,7 @@ class Page:
 
     def time(self) -> str:
         """Seconds of a step by what they were spent on."""
-        parts: dict[str, list[float]] = {"generate": [], "reward": [], "update": [], "other": []}
+        parts: dict[str, list[float]] = {part: [] for part in figures.PART_COLORS}
         names: list[str] = []
         for arm in self.study.arms:
 
@@ -459,9 +459,15 @@ class Page:
             spent = {
                 "generate": seconds(lambda s: s.timing_s.generate),
                 "reward": seconds(lambda s: s.timing_s.reward),
+                "wait": seconds(lambda s: s.timing_s.wait),
+                "sync": seconds(lambda s: s.timing_s.sync),
                 "update": seconds(lambda s: s.timing_s.update),
             }
             spent = {part: s for part, s in spent.items() if math.isfinite(s)}
+            if "wait" in spent:
+                # Generation and rewards overlapped with the step before.
+                spent.pop("generate", None)
+                spent.pop("reward", None)
             if not spent:
                 continue
             names.append(arm.name)
@@ -471,7 +477,8 @@ class Page:
                 parts["other"][-1] = max(0.0, total - sum(spent.values()))
         if not names:
             return ""
-        colors = dict(zip(parts, figures.PART_COLORS, strict=True))
+        parts = {part: column for part, column in parts.items() if max(column) >= 1e-3}
+        colors = {part: figures.PART_COLORS[part] for part in parts}
         figure = figures.stacked(names, parts)
         memory = [s.peak_memory_bytes for run in self.study.runs for s in run.steps]
         known = [m for m in memory if m is not None]
@@ -480,7 +487,7 @@ class Page:
             "Time",
             legend(colors) + self._place(figure, "Seconds of a step by part"),
             "Seconds of a step, averaged over steps and seeds; “other” is what the total has "
-            f"beyond the three parts.{peak}",
+            f"beyond these parts.{peak}",
         )
 
     def samples(self) -> str:

@@ -53,6 +53,8 @@ class Timing(Record):
 
     generate: float | None = None
     reward: float | None = None
+    wait: float | None = None
+    sync: float | None = None
     update: float | None = None
     total: float | None = None
 
