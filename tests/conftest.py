@@ -116,8 +116,12 @@ TINY_RUN: Tree = {
 
 def tiny_run(changes: Mapping[str, Any] | None = None) -> Tree:
     """Settings of a tiny run; `{"run.num_steps": 3, "data": {...}}` replaces some of them."""
-    tree = copy.deepcopy(TINY_RUN)
-    for key, value in (changes or {}).items():
+    return changed(copy.deepcopy(TINY_RUN), changes or {})
+
+
+def changed(tree: Tree, changes: Mapping[str, Any]) -> Tree:
+    """The tree itself, with some settings replaced."""
+    for key, value in changes.items():
         *parents, last = key.split(".")
         node = tree
         for parent in parents:

