@@ -8,7 +8,7 @@ engine. Peak memory comes from a process for each.
 
 `--engine` is what generates on our side; `--against transformers` puts our trainer with the
 transformers engine in TRL's place. `--precision fastest`, the default, is what is fastest for the other
-side, measured before vLLM is started: that also tells whether vLLM slows who shares a process with it.
+side, measured in processes without ours: that also tells whether vLLM slows who shares one with it.
 
     python benches/step_vs_trl.py --new-tokens 8 --out benches/results/step_vs_trl-8.json
     python benches/step_vs_trl.py --engine vllm --against transformers --new-tokens 64
@@ -226,26 +226,16 @@ def second_step_s(
     return seconds_of(step)
 
 
-def fastest_precision(
-    options: argparse.Namespace, prompts: Sequence[str], folder: Path
-) -> dict[str, float]:
-    """Seconds of a step of the other side in each precision."""
-    seconds: dict[str, float] = {}
-    for precision in PRECISIONS:
-        options.precision = precision
-        seconds[precision] = second_step_s(options, prompts, folder / precision, options.against)
-        say(f"{options.against} in {precision}: {seconds[precision]:.2f} s a step")
-    return seconds
-
-
-def peak_bytes(options: argparse.Namespace, side: str) -> int:
-    """Peak memory of two steps of one side in a process of its own."""
-    arguments = [sys.executable, __file__, "--only", side, "--precision", options.precision]
+def alone(options: argparse.Namespace, side: str, precision: str) -> dict[str, float]:
+    """Seconds of a step and peak memory of one side in a process of its own."""
+    arguments = [sys.executable, __file__, "--only", side, "--precision", precision]
     names = ("engine", "prompts", "group_size", "prompt_tokens", "new_tokens", "trl_passes")
     for name in names:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-    return int(out.strip().splitlines()[-1])
+    measured = json.loads(out.strip().splitlines()[-1])
+    say(f"{side} alone in {precision}: {measured['seconds']:.2f} s a step")
+    return measured
 
 
 def say(text: str) -> None:
@@ -279,16 +269,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.only:
-            second_step_s(options, prompts, folder / "run", options.only)
-            print(peak_memory_bytes())
+            seconds = second_step_s(options, prompts, folder / "run", options.only)
+            print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory_bytes()}))
             return
-        by_precision = None
-        if options.precision == "fastest":
-            by_precision = fastest_precision(options, prompts, folder)
-            options.precision = min(by_precision, key=by_precision.__getitem__)
         # First, while this process holds no model: both sides together may not fit beside a third.
-        peaks = {side: peak_bytes(options, side) for side in (options.against, "pgrpo")}
-        say(f"peak memory: {peaks}")
+        wanted = PRECISIONS if options.precision == "fastest" else (options.precision,)
+        theirs = {name: alone(options, options.against, name) for name in wanted}
+        by_precision = {name: measured["seconds"] for name, measured in theirs.items()}
+        options.precision = min(by_precision, key=by_precision.__getitem__)
+        ours = alone(options, "pgrpo", options.precision)
+        peaks = {
+            options.against: theirs[options.precision]["peak_bytes"],
+            "pgrpo": ours["peak_bytes"],
+        }
         other_s, pgrpo_s = alternate(options, prompts, folder)
     packages = ["pgrpo", "trl", "torch", "transformers"]
     if options.engine == "vllm":

@@ -22,6 +22,7 @@ from conftest import (
     train,
     write_config,
 )
+from transformers import LlamaConfig
 
 from pgrpo.cli import main
 from pgrpo.display import Display
@@ -516,6 +517,7 @@ def test_serve_starts_vllm_with_what_a_run_needs(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command line; tests/vllm has real servers."""
+    LlamaConfig(max_position_embeddings=128).save_pretrained(tmp_path / "model")
     started: list[Any] = []
     spec = type("Spec", (), {"origin": "somewhere"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
@@ -523,7 +525,7 @@ def test_serve_starts_vllm_with_what_a_run_needs(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("MY_KEY", "sk-secret")
     changes = {
-        "model": {"name": "some/model", "revision": "main", "precision": "fp32"},
+        "model": {"name": str(tmp_path / "model"), "precision": "fp32"},
         "generation": {
             "engine": "vllm",
             "max_prompt_tokens": 100,
@@ -539,11 +541,10 @@ def test_serve_starts_vllm_with_what_a_run_needs(
     assert program == sys.executable
     line = " ".join(command)
     for part in (
-        "--model some/model --",
-        "--revision main",
+        f"--model {tmp_path / 'model'} --",
         "--host 127.0.0.1 --port 81",
         "--dtype float32",
-        "--max-model-len 164",
+        "--max-model-len 128",
         "--block-size 32",
         "--enable-prefix-caching",
         "--no-enable-chunked-prefill",

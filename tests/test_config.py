@@ -87,8 +87,10 @@ DATA = st.one_of(
         optional={"choices_column": TEXT, "feature_columns": st.lists(TEXT, max_size=3)},
     ),
 )
-TABLE = st.dictionaries(
-    TEXT,
+OPTIONS = st.dictionaries(
+    st.from_regex("[a-z][a-z0-9_]{6,}", fullmatch=True).filter(
+        lambda name: name not in config_module._NO_VLLM_OPTIONS
+    ),
     st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), number(-9, 9), TEXT),
     max_size=3,
 )
@@ -98,7 +100,7 @@ VLLM = st.one_of(
         kv_cache_gib=number(0, 99),
         sleep=st.booleans(),
         probe_tolerance=number(0, 1),
-        options=TABLE,
+        options=OPTIONS,
     ),
     st.fixed_dictionaries(
         {"tensor_parallel_size": st.integers(2, 8)},
@@ -115,7 +117,7 @@ VLLM = st.one_of(
             "transfer": st.sampled_from(["auto", "file"]),
             "transfer_folder": TEXT.map("/{}".format),
             "retry_s": st.floats(0, 99),
-            "options": TABLE,
+            "options": OPTIONS,
         },
     ),
 )
@@ -299,6 +301,7 @@ def test_settings_without_effect_are_refused(changes: Tree, idle: str) -> None:
             {"servers": ["http://a"], "transfer_folder": "x"},
             "generation.vllm: transfer_folder is 'x'; expected an absolute path",
         ),
+        ({"options": {"api-key": "x"}}, "generation.vllm: options.api-key is no argument's name"),
         ({"options": {"dtype": "half"}}, "generation.vllm: options.dtype is not free"),
         ({"probe_every": 0}, "generation.vllm.probe_every is 0: .* greater than or equal to 1"),
     ],

@@ -225,11 +225,12 @@ def _serve(options: argparse.Namespace) -> None:
     import torch
 
     from pgrpo.generation.vllm.settings import engine_precision, serve_command
-    from pgrpo.models import resolve_precision
+    from pgrpo.models import declared_positions, resolve_precision
 
     command, environment = serve_command(
         config,
         engine_precision(config, resolve_precision(config.model.precision)),
+        declared_positions(config.model),
         on_cpu=not torch.cuda.is_available(),
         host=options.host,
         port=options.port,

@@ -8,6 +8,8 @@ key; `resolved_toml` writes the tree back, complete and rerunnable.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -290,6 +292,9 @@ class VllmConfig(Section):
             raise ValueError(
                 f"transfer_folder is {self.transfer_folder!r}; expected an absolute path"
             )
+        for name in self.options:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(f"options.{name} is no argument's name")
         taken = sorted(_NO_VLLM_OPTIONS & self.options.keys())
         if taken:
             raise ValueError(f"options.{taken[0]} is not free: it is set from other settings")
@@ -596,6 +601,18 @@ def resolved_tree(config: Config) -> Tree:
 def resolved_toml(config: Config) -> str:
     """`resolved_tree` as a TOML file that `load_config` reads back to an equal config."""
     return tomli_w.dumps(resolved_tree(config))
+
+
+def api_key(variable: str) -> str | None:
+    """The key in an environment variable, without space around it; None if there is none.
+
+    Raises:
+        ConfigError: it holds characters that a header cannot; libraries would quote them, and the key.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise ConfigError(f"environment variable {variable} does not hold a key: odd characters")
+    return key or None
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

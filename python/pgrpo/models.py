@@ -59,6 +59,7 @@ class LanguageModel:
                 raise ModelError(
                     f"{type(bare).__name__} scales its logits ({name}), which is unknown here"
                 )
+        self.num_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         ends: Any = bare.generation_config.eos_token_id if bare.generation_config else None
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -179,6 +180,22 @@ def resolve_precision(precision: str) -> str:
     if torch.cuda.is_available():
         return "autocast" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "autocast" if _cpu_has_bf16() else "fp32"
+
+
+def declared_positions(config: ModelConfig) -> int | None:
+    """Longest sequence the model is made for, by its config alone; None where that does not tell.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder = model_folder(config.name)
+    try:
+        found: Any = AutoConfig.from_pretrained(folder, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {folder!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return getattr(found.get_text_config(), "max_position_embeddings", None)
 
 
 def _cpu_has_bf16() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pgrpo.config import Section
+from pgrpo.config import Section, api_key
 from pgrpo.data.personas import persona_reward, persona_utility
 from pgrpo.errors import ConfigError, DataError, PluginError
 from pgrpo.hookspecs import hookimpl
@@ -304,12 +303,9 @@ class Judge:
 def _read_key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
+    key = api_key(variable)
+    if key is None:
         raise ConfigError(f"environment variable {variable}, named by api_key_env, is not set")
-    if not (key.isascii() and key.isprintable()):
-        # Sent as it is, it would be quoted by the error of the HTTP library.
-        raise ConfigError(f"environment variable {variable} does not hold a key: odd characters")
     return key
 
 

@@ -136,14 +136,10 @@ class Trainer:
                         self._save(step)
             except (PgrpoError, KeyboardInterrupt):
                 # Between updates all is in order, and nothing of the steps so far need be lost.
-                unused = self._unused_batch()
-                folded = self.done + (unused is not None)
-                if (
-                    not self._updating
-                    and self.collector.num_folded == folded
-                    and self.done > self.saved
-                ):
-                    self._save(self.done)
+                if not self._updating and self.done > self.saved:
+                    folded = self.done + (self._unused_batch() is not None)
+                    if self.collector.num_folded == folded:
+                        self._save(self.done)
                 raise
         self._write_info("finished")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")

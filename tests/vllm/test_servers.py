@@ -16,9 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
-from models import SMOLLM2, Tree, write
+from models import SMOLLM2, Tree, config_of, small_model, write
 
 from pgrpo.cli import main
+from pgrpo.config import VllmConfig
+from pgrpo.errors import ConfigError, EngineError
+from pgrpo.generation.vllm.engine import Request
+from pgrpo.generation.vllm.servers import Server, Servers
+from pgrpo.models import load_language_model
 
 KEY = "a-secret-that-nobody-may-read"
 START_S = 240
@@ -142,7 +147,7 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
     assert main(["train", str(write(tmp_path / "remote", remote)), "--out", str(run)]) == 0
     restarted.join()
     said = capfd.readouterr()
-    assert f"{server.url}/" in caplog.text and "trying again for 240 s" in caplog.text
+    assert f"{server.url}/" in caplog.text and "; trying again" in caplog.text
     records = metrics(run)
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert all(r["mismatch"]["max"] < 1e-4 for r in records), "always the newest weights"
@@ -236,3 +241,64 @@ def test_no_server_is_told_within_retry_s(tmp_path: Path, capfd: Any) -> None:
     assert time.monotonic() - start < 30
     said = capfd.readouterr().err
     assert "no vLLM server could be used for retry_s = 0.5: http://127.0.0.1:9/" in said
+
+
+@pytest.fixture
+def hung() -> Iterator[str]:
+    """The address of a port that takes connections and never says anything."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(256)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_hangs_is_found(
+    tmp_path: Path, hung: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgrpo.generation.vllm.servers._CONTROL_S", 0.3)
+    remote = {**SMALL, "generation.vllm": {"servers": [hung], "retry_s": 1.0}}
+    start = time.monotonic()
+    assert main(["train", str(write(tmp_path, remote)), "--out", str(tmp_path / "run")]) == 2
+    assert time.monotonic() - start < 30
+    assert f"{hung}/v1/models timed out" in capfd.readouterr().err
+
+
+def test_requests_to_a_server_that_hangs_can_be_abandoned(
+    hung: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that waits for them is woken, and nobody waits for the server."""
+    monkeypatch.setattr("pgrpo.generation.vllm.servers._CONTROL_S", 0.3)
+    config = config_of(small_model(), {"generation.vllm": {"servers": [hung], "retry_s": 100.0}})
+    servers = Servers(config, load_language_model(config.model))
+    errors: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            servers.next()
+        except EngineError as error:
+            errors.append(error)
+
+    for key in range(64):
+        servers.submit(key, Request((5, 6), {"n": 1}))
+    waiting = threading.Thread(target=take)
+    waiting.start()
+    time.sleep(1.0)
+    start = time.monotonic()
+    servers.close()
+    waiting.join(timeout=10)
+    assert time.monotonic() - start < 10
+    assert str(errors[0]) == "the requests were abandoned"
+    assert len(caplog.records) == 1, "one server's outage is told once"
+
+
+@pytest.mark.parametrize(("key", "sent"), [("k-123\n", "Bearer k-123"), ("", None)])
+def test_keys_are_sent_without_space_around_them(
+    key: str, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    server = Server("http://127.0.0.1:9/", VllmConfig())
+    assert server._client.headers.get("Authorization") == sent
+    monkeypatch.setenv("VLLM_API_KEY", "k-12\n3")
+    with pytest.raises(ConfigError) as caught:
+        Server("http://127.0.0.1:9/", VllmConfig())
+    assert "k-12" not in str(caught.value)

@@ -194,8 +194,8 @@ class VllmEngine:
                         prompt, group_size, self._config.temperature, None if greedy else mine
                     )
                 )
-        waiting: dict[int, tuple[int, int]] = {}
-        """Key of a request -> its group and its number among the group's."""
+        waiting: dict[int, tuple[int, int, int]] = {}
+        """Key of a request -> its group, its number among the group's, and its samples."""
         num_keys = 0
         finished: deque[int] = deque()
 
@@ -203,7 +203,7 @@ class VllmEngine:
             nonlocal num_keys
             for number, request in enumerate(requests):
                 self._backend.submit(num_keys, request)
-                waiting[num_keys] = (b, number)
+                waiting[num_keys] = (b, number, request.sampling["n"])
                 num_keys += 1
             if not requests:
                 finished.append(b)
@@ -221,8 +221,8 @@ class VllmEngine:
                     yield self._rollouts(b, groups[b])
                 if waiting:
                     key, completions = self._backend.next()
-                    b, number = waiting.pop(key)
-                    self._check(groups[b].prompt, completions)
+                    b, number, n = waiting.pop(key)
+                    self._check(groups[b].prompt, completions, n)
                     requests = groups[b].accept(number, completions)
                     if requests is not None:
                         submit(b, requests)
@@ -230,7 +230,12 @@ class VllmEngine:
             if waiting:
                 self._backend.abandon()
 
-    def _check(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+    def _check(self, prompt: Prompt, completions: Sequence[Completion], n: int) -> None:
+        if len(completions) != n or any(len(c.logprobs) != len(c.token_ids) for c in completions):
+            raise EngineError(
+                f"vLLM returned {len(completions)} samples of {n}, or not all log-probabilities, for "
+                f"the prompt {prompt.example.text[:80]!r}"
+            )
         for completion in completions:
             if not completion.token_ids or completion.finish_reason not in ("stop", "length"):
                 raise EngineError(
@@ -244,7 +249,8 @@ class VllmEngine:
                 )
 
     def _rollouts(self, b: int, group: _FreeGroup | _ChoiceGroup) -> list[Rollout]:
-        if not all(math.isfinite(value) for logprobs in group.logprobs for value in logprobs):
+        # Servers send -9999 for what is no number.
+        if not all(-9999 < value < math.inf for logs in group.logprobs for value in logs):
             raise EngineError(
                 "vLLM returned log-probabilities that are not finite, for the prompt "
                 f"{group.prompt.example.text[:80]!r}"

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Local:
         self._finished: deque[tuple[int, list[Completion]]] = deque()
         self._open: set[str] = set()
         self._on_gpu = model.device.type == "cuda"
+        synchronous = config.run.pipeline == "synchronous"
+        self._may_sleep = self._on_gpu and self._options.sleep and synchronous
         self._asleep = False
         if self._options.tensor_parallel_size == 1:
             # In one process weights are handed over, not sent. Read when vLLM is imported.
@@ -74,19 +76,17 @@ class Local:
         arguments = engine_arguments(
             config,
             engine_precision(config, model.precision),
+            model.num_positions,
             save_config(model, Path(self._folder.name)),
             on_cpu=not self._on_gpu,
         )
-        if self._on_gpu:
-            # Only compared with what the trainer leaves free; kv_cache_gib says what is used.
-            arguments = {"gpu_memory_utilization": 0.05, **arguments}
         set_num_threads = torch.set_num_threads
         try:
             with _failures("vLLM does not start"):
                 self._llm: Any = vllm.LLM(
                     **{
                         "weight_transfer_config": {"backend": "pgrpo"},
-                        "enable_sleep_mode": self._on_gpu and self._options.sleep,
+                        "enable_sleep_mode": self._may_sleep,
                         "disable_log_stats": True,
                         **arguments,
                     }
@@ -144,7 +144,8 @@ class Local:
     def abandon(self) -> None:
         """See `Backend.abandon`."""
         self._finished.clear()
-        with _failures("vLLM failed"):
+        # Where vLLM has failed it does so here again, and the first failure says more.
+        with suppress(Exception):
             self._engine.abort_request([*self._open])
         self._open.clear()
 
@@ -170,18 +171,18 @@ class Local:
     def _load_adapter(self, version: int) -> int:
         folder = Path(self._folder.name) / "adapter"
         num_bytes = save_adapter(self._model, folder)
-        self._lora = self._vllm.lora.request.LoRARequest(
-            LORA_NAME, 1, str(folder), load_inplace=True
-        )
-        if not self._engine.add_lora(self._lora):
+        make_request: Any = self._vllm.lora.request.LoRARequest
+        if not self._engine.add_lora(make_request(LORA_NAME, 1, str(folder), load_inplace=True)):
             raise EngineError(f"vLLM does not load the adapters in {folder}")
+        # In a request, load_inplace would have them read again with every token.
+        self._lora = make_request(LORA_NAME, 1, str(folder))
         self._llm.update_weight_version(str(version))
         return num_bytes
 
     # Not run here: needs CUDA. On a CPU vLLM cannot sleep.
     def sleep(self) -> None:
         """See `Backend.sleep`."""
-        if self._on_gpu and self._options.sleep and not self._asleep:
+        if self._may_sleep and not self._asleep:
             with _failures("vLLM does not sleep"):
                 # Level 2 forgets the weights, which come again; a base below adapters does not.
                 self._llm.sleep(level=1 if self._has_adapters else 2)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pgrpo.assets import model_folder
+from pgrpo.config import api_key
 from pgrpo.errors import EngineError
 
 if TYPE_CHECKING:
@@ -32,20 +32,27 @@ def engine_precision(config: Config, trainer_precision: str) -> str:
     return "fp32" if trainer_precision == "fp32" else "bf16"
 
 
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt with its completion."""
+def longest_sequence(config: Config, positions: int | None) -> int:
+    """Tokens of the longest prompt with its completion, as far as the model has positions for them."""
     generation = config.generation
-    return generation.max_prompt_tokens + max(generation.max_new_tokens, _LEAST_NEW_TOKENS)
+    longest = generation.max_prompt_tokens + max(generation.max_new_tokens, _LEAST_NEW_TOKENS)
+    return longest if positions is None else min(longest, positions)
 
 
 def engine_arguments(
-    config: Config, precision: str, model: str | None = None, *, on_cpu: bool
+    config: Config,
+    precision: str,
+    positions: int | None,
+    model: str | None = None,
+    *,
+    on_cpu: bool,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`, which are those of `vllm serve` too.
 
     Args:
         config: of the run.
         precision: fp32 or bf16.
+        positions: of the model.
         model: folder with the model's config, where that is not at hand under the model's name.
         on_cpu: vLLM runs on a CPU.
 
@@ -53,7 +60,7 @@ def engine_arguments(
         EngineError: adapters need a base that vLLM can load itself.
     """
     options = config.generation.vllm
-    longest = longest_sequence(config)
+    longest = longest_sequence(config, positions)
     adapters = config.model.lora is not None
     if adapters and config.model.name == "tiny":
         raise EngineError(
@@ -89,6 +96,9 @@ def engine_arguments(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, longest),
         }
+    else:
+        # Only compared with what others leave free; kv_cache_gib says what is used.
+        arguments["gpu_memory_utilization"] = 0.05
     if config.model.lora is not None:
         rank = config.model.lora.rank
         arguments |= {
@@ -99,10 +109,10 @@ def engine_arguments(
 
 
 def serve_command(
-    config: Config, precision: str, *, on_cpu: bool, host: str, port: int
+    config: Config, precision: str, positions: int | None, *, on_cpu: bool, host: str, port: int
 ) -> tuple[list[str], dict[str, str]]:
     """A `vllm serve` that the run of this config can use: command line and environment."""
-    arguments = engine_arguments(config, precision, on_cpu=on_cpu)
+    arguments = engine_arguments(config, precision, positions, on_cpu=on_cpu)
     transfer = config.generation.vllm.transfer
     backend = transfer if transfer in ("nccl", "ipc") else "pgrpo"
     if transfer == "auto" and not on_cpu:
@@ -118,7 +128,9 @@ def serve_command(
         flag = name.replace("_", "-")
         if value is None:
             continue
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            command += [f"--{flag}", *map(str, cast(list[Any], value))]
+        elif isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             text = json.dumps(value) if isinstance(value, Mapping) else str(value)
@@ -132,15 +144,24 @@ def serve_command(
     if backend == "ipc":
         # Handles of a GPU's memory are pickled, in requests that nobody else may send.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    key = os.environ.get(config.generation.vllm.api_key_env)
+    key = api_key(config.generation.vllm.api_key_env)
     if key:
         environment["VLLM_API_KEY"] = key
     return command, environment
 
 
 def folder_of(options: VllmConfig) -> Path | None:
-    """`transfer_folder`, if one is set."""
-    return None if options.transfer_folder is None else Path(options.transfer_folder)
+    """`transfer_folder`, if one is set.
+
+    Raises:
+        EngineError: it is no folder.
+    """
+    if options.transfer_folder is None:
+        return None
+    folder = Path(options.transfer_folder)
+    if not folder.is_dir():
+        raise EngineError(f"generation.vllm.transfer_folder is {str(folder)!r}, which is no folder")
+    return folder
 
 
 def save_config(model: LanguageModel, folder: Path) -> str:

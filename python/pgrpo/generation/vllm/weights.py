@@ -72,11 +72,6 @@ class SyncClient(Protocol):
         ...
 
 
-def backend(transfer: Transfer) -> str:
-    """What vLLM's `WeightTransferConfig.backend` has to be for a transfer."""
-    return transfer if transfer in ("nccl", "ipc") else "pgrpo"
-
-
 def register() -> None:
     """Make the backend `pgrpo` known to the vLLM of this process; again is harmless."""
     # vLLM raises a ValueError where the name is known.
@@ -147,7 +142,7 @@ class WeightSender:
             world_size=1 + self._clients.world_size(),
         )
 
-    def send(self, version: int) -> int:
+    def send(self, version: int | str) -> int:
         """Bring the weights, as they are now, to vLLM. Returns their bytes.
 
         After an error what vLLM computes is undefined until the next `send` succeeds.
