@@ -5,6 +5,11 @@ prints it on stderr and exits with code 2. Anything else that escapes is a bug o
 traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class PgrpoError(Exception):
     """Base of every error that is the input's, the environment's or a plugin's doing."""
@@ -36,3 +41,15 @@ class CheckpointError(PgrpoError):
 
 class RunFolderError(PgrpoError):
     """A run folder is in use, already holds a run, or is not a run folder."""
+
+
+@contextmanager
+def engine_errors(what: str) -> Generator[None]:
+    """Whatever vLLM raises, which is whatever its layers raise, as an EngineError about `what`."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise EngineError(f"{what}: {type(error).__name__}: {reason[:500]}") from error

@@ -50,7 +50,7 @@ class Completion:
     """Per token: log-probabilities in nats, of the sampled token and of those asked for."""
     finish_reason: str | None
     version: str | None
-    """Of the weights that made it; None where several did or vLLM does not tell."""
+    """Of the weights that made it, several with a + between them; None if vLLM does not tell."""
 
 
 class Backend(Protocol):

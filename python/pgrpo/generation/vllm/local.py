@@ -8,14 +8,13 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pgrpo.errors import EngineError
+from pgrpo.errors import EngineError, engine_errors
 from pgrpo.generation.vllm.engine import Completion, Request
 from pgrpo.generation.vllm.settings import (
     LORA_NAME,
@@ -82,7 +81,7 @@ class Local:
         )
         set_num_threads = torch.set_num_threads
         try:
-            with _failures("vLLM does not start"):
+            with engine_errors("vLLM does not start"):
                 self._llm: Any = vllm.LLM(
                     **{
                         "weight_transfer_config": {"backend": "pgrpo"},
@@ -113,7 +112,7 @@ class Local:
             detokenize=False,
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
-        with _failures("vLLM refuses a request"):
+        with engine_errors("vLLM refuses a request"):
             self._open.add(str(key))
             self._engine.add_request(
                 str(key),
@@ -126,7 +125,7 @@ class Local:
         """See `Backend.next`."""
         deadline = time.monotonic() + self._options.timeout_s
         while not self._finished:
-            with _failures("vLLM failed"):
+            with engine_errors("vLLM failed"):
                 outputs = self._engine.step()
             self._finished += [
                 (int(output.request_id), [_completion(sample) for sample in output.outputs])
@@ -151,7 +150,7 @@ class Local:
 
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`."""
-        with _failures(f"vLLM does not take over the weights of version {version}"):
+        with engine_errors(f"vLLM does not take over the weights of version {version}"):
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             if self._has_adapters:
@@ -183,7 +182,7 @@ class Local:
     def sleep(self) -> None:
         """See `Backend.sleep`."""
         if self._may_sleep and not self._asleep:
-            with _failures("vLLM does not sleep"):
+            with engine_errors("vLLM does not sleep"):
                 # Level 2 forgets the weights, which come again; a base below adapters does not.
                 self._llm.sleep(level=1 if self._has_adapters else 2)
             self._asleep = True
@@ -223,18 +222,6 @@ class _Client:
         return int(self._llm.get_world_size())
 
 
-@contextmanager
-def _failures(what: str) -> Generator[None]:
-    """What vLLM raises as one error of ours: it raises whatever its layers raise."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise EngineError(f"{what}: {type(error).__name__}: {reason[:500]}") from error
-
-
 def _completion(sample: Any) -> Completion:
     versions = {span.version for span in sample.weight_versions or ()}
     return Completion(
@@ -244,5 +231,5 @@ def _completion(sample: Any) -> Completion:
             for position in sample.logprobs or ()
         ),
         finish_reason=sample.finish_reason,
-        version=versions.pop() if len(versions) == 1 else None,
+        version="+".join(sorted(versions)) or None,
     )

@@ -422,7 +422,7 @@ def _completion(choice: Mapping[str, Any]) -> Completion:
             for position in content
         ),
         finish_reason=choice["finish_reason"],
-        version=versions.pop() if len(versions) == 1 else None,
+        version="+".join(sorted(versions)) or None,
     )
 
 

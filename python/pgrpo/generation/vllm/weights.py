@@ -18,7 +18,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ from vllm.distributed.weight_transfer.factory import (
     WeightTransferTrainerFactory,
 )
 
-from pgrpo.errors import EngineError
+from pgrpo.errors import EngineError, engine_errors
 
 Transfer = Literal["direct", "file", "nccl", "ipc"]
 """`direct`: references, to vLLM in this process. `file`: a safetensors file that vLLM's processes
@@ -116,7 +116,7 @@ class WeightSender:
                 ignore_cleanup_errors=True,
             )
         try:
-            with _as_engine_error("vLLM cannot be set up to receive weights"):
+            with engine_errors("vLLM cannot be set up to receive weights"):
                 self._engine: Any = WeightTransferTrainerFactory.trainer_init(
                     self._init_info(transfer), client=self._clients, source=source
                 )
@@ -154,7 +154,7 @@ class WeightSender:
             EngineError: they did not arrive.
         """
         self._clients.version = str(version)
-        with _as_engine_error(f"weights of version {version} did not reach vLLM"):
+        with engine_errors(f"weights of version {version} did not reach vLLM"):
             self._engine.send_weights()
         return self._num_bytes
 
@@ -164,17 +164,6 @@ class WeightSender:
             self._engine.shutdown()
         if self._folder is not None:
             self._folder.cleanup()
-
-
-@contextlib.contextmanager
-def _as_engine_error(what: str) -> Generator[None]:
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:
-        # Whatever a worker of vLLM raises comes out here.
-        raise EngineError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _room(num_bytes: int) -> str | None:
