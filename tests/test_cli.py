@@ -25,7 +25,7 @@ from conftest import (
 from transformers import LlamaConfig
 
 from pgrpo.cli import main
-from pgrpo.display import Display
+from pgrpo.runs.display import Display
 
 Capture = pytest.CaptureFixture[str]
 
@@ -95,7 +95,7 @@ def make_model(folder: Path) -> str:
         ({"generation.group_size": 0}, "generation.group_size is 0: input should be greater than"),
         ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate is nan: "),
         ({"data": {"name": "persona"}}, "data.name is 'persona'; did you mean 'personas'?"),
-        ({"data": {"words": 3}}, "data.name is missing; known: "),
+        ({"data": {"words": 3}}, "data.name is missing"),
         ({"model": {"precision": "fp32"}}, "model.name is missing"),
         ({"estimator": {"name": "pgpro"}}, "estimator.name is 'pgpro': input should be 'pgrpo'"),
         ({"estimator": {"name": "grpo", "history": "one"}}, "history has no effect here"),
@@ -254,7 +254,7 @@ def test_names_are_shown_as_they_are(
 # Plugins.
 
 NAN = """
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 
 calls = 0
 

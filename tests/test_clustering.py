@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from pgrpo.clustering import cluster_users, describe
-from pgrpo.config import ClusteringConfig
+from pgrpo.clusters.builtin import cluster_users, describe
+from pgrpo.config.sections import ClusteringConfig
 from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
-from pgrpo.plugins import load_registry
+from pgrpo.plugins.registry import load_registry
 from pgrpo.types import Dataset, Example
 
 SIZES = (50, 30, 12)

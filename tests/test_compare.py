@@ -10,9 +10,9 @@ from conftest import contents, start, tiny_run, trace, write_config
 from test_cli import refused
 
 from pgrpo.cli import main
-from pgrpo.compare import arm_config, arm_folder
-from pgrpo.config import load_config, parse_config
 from pgrpo.errors import ConfigError
+from pgrpo.experiments.compare import arm_config, arm_folder
+from pgrpo.runs.config import load_config, parse_config
 
 Capture = pytest.CaptureFixture[str]
 CHANGES = {"run.num_steps": 3, "run.samples_per_step": 8, "run.eval_every": 3}

@@ -12,27 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pgrpo import config as config_module
-from pgrpo.config import (
-    Config,
-    EstimatorConfig,
-    EstimatorName,
-    PluginSection,
-    Section,
-    apply_override,
-    load_config,
-    parse_config,
-    resolved_toml,
-    resolved_tree,
-)
+import pgrpo.data as data
+import pgrpo.rollout.engines.vllm.settings as vllm_settings
+import pgrpo.rollout.settings as rollout_settings
+from pgrpo.config import Section, sections, toml
+from pgrpo.config.sections import EstimatorConfig, EstimatorName, PluginSection
+from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.runs.config import Config, load_config, parse_config
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = [*sorted((ROOT / "examples").glob("*.toml")), ROOT / "python" / "pgrpo" / "demo.toml"]
+SHIPPED = [
+    *sorted((ROOT / "examples").glob("*.toml")),
+    ROOT / "python" / "pgrpo" / "experiments" / "demo.toml",
+]
 SECTIONS = [
     thing
-    for thing in vars(config_module).values()
+    for thing in {
+        **vars(sections),
+        **vars(data.movielens),
+        **vars(data.personas),
+        **vars(data.table),
+        **vars(rollout_settings),
+        **vars(vllm_settings),
+    }.values()
     if isinstance(thing, type(Section)) and issubclass(thing, Section | PluginSection)
 ]
 
@@ -89,7 +93,7 @@ DATA = st.one_of(
 )
 OPTIONS = st.dictionaries(
     st.from_regex("[a-z][a-z0-9_]{6,}", fullmatch=True).filter(
-        lambda name: name not in config_module._NO_VLLM_OPTIONS
+        lambda name: name not in vllm_settings._NO_VLLM_OPTIONS
     ),
     st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), number(-9, 9), TEXT),
     max_size=3,
@@ -206,7 +210,7 @@ TREES = st.fixed_dictionaries(
 @given(TREES)
 def test_any_config_is_written_back_to_an_equal_one(tree: Tree) -> None:
     config = parse_config(tree)
-    again = parse_config(config_module.tomllib.loads(resolved_toml(config)))
+    again = parse_config(toml.tomllib.loads(resolved_toml(config)))
     assert again == config
     assert resolved_toml(again) == resolved_toml(config)
 

@@ -17,8 +17,8 @@ from scipy.stats import chisquare
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from pgrpo.config import MovieLensConfig, PersonasConfig, TableConfig
 from pgrpo.data import load_dataset
+from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.data.personas import (
     GENRE_HINTS,
     GENRE_WORDS,
@@ -28,10 +28,12 @@ from pgrpo.data.personas import (
     STYLE_WORDS,
     TOPICS,
     VOCABULARY,
+    PersonasConfig,
     persona_reward,
     persona_utility,
 )
 from pgrpo.data.ratings import GENRES_OF_U_ITEM, read_ratings
+from pgrpo.data.table import TableConfig
 from pgrpo.errors import DataError
 
 LAYOUTS = ["ml-1m", "ml-100k", "atomic", "ml-latest"]

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from pgrpo import ClusterNormalizer, ConfigError
-from pgrpo.distributed import all_reduce
+from pgrpo.normalizer.collectives import all_reduce
 
 Stats = dict[Any, tuple[float, float, float]]
 

@@ -12,10 +12,11 @@ import pytest
 import torch.distributed as dist
 
 from pgrpo.cli import main
-from pgrpo.config import Config, load_config, parse_config, resolved_tree
+from pgrpo.config.toml import resolved_tree
 from pgrpo.data import load_dataset
 from pgrpo.errors import ConfigError
-from pgrpo.plugins import load_registry
+from pgrpo.plugins.registry import load_registry
+from pgrpo.runs.config import Config, load_config, parse_config
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
-from pgrpo.choices import branches, forced_tail, permitted
-from pgrpo.config import LossConfig, OptimizerConfig
-from pgrpo.generation import Engine
-from pgrpo.generation.transformers import TransformersEngine
-from pgrpo.models import LanguageModel
-from pgrpo.policy import Policy
+from pgrpo.config.sections import LossConfig, OptimizerConfig
+from pgrpo.model.choices import branches, forced_tail, permitted
+from pgrpo.model.language_model import LanguageModel
+from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.engines.transformers import TransformersEngine
+from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Prompt, Rollout
 
 CHOICES = ((5,), (6, 7, 8, 9), (6, 7, 10), (11, 12, 13))

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrpo.cli import main
-from pgrpo.metrics import (
+from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.runs.metrics import (
     EventFile,
     cluster_records,
     equal_groups,
@@ -21,7 +22,6 @@ from pgrpo.metrics import (
     processor_name,
     warnings,
 )
-from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.types import Example, Prompt, Rollout
 
 EPS = 1e-4

@@ -1008,7 +1008,7 @@ def test_diagnostics_of_little() -> None:
 def test_f_quantiles(numerator: float, denominator: float) -> None:
     from scipy.stats import f
 
-    from pgrpo.diagnostics import f_quantile_95
+    from pgrpo.normalizer.diagnostics import f_quantile_95
 
     level = f.sf(f_quantile_95(numerator, denominator), numerator, denominator)
     assert level == pytest.approx(0.05, abs=0.005)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgrpo.assets import model_folder, resolve
-from pgrpo.config import MovieLensConfig
 from pgrpo.data import load_dataset
+from pgrpo.data.movielens import MovieLensConfig
+from pgrpo.data.packages import resolve
 from pgrpo.data.ratings import read_ratings
+from pgrpo.model.gguf import model_folder
 from pgrpo.types import Dataset
 
 pytestmark = pytest.mark.assets

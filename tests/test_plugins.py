@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pgrpo.config import ClusteringConfig, RewardConfig
+from pgrpo.config.sections import ClusteringConfig, RewardConfig
 from pgrpo.errors import ConfigError, PluginError
-from pgrpo.plugins import load_registry
+from pgrpo.plugins.registry import load_registry
 
 HEADER = """
 from pgrpo.config import Section
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 """
 
 COUNTING = """
@@ -219,8 +219,8 @@ def test_the_example_distribution_installs_and_is_found(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
     subprocess.run([*pip, "install", *which, *options, str(source)], check=True, timeout=120)
     program = """
-from pgrpo.config import RewardConfig
-from pgrpo.plugins import load_registry
+from pgrpo.config.sections import RewardConfig
+from pgrpo.plugins.registry import load_registry
 from pgrpo.types import Example, Prompt, Rollout
 registry = load_registry()
 reward = registry.reward(RewardConfig.model_validate({"name": "brevity", "limit": 4}))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
-from pgrpo import attention
-from pgrpo import policy as policy_module
-from pgrpo.choices import branches
-from pgrpo.config import LossConfig, ModelConfig, OptimizerConfig
+from pgrpo.config.sections import LossConfig, ModelConfig, OptimizerConfig
 from pgrpo.errors import ModelError
-from pgrpo.models import LanguageModel, load_language_model
-from pgrpo.policy import Policy, num_trained_tokens
+from pgrpo.model import attention
+from pgrpo.model.choices import branches
+from pgrpo.model.language_model import LanguageModel, load_language_model
+from pgrpo.train import policy as policy_module
+from pgrpo.train.policy import Policy, num_trained_tokens
 from pgrpo.types import Example, Prompt, Rollout
 
 TEMPERATURE = 0.7

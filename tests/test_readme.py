@@ -28,7 +28,7 @@ def test_make_targets_and_files_named_exist() -> None:
 
 
 def test_commands_shown_parse() -> None:
-    from pgrpo.cli import _parser
+    from pgrpo.cli.main import _parser
 
     block = re.search(r"```\n(pgrpo train.*?)```", README, re.DOTALL)
     assert block

@@ -20,7 +20,6 @@ from plotly import graph_objects
 from scipy import stats
 
 from pgrpo.errors import RunFolderError
-from pgrpo.metrics import fairness
 from pgrpo.report import write_report
 from pgrpo.report.runs import read_run
 from pgrpo.report.study import (
@@ -32,6 +31,7 @@ from pgrpo.report.study import (
     tukey_difference,
 )
 from pgrpo.report.verdict import NO_RANKING, WITHIN_NOISE, number
+from pgrpo.runs.metrics import fairness
 
 CLUSTERS = {"0": 0.42, "1": 0.27, "2": 0.17, "3": 0.1, "4": 0.04}
 GENRES = ("Drama", "Comedy", "Action", "Horror", "Film-Noir")

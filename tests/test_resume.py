@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import contents, install_plugin, start, trace, train, write_config
 
-from pgrpo.checkpoint import latest_checkpoint
 from pgrpo.cli import main
+from pgrpo.train.checkpoint import latest_checkpoint
 
 TIMEOUT_S = 120
 
@@ -114,7 +114,7 @@ NOISY = """
 import random
 import numpy as np
 import torch
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 
 def noisy(rollouts):
     return [random.random() + np.random.random() + torch.rand(1).item() for _ in rollouts]

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from pgrpo.config import RewardConfig
+from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import ConfigError, PluginError
-from pgrpo.plugins import load_registry
-from pgrpo.scoring import Scorer
+from pgrpo.plugins.registry import load_registry
+from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import Example, Prompt, Rollout
 
 REGISTRY = load_registry()
@@ -94,8 +94,7 @@ def test_choice_without_labels_compares():
 
 
 def test_choice_scores_the_movielens_columns_of_every_answer_style(tmp_path):
-    from pgrpo.config import MovieLensConfig
-    from pgrpo.data.movielens import load_movielens
+    from pgrpo.data.movielens import MovieLensConfig, load_movielens
 
     rng = np.random.default_rng(0)
     ratings = [
@@ -139,8 +138,7 @@ def test_regex():
 
 
 def test_persona_rewards_each_example_by_its_own_columns():
-    from pgrpo.config import PersonasConfig
-    from pgrpo.data.personas import load_personas, persona_reward
+    from pgrpo.data.personas import PersonasConfig, load_personas, persona_reward
 
     example = load_personas(PersonasConfig(name="personas", num_examples=8)).train[0]
     completions = ["", example.text, "entirely different words"]

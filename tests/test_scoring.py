@@ -14,9 +14,9 @@ import time
 import numpy as np
 import pytest
 
-from pgrpo.config import RewardConfig
+from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import EngineError, PluginError
-from pgrpo.scoring import Scorer
+from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import Example, Prompt, Rollout
 
 
@@ -511,9 +511,9 @@ def run(program: str) -> str:
     """What a process of its own prints; it must end long before a reward that hangs."""
     preamble = """
 import os, signal, time
-from pgrpo.config import RewardConfig
+from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import PluginError
-from pgrpo.scoring import Scorer
+from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import Example, Prompt, Rollout
 groups = [[Rollout(Prompt(Example("q", user="u"), 0, (1,)), 0, (1,), "a", (0.0,), False)]]
 """

@@ -18,7 +18,7 @@ import pytest
 
 from pgrpo import ClusterNormalizer
 from pgrpo.errors import ConfigError, DataError
-from pgrpo.shared_memory import mapped, shared_path
+from pgrpo.normalizer.shared_memory import mapped, shared_path
 
 TIMEOUT_S = 120
 NURSERIES = 3
@@ -325,7 +325,7 @@ def test_restoring_brings_what_is_pending(tmp_path: Path) -> None:
 
 
 def test_ranks_do_not_exchange_what_they_share(tmp_path: Path) -> None:
-    from pgrpo.distributed import all_reduce
+    from pgrpo.normalizer.collectives import all_reduce
 
     with pytest.raises(ConfigError, match="is shared"):
         all_reduce(ClusterNormalizer.shared(tmp_path / "table", track_delta=True))

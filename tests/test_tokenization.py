@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from conftest import tiny_tokenizer
 
-from pgrpo.config import GenerationConfig, ModelConfig
+from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import DataError, ModelError
-from pgrpo.tokenization import PromptBuilder
+from pgrpo.rollout.prompts import PromptBuilder
+from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.types import Example
 
 TEMPLATE = (

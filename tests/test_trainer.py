@@ -15,12 +15,13 @@ from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
-from pgrpo.collector import Collector
-from pgrpo.config import EstimatorName, parse_config
-from pgrpo.display import Display
-from pgrpo.policy import Policy
-from pgrpo.run_folder import RunFolder
-from pgrpo.trainer import Trainer
+from pgrpo.config.sections import EstimatorName
+from pgrpo.rollout.collector import Collector
+from pgrpo.runs.config import parse_config
+from pgrpo.runs.display import Display
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.policy import Policy
+from pgrpo.train.trainer import Trainer
 from pgrpo.types import Rollout
 
 NUM_PROMPTS, GROUP = 4, 3
@@ -225,7 +226,7 @@ def test_corollary_3_1_is_of_the_history_that_was_read(
 
 
 FLAT = """
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 
 def flat(rollouts):
     return [0.5] * len(rollouts)
@@ -276,7 +277,7 @@ def test_groups_of_one(tmp_path: Path, estimator: str) -> None:
 
 
 PICKY = """
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 
 def picky(rollouts):
     '''Nothing for the first rollout of a group, and for all of the first group.'''

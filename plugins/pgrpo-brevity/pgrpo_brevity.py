@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from pgrpo.config import Section
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 from pgrpo.types import Rollout
 
 

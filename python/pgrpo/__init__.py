@@ -3,8 +3,6 @@
 Importing this needs NumPy alone; the trainer's parts are imported where they are used.
 """
 
-from pgrpo._core import __version__
-from pgrpo.diagnostics import ClusterDiagnostics, Diagnostics
 from pgrpo.errors import (
     CheckpointError,
     ConfigError,
@@ -15,6 +13,8 @@ from pgrpo.errors import (
     RunFolderError,
 )
 from pgrpo.normalizer import ClusterNormalizer, ClusterStats
+from pgrpo.normalizer._core import __version__
+from pgrpo.normalizer.diagnostics import ClusterDiagnostics, Diagnostics
 
 __all__ = [
     "CheckpointError",

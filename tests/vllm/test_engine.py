@@ -11,15 +11,15 @@ import pytest
 import torch
 from models import SMOLLM2, config_of, running, small_model
 
-from pgrpo.config import LossConfig, OptimizerConfig, RewardConfig
+from pgrpo.config.sections import LossConfig, OptimizerConfig, RewardConfig
 from pgrpo.errors import EngineError
-from pgrpo.generation import Engine
-from pgrpo.generation.transformers import TransformersEngine
-from pgrpo.generation.vllm import weights
-from pgrpo.generation.vllm.engine import VllmEngine
-from pgrpo.models import LanguageModel
-from pgrpo.policy import Policy
-from pgrpo.scoring import Scorer
+from pgrpo.model.language_model import LanguageModel
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.engines.transformers import TransformersEngine
+from pgrpo.rollout.engines.vllm import weights
+from pgrpo.rollout.engines.vllm.engine import VllmEngine
+from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Prompt, Rollout
 
 TEXTS = (
@@ -148,7 +148,7 @@ def test_blocks_in_use_are_no_silent_stale_cache(pair: Pair) -> None:
 
 
 def _long_request(model: LanguageModel) -> Any:
-    from pgrpo.generation.vllm.engine import Request
+    from pgrpo.rollout.engines.vllm.engine import Request
 
     return Request(prompts_of(model, None)[0].token_ids, {"max_tokens": 50, "ignore_eos": True})
 

@@ -19,11 +19,11 @@ import pytest
 from models import SMOLLM2, Tree, config_of, small_model, write
 
 from pgrpo.cli import main
-from pgrpo.config import VllmConfig
 from pgrpo.errors import ConfigError, EngineError
-from pgrpo.generation.vllm.engine import Request
-from pgrpo.generation.vllm.servers import Server, Servers
-from pgrpo.models import load_language_model
+from pgrpo.model.language_model import load_language_model
+from pgrpo.rollout.engines.vllm.engine import Request
+from pgrpo.rollout.engines.vllm.servers import Server, Servers
+from pgrpo.rollout.engines.vllm.settings import VllmConfig
 
 KEY = "a-secret-that-nobody-may-read"
 START_S = 240
@@ -255,7 +255,7 @@ def hung() -> Iterator[str]:
 def test_a_server_that_hangs_is_found(
     tmp_path: Path, hung: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgrpo.generation.vllm.servers._CONTROL_S", 0.3)
+    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._CONTROL_S", 0.3)
     remote = {**SMALL, "generation.vllm": {"servers": [hung], "retry_s": 1.0}}
     start = time.monotonic()
     assert main(["train", str(write(tmp_path, remote)), "--out", str(tmp_path / "run")]) == 2
@@ -267,9 +267,9 @@ def test_requests_to_a_server_that_hangs_can_be_abandoned(
     hung: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The thread that waits for them is woken, and nobody waits for the server."""
-    monkeypatch.setattr("pgrpo.generation.vllm.servers._CONTROL_S", 0.3)
+    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._CONTROL_S", 0.3)
     config = config_of(small_model(), {"generation.vllm": {"servers": [hung], "retry_s": 100.0}})
-    servers = Servers(config, load_language_model(config.model))
+    servers = Servers(config.generation, load_language_model(config.model), config.model)
     errors: list[BaseException] = []
 
     def take() -> None:

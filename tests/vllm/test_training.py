@@ -62,7 +62,7 @@ def comparable(run: Path) -> Tree:
 FAILS_ONCE = """
 import pathlib
 from pgrpo.config import Section
-from pgrpo.hookspecs import hookimpl
+from pgrpo.plugins import hookimpl
 
 class Once:
     '''Length of the completion; the call that finds the file fails.'''
@@ -131,7 +131,7 @@ def test_one_step_off_trains_on_older_rollouts_and_resumes_bit_by_bit(
 
 def arm(file: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the reward fail in step 4."""
-    from pgrpo.collector import Collector
+    from pgrpo.rollout.collector import Collector
 
     collect = Collector.collect
 
@@ -146,7 +146,7 @@ def arm(file: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ctrl-C once a step is done and saved."""
-    from pgrpo.trainer import Trainer
+    from pgrpo.train.trainer import Trainer
 
     save = Trainer._save
 

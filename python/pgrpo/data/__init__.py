@@ -1,14 +1,26 @@
-"""Data sets: each config section has one loader, and all give a `Dataset`."""
+"""Data sets: one module per data set, with its settings and its loader; all give a `Dataset`.
+
+In comes a section of `[data]`, out goes a `pgrpo.types.Dataset`. `packages` fetches what is shipped
+inside Python packages, for data sets and models alike.
+"""
 
 from __future__ import annotations
 
-from pgrpo.config import DataConfig, MovieLensConfig, PersonasConfig
-from pgrpo.data.movielens import load_movielens
-from pgrpo.data.personas import load_personas
-from pgrpo.data.table import load_table
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from pgrpo.data.movielens import MovieLensConfig, load_movielens
+from pgrpo.data.personas import PersonasConfig, load_personas
+from pgrpo.data.table import TableConfig, load_table
 from pgrpo.types import Dataset
 
-__all__ = ["load_dataset"]
+__all__ = ["DataConfig", "load_dataset"]
+
+DataConfig: TypeAlias = Annotated[
+    MovieLensConfig | PersonasConfig | TableConfig, Field(discriminator="name")
+]
+"""The section `[data]`: of the data set that `name` names."""
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -19,8 +31,10 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: the data is missing, empty or malformed, or leaves no example.
     """
-    if isinstance(config, MovieLensConfig):
-        return load_movielens(config)
-    if isinstance(config, PersonasConfig):
-        return load_personas(config)
-    return load_table(config)
+    match config:
+        case MovieLensConfig():
+            return load_movielens(config)
+        case PersonasConfig():
+            return load_personas(config)
+        case TableConfig():
+            return load_table(config)

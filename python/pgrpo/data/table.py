@@ -7,16 +7,35 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+from pydantic import Field
 
-from pgrpo.config import TableConfig
+from pgrpo.config import Section
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray, Json
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, for error messages, and its values by column."""
+
+
+class TableConfig(Section):
+    """A data set of one's own: JSON lines or Parquet, one example a row."""
+
+    name: Literal["jsonl", "parquet"]
+    path: str
+    """The file to train on."""
+    evaluation_path: str | None = None
+    """A file of held-out examples."""
+    prompt_column: str = "prompt"
+    """Column with the prompt's text."""
+    user_column: str = "user"
+    """Column that tells users apart."""
+    choices_column: str | None = None
+    """Column with a list of the permitted completions."""
+    feature_columns: list[str] = Field(default=[])
+    """Numeric columns, averaged per user, for clusterers to read."""
 
 
 def load_table(config: TableConfig) -> Dataset:

@@ -14,7 +14,7 @@ from pgrpo.report.page import render
 from pgrpo.report.runs import read_run
 from pgrpo.report.study import Study
 from pgrpo.report.verdict import Verdict, verdict
-from pgrpo.run_folder import disk_errors
+from pgrpo.runs.folder import disk_errors
 
 __all__ = ["Verdict", "write_report"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from scipy import stats
 
 from pgrpo.errors import RunFolderError
-from pgrpo.metrics import fairness
 from pgrpo.report.runs import ClusterInfo, Evaluation, Run, Step, is_seed
+from pgrpo.runs.metrics import fairness
 from pgrpo.types import FloatArray
 
 LAST_STEPS = 10

@@ -1,4 +1,4 @@
-//! The Python module `pgrpo._core`: conversions only. Each method reads its arguments, detaches from
+//! The Python module `pgrpo.normalizer._core`: conversions only. Each method reads its arguments, detaches from
 //! the interpreter where that pays, calls the core and maps its error.
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
@@ -111,7 +111,7 @@ struct Arguments<'a, 'py> {
 
 /// Rewards to advantages, with a history per cluster. Arrays that are not of the plainest kind are
 /// converted by the method `_convert` of the subclass in Python, which calls back with ones that are.
-#[pyclass(frozen, subclass, module = "pgrpo._core")]
+#[pyclass(frozen, subclass, module = "pgrpo.normalizer._core")]
 struct Normalizer {
     // Before `memory`, which it may lie in: fields are dropped in their order.
     core: pgrpo_core::Normalizer,
@@ -419,7 +419,7 @@ impl Normalizer {
 }
 
 /// What calling costs: the signature of a [`Normalizer`], and nothing done. For benchmarks.
-#[pyclass(frozen, module = "pgrpo._core")]
+#[pyclass(frozen, module = "pgrpo.normalizer._core")]
 struct Noop;
 
 #[pymethods]

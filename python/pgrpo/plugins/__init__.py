@@ -1,0 +1,9 @@
+"""Rewards and clusterers that anybody can add.
+
+All that a plugin's author needs is exported here. `registry` finds what is installed and builds what a
+config names; nobody else sees pluggy.
+"""
+
+from pgrpo.plugins.hookspecs import Clusterer, Reward, Rewards, hookimpl
+
+__all__ = ["Clusterer", "Reward", "Rewards", "hookimpl"]

@@ -1,0 +1,72 @@
+"""What a plugin can add, and what it must look like: all that a plugin's author has to read.
+
+A plugin is a module that implements either hook, marked with `hookimpl`, and that its distribution
+names in the entry-point group `pgrpo`:
+
+    from pgrpo.plugins import hookimpl
+
+    @hookimpl
+    def pgrpo_register_rewards(register):
+        register("length", lambda rollouts: [float(len(r.completion)) for r in rollouts])
+
+A plugin with settings is a class whose attribute `Config` is a subclass of `pgrpo.config.Section`.
+It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where the `Config` of
+a reward has a field `seed`, the run's seed is its value unless the TOML file gives another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import pluggy
+
+from pgrpo.types import ClusterId, Example, FloatArray, Json, Rollout
+
+hookspec = pluggy.HookspecMarker("pgrpo")
+hookimpl = pluggy.HookimplMarker("pgrpo")
+
+Rewards: TypeAlias = Sequence[float | Exception | None]
+"""[N] raw, finite rewards; None where a rollout gets none; an exception where scoring it failed."""
+
+
+class Reward(Protocol):
+    """A function, async function, or object whose `__call__` is either."""
+
+    def __call__(self, rollouts: Sequence[Rollout], /) -> Rewards | Awaitable[Rewards]:
+        """Score the rollouts [N] of one group, or of all groups of a step (`batch`), group by group.
+
+        Called while earlier calls are under way, from other threads where it is not async, unless
+        `num_workers` is 1; a call that outlasted its `timeout_s` is not waited for even then.
+        """
+        ...
+
+
+class Clusterer(Protocol):
+    """A class that divides users [U] by their features [U, F], after the habit of scikit-learn."""
+
+    def fit(self, users: Sequence[str], features: FloatArray, examples: Sequence[Example]) -> None:
+        """Learn the clusters; `examples` are the rows of these users, for clusterers that read."""
+        ...
+
+    def assign(self, users: Sequence[str], features: FloatArray) -> list[ClusterId]:
+        """[U] the cluster of each user, always the same for the same user and state."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Json]:
+        """All that `fit` learned, as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Take over what `state_dict` returned, also after a trip through JSON."""
+        ...
+
+
+@hookspec
+def pgrpo_register_rewards(register: Callable[[str, Any], None]) -> None:
+    """Call `register(name, reward)` with a function, or a class whose instances are rewards."""
+
+
+@hookspec
+def pgrpo_register_clusterers(register: Callable[[str, Any], None]) -> None:
+    """Call `register(name, cls)` with a class whose instances are clusterers."""

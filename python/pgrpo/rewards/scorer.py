@@ -1,0 +1,333 @@
+"""Calls the reward plugins while rollouts are still being generated, and survives them.
+
+A plugin may be slow, hang, raise or answer nonsense. Each call therefore runs beside the caller and
+is waited for no longer than the plugin's own timeout; what goes wrong meets its `on_error` policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import numbers
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing, nullcontext
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from pgrpo.config.sections import RewardConfig
+from pgrpo.errors import PgrpoError, PluginError
+from pgrpo.plugins.hookspecs import Reward
+from pgrpo.types import FloatArray, Rollout
+
+_log = logging.getLogger("pgrpo")
+
+_CLOSE_S = 1.0
+"""How long closing an event loop waits for calls that were told to stop."""
+
+
+class Scorer:
+    """Scores rollouts by the weighted sum of several rewards.
+
+    Each group goes to all rewards with `batch` "group" as soon as it is there; those with "step" are
+    called at the end, with everything. At most `num_workers` calls of a reward are under way; the
+    others wait, and only then does their time start. A sync reward gets a thread per call, an async
+    one an event loop of its own that lives as long as the scorer. Threads are daemons, so a plugin
+    that hangs for ever does not keep the process from ending. A call that hangs is left to itself
+    and its place is given away, so a retry, too, runs beside it.
+
+    Args:
+        rewards: each reward's section (weight, timeout_s, on_error, ...) and the reward itself.
+        pauses_s: waits before the second, third, ... attempt where on_error is "retry".
+        max_waiting: groups that may wait for rewards, or be with them, while a further one is
+            pulled. An engine far ahead of its rewards would take the processor from them, and have
+            worked in vain when one stops the run.
+    """
+
+    num_unrewarded: int
+    """Rollouts that went without a reward because a plugin failed on them."""
+    last_error: str | None
+    """What the latest of those failures was; each plugin's first one is also logged."""
+
+    def __init__(
+        self,
+        rewards: Sequence[tuple[RewardConfig, Reward]],
+        pauses_s: Sequence[float] = (0.5, 2.0),
+        max_waiting: int = 64,
+    ) -> None:
+        self.num_unrewarded = 0
+        self.last_error = None
+        self._pauses_s = tuple(pauses_s)
+        self._max_waiting = max_waiting
+        self._logged: set[_Worker] = set()
+        self._workers = [_Worker(section, reward) for section, reward in rewards]
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the event loops; a call still under way is cancelled or, if sync, abandoned."""
+        for worker in self._workers:
+            worker.close()
+
+    def score(self, groups: Iterable[Sequence[Rollout]]) -> tuple[list[Rollout], FloatArray]:
+        """Score groups while this thread pulls them, in whatever order they come.
+
+        A plugin that returns None gives a rollout no reward, which is no error. Under on_error
+        "no_reward" a failing call leaves its rollouts NaN: all of them where it raised, hung or
+        returned another number of rewards, else those with a bad one.
+
+        Args:
+            groups: each the rollouts of one group_id. It is closed at the end if it can be. Whatever
+                ends the scoring early also ends the calls under way.
+
+        Returns:
+            All rollouts by group_id, and their raw rewards [N]: sum over rewards of
+            weight * reward, NaN where one is missing. Neither depends on who is faster.
+
+        Raises:
+            PluginError: a reward with on_error "fail" or "retry" raised, outlasted timeout_s, or
+                returned anything but one finite number or None per rollout. Chained to the cause.
+                No further group is pulled; one that is being pulled is waited for.
+        """
+        iterator = iter(groups)
+        source = closing(cast(Any, iterator)) if hasattr(iterator, "close") else nullcontext()
+        # The supervisor takes all that it runs with it when it is closed.
+        with source, closing(_EventLoop()) as supervisor:
+            places = {w: asyncio.Semaphore(w.section.num_workers) for w in self._workers}
+            parts: list[tuple[tuple[Rollout, ...], Future[_Answers]]] = []
+            under_way: set[Future[_Answers]] = set()
+            for group in iterator:
+                part = tuple(group)
+                call = supervisor.start(self._ask("group", places, part))
+                parts.append((part, call))
+                under_way.add(call)
+                _wait(under_way, at_most=self._max_waiting)
+            if not parts:
+                return [], np.zeros(0)
+            parts.sort(key=lambda part: part[0][0].group_id)
+            rollouts = [rollout for part, _ in parts for rollout in part]
+            call = supervisor.start(self._ask("step", places, tuple(rollouts)))
+            _wait(under_way | {call}, at_most=0)
+            by_step, by_group = call.result(), [call.result() for _, call in parts]
+
+        total = np.zeros(len(rollouts))
+        failed = np.zeros(len(rollouts), dtype=bool)
+        # In the order of the config, for floating-point sums depend on it.
+        for worker in self._workers:
+            answers = [by_step[worker]] if worker in by_step else [a[worker] for a in by_group]
+            total += worker.section.weight * np.concatenate([a.rewards for a in answers])
+            failed |= [i in a.failures for a in answers for i in range(len(a.rewards))]
+        self.num_unrewarded += int(failed.sum())
+        return rollouts, total
+
+    async def _ask(
+        self, batch: str, places: Mapping[_Worker, asyncio.Semaphore], rollouts: Sequence[Rollout]
+    ) -> _Answers:
+        """Call all rewards that want such a batch."""
+        workers = [worker for worker in self._workers if worker.section.batch == batch]
+        calls = [self._ask_one(worker, places[worker], rollouts) for worker in workers]
+        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
+
+    async def _ask_one(
+        self, worker: _Worker, places: asyncio.Semaphore, rollouts: Sequence[Rollout]
+    ) -> _Answer:
+        """Call one reward, as often as its policy wants it."""
+        answer = await worker.call(rollouts, places)
+        for pause_s in self._pauses_s if worker.section.on_error == "retry" else ():
+            if answer.failures:
+                # The place is not kept meanwhile: other groups go on.
+                await asyncio.sleep(pause_s)
+                answer = await worker.call(rollouts, places)
+        if answer.failures:
+            self._apply_policy(worker, rollouts, answer.failures)
+        return answer
+
+    def _apply_policy(
+        self, worker: _Worker, rollouts: Sequence[Rollout], failures: dict[int, BaseException]
+    ) -> None:
+        """Raise, or note that some rollouts go without."""
+        index, cause = next(iter(failures.items()))
+        rollout, extent = _rollout_met_by(cause) or rollouts[index], ""
+        if len(failures) == len(rollouts) > 1:
+            extent = f", in a batch of {len(rollouts)} rollouts"
+        reason = str(cause) if isinstance(cause, PgrpoError) else f"{type(cause).__name__}: {cause}"
+        message = f"reward {worker.section.name!r} failed on {_describe(rollout)}{extent}: {reason}"
+        if worker.section.on_error != "no_reward":
+            raise PluginError(message) from cause
+        self.last_error = message
+        if worker not in self._logged:
+            self._logged.add(worker)
+            _log.warning("%s (%d unrewarded; not logged again)", message, len(failures))
+
+
+class _Answer(NamedTuple):
+    """What came of a call."""
+
+    rewards: FloatArray
+    """[N] NaN where there is none."""
+    failures: dict[int, BaseException]
+    """Position in the batch -> what went wrong there."""
+
+
+class _Worker:
+    """Where one reward runs."""
+
+    def __init__(self, section: RewardConfig, reward: Reward) -> None:
+        self.section = section
+        self._reward = reward
+        is_async = any(map(inspect.iscoroutinefunction, (reward, reward.__call__)))
+        self._loop = _EventLoop() if is_async else None
+
+    async def call(self, rollouts: Sequence[Rollout], places: asyncio.Semaphore) -> _Answer:
+        """Call the reward when there is a place, and wait for its answer until its time is over."""
+        timeout_s = self.section.timeout_s
+        async with places:
+            if self._loop is None:
+                future = _run_in_thread(self._reward, rollouts)
+            else:
+                future = self._loop.start(_run_in_loop(self._reward, rollouts))
+            try:
+                return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+            except asyncio.TimeoutError:
+                cause = TimeoutError(f"no answer within timeout_s = {timeout_s:g}")
+                return _all_failed(len(rollouts), cause)
+
+    def close(self) -> None:
+        """Cancel what runs in the event loop, and end it."""
+        if self._loop is not None:
+            self._loop.close()
+
+
+_Answers = dict[_Worker, _Answer]
+
+
+class _EventLoop:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run it there; cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel what runs there, and end."""
+        if not self._thread.is_alive():
+            return
+        self.start(_stop_loop())
+        # A plugin that blocks its loop is left behind, as a daemon.
+        self._thread.join(timeout=2 * _CLOSE_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+async def _stop_loop() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_CLOSE_S)
+    asyncio.get_running_loop().stop()
+
+
+def _wait(calls: set[Future[_Answers]], *, at_most: int) -> None:
+    """Take out calls that are done until so few are left; raise what one of them raised."""
+    while True:
+        enough = len(calls) <= at_most
+        done, _ = wait(calls, timeout=0 if enough else None, return_when=FIRST_COMPLETED)
+        calls -= done
+        for call in done:
+            call.result()
+        if enough:
+            return
+
+
+def _run_in_thread(reward: Reward, rollouts: Sequence[Rollout]) -> Future[_Answer]:
+    """Call in a daemon thread, which an executor cannot offer: it would join a hung one at exit."""
+    future: Future[_Answer] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer = _check(reward(rollouts), len(rollouts))
+        except BaseException as error:  # StopIteration, too, which no event loop would take over
+            answer = _all_failed(len(rollouts), error)
+        future.set_result(answer)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+async def _run_in_loop(reward: Reward, rollouts: Sequence[Rollout]) -> _Answer:
+    try:
+        return _check(await cast(Awaitable[object], reward(rollouts)), len(rollouts))
+    except asyncio.CancelledError:
+        return _all_failed(len(rollouts), RuntimeError("the call cancelled itself"))
+    except BaseException as error:  # sys.exit() would end the event loop
+        return _all_failed(len(rollouts), error)
+
+
+def _check(values: object, num_rollouts: int) -> _Answer:
+    """Accept one finite number, None or exception per rollout."""
+    if hasattr(values, "tolist"):
+        values = cast(Any, values).tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        message = f"it returned a {type(values).__name__}, expected one reward per rollout"
+        return _all_failed(num_rollouts, TypeError(message))
+    entries = cast(Sequence[object], values)
+    if len(entries) != num_rollouts:
+        message = f"it returned {len(entries)} rewards for {num_rollouts} rollouts"
+        return _all_failed(num_rollouts, ValueError(message))
+    rewards = np.full(num_rollouts, math.nan)
+    failures: dict[int, BaseException] = {}
+    for index, entry in enumerate(entries):
+        if isinstance(entry, BaseException):
+            failures[index] = entry
+        elif isinstance(entry, numbers.Real) and abs(cast(Any, entry)) <= sys.float_info.max:
+            rewards[index] = float(entry)
+        elif entry is not None:
+            message = f"it returned {_shorten(repr(entry))}, expected a finite number or None"
+            failures[index] = ValueError(message)
+    return _Answer(rewards, failures)
+
+
+def _all_failed(num_rollouts: int, cause: BaseException) -> _Answer:
+    return _Answer(np.full(num_rollouts, math.nan), dict.fromkeys(range(num_rollouts), cause))
+
+
+def _rollout_met_by(error: BaseException) -> Rollout | None:
+    """The rollout a plugin was at when it raised, read off the variables of the innermost frame
+    that holds one; a batch cannot be repeated piecewise to find it, for it may cost money."""
+    found: Rollout | None = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        local = [value for value in frame.f_locals.values() if isinstance(value, Rollout)]
+        found = local[-1] if local else found
+    return found
+
+
+def _describe(rollout: Rollout) -> str:
+    prompt, completion = rollout.prompt.example.text, rollout.completion
+    return (
+        f"a rollout of group {rollout.group_id}, prompt {_shorten(prompt)!r}, "
+        f"completion {_shorten(completion)!r}"
+    )
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    """The text's beginning and end, on one line."""
+    text = " ".join(text.split())
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"

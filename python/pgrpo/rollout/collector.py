@@ -1,0 +1,244 @@
+"""Everything of a step up to the update: prompts, rollouts, rewards, histories, advantages.
+
+Groups are scored while others are still generated. A step's rewards are folded into the histories in
+one call, in rollout order, so that whichever group finishes first, a seeded run repeats.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pgrpo.config.sections import EstimatorConfig, RunConfig
+from pgrpo.errors import CheckpointError, PluginError
+from pgrpo.normalizer import ClusterNormalizer, ClusterStats
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.prompts import PromptBuilder
+from pgrpo.rollout.seeds import derive_seed, seed_globals
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Prompt, Rollout
+
+Histories = Mapping[ClusterId, ClusterStats]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from: rollouts in group order, with arrays [N] beside them."""
+
+    step: int
+    rollouts: Sequence[Rollout]
+    rewards: FloatArray
+    """Raw; NaN where there is none."""
+    advantages: FloatArray
+    before: Histories
+    """Clusters' histories without this step's rewards."""
+    after: Histories
+    """And with them."""
+    timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """`generate` until the last group was finished, `reward` from then on."""
+
+
+class Collector:
+    """Makes the batches of a run, one step after the other.
+
+    Args:
+        run: the section `[run]`.
+        estimator: the section `[estimator]`.
+        group_size: rollouts per prompt.
+        dataset: what prompts are made of.
+        clusters: user -> cluster.
+        builder: makes prompts.
+        engine: generates, with whatever weights it was last synced to.
+        scorer: gives rollouts their rewards.
+
+    Attributes:
+        scorer: as given.
+        num_folded: steps whose rewards the histories hold.
+        normalizer: makes the advantages.
+        histories: those of the clusters; control arms read others.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        estimator: EstimatorConfig,
+        group_size: int,
+        dataset: Dataset,
+        clusters: Mapping[str, ClusterId],
+        builder: PromptBuilder,
+        engine: Engine,
+        scorer: Scorer,
+    ) -> None:
+        self._run = run
+        self._estimator = estimator
+        self._group_size = group_size
+        self._dataset = dataset
+        self._builder = builder
+        self._engine = engine
+        self.scorer = scorer
+        self._history_of = self._history_keys(clusters)
+        self._order: tuple[int, Sequence[int]] | None = None
+        self.num_folded = 0
+        options = estimator.model_dump(exclude={"name", "history"})
+        self.normalizer = ClusterNormalizer(
+            estimator.name, nan_policy="zero", track_diagnostics=True, **options
+        )
+        self.histories = (
+            self.normalizer
+            if estimator.history == "cluster"
+            else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
+        )
+
+    def collect(self, step: int) -> Batch:
+        """Generate, score, fold, normalise.
+
+        Raises:
+            EngineError: generation failed.
+            PluginError: a reward failed, or no rollout got one. No history has changed then.
+        """
+        run, watch = self._run, _Watch()
+        seed_globals(derive_seed(run.seed, "globals", step))
+        groups = self._engine.generate(
+            self._prompts(step),
+            self._group_size,
+            seed=derive_seed(run.seed, "sampling", step),
+        )
+        rollouts, rewards = self.scorer.score(watch.over(groups))
+        if not np.isfinite(rewards).any():
+            raise PluginError(
+                f"no rollout of step {step} got a reward; there is nothing to learn from"
+            )
+        before = self.histories.snapshot()
+        self.num_folded = step
+        advantages = self._advantages(rollouts, rewards)
+        return Batch(
+            step, rollouts, rewards, advantages, before, self.histories.snapshot(), watch.laps()
+        )
+
+    def state_dict(self, unused: Batch | None) -> dict[str, Any]:
+        """Histories, and the batch that was collected and not learned from; plain JSON values."""
+        return {
+            "normalizer": self.normalizer.state_dict(),
+            "histories": self.histories.state_dict(),
+            "batch": None if unused is None else _batch_state(unused),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> Batch | None:
+        """Take over what `state_dict` returned after `step` steps; returns the unused batch.
+
+        Raises:
+            CheckpointError: something is missing.
+        """
+        try:
+            self.normalizer.load_state_dict(state["normalizer"])
+            if self.histories is not self.normalizer:
+                self.histories.load_state_dict(state["histories"])
+            saved = state["batch"]
+            batch = None if saved is None else _batch(saved, self._prompts(step + 1))
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint lacks {error} in state.json") from None
+        self.num_folded = step if batch is None else batch.step
+        return batch
+
+    def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
+        """Fold the step's rewards into the histories and normalise them: [N]."""
+        clusters = [rollout.prompt.cluster_id for rollout in rollouts]
+        keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
+        groups = [rollout.group_id for rollout in rollouts]
+        # Squared norms of the scores, sum_t (1 - p_t)^2; read by `auto` alone.
+        norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
+        if self.histories is not self.normalizer:
+            self.histories.update(rewards, clusters)
+        return self.normalizer(rewards, keys, groups, score_norms=norms)
+
+    def _prompts(self, step: int) -> list[Prompt]:
+        return [self._builder.build(example) for example in self._examples(step)]
+
+    def _examples(self, step: int) -> list[Example]:
+        """The step's training examples: consecutive places in a shuffle of its own per epoch."""
+        train, size = self._dataset.train, self._run.prompts_per_step
+        return [
+            train[self._shuffled(place // len(train))[place % len(train)]]
+            for place in range((step - 1) * size, step * size)
+        ]
+
+    def _shuffled(self, epoch: int) -> Sequence[int]:
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
+            self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
+        return self._order[1]
+
+    def _history_keys(self, clusters: Mapping[str, ClusterId]) -> Mapping[str, ClusterId]:
+        """User -> name of the history its rollouts are normalised by."""
+        users = list(clusters)
+        match self._estimator.history:
+            case "cluster":
+                return clusters
+            case "one":
+                return dict.fromkeys(users, 0)
+            case "shuffled":
+                random = np.random.default_rng(derive_seed(self._run.seed, "control"))
+                order = random.permutation(len(users))
+                return {user: clusters[users[i]] for user, i in zip(users, order, strict=True)}
+
+
+class _Watch:
+    """When the last group came."""
+
+    def __init__(self) -> None:
+        self._start = self._generated = time.perf_counter()
+
+    def over(self, groups: Iterator[list[Rollout]]) -> Iterator[list[Rollout]]:
+        try:
+            yield from groups
+        finally:
+            self._generated = time.perf_counter()
+
+    def laps(self) -> dict[str, float]:
+        now = time.perf_counter()
+        return {"generate": self._generated - self._start, "reward": now - self._generated}
+
+
+def _batch_state(batch: Batch) -> dict[str, Any]:
+    def histories(table: Histories) -> list[Any]:
+        return [[cluster, s.count, s.mean, s.std] for cluster, s in table.items()]
+
+    return {
+        "step": batch.step,
+        "rollouts": [
+            [
+                r.group_id,
+                r.completion_ids,
+                r.completion,
+                r.rollout_logprobs,
+                r.truncated,
+                r.policy_version,
+            ]
+            for r in batch.rollouts
+        ],
+        "rewards": batch.rewards.tolist(),
+        "advantages": batch.advantages.tolist(),
+        "before": histories(batch.before),
+        "after": histories(batch.after),
+    }
+
+
+def _batch(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
+    def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
+        return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
+
+    return Batch(
+        state["step"],
+        [
+            Rollout(prompts[group], group, tuple(ids), text, tuple(logprobs), truncated, version)
+            for group, ids, text, logprobs, truncated, version in state["rollouts"]
+        ],
+        np.array(state["rewards"], dtype=np.float64),
+        np.array(state["advantages"], dtype=np.float64),
+        histories(state["before"]),
+        histories(state["after"]),
+    )

@@ -1,0 +1,93 @@
+"""Engines: what turns prompts into rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pgrpo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    # vLLM's own processes import this package for its weight transfer, and need no more of it.
+    from pgrpo.config.sections import ModelConfig
+    from pgrpo.model.language_model import LanguageModel
+    from pgrpo.rollout.settings import GenerationConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStats:
+    """What taking over the policy's weights came to."""
+
+    num_bytes: int
+    """Weights (or adapters) that were moved."""
+    transfer_s: float
+    """Seconds it took to move them, the probe left out."""
+    probe_error: float | None
+    """Mean absolute difference between the engine's and the trainer's log-probabilities, in nats, where
+    it was probed."""
+
+
+class Engine(Protocol):
+    """Samples completions from the policy as it was when it was last synced."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
+    ) -> Iterator[list[Rollout]]:
+        """The `group_size` rollouts of each prompt as soon as they are finished, in any order.
+
+        Who takes no further group makes the engine wait; closing the iterator abandons the rest.
+
+        Args:
+            prompts: B prompts; the position in this sequence becomes the group_id.
+            group_size: G.
+            seed: of this call; the same call with the same weights repeats its rollouts.
+            greedy: take the likeliest token instead of sampling.
+
+        Raises:
+            EngineError: it failed, and trying again did not help.
+        """
+        ...
+
+    def sync(self, policy_version: int) -> SyncStats | None:
+        """Take over the policy's weights as they are after this many updates; None where there is
+        nothing to move.
+
+        Raises:
+            EngineError: they did not arrive, or the engine computes something else with them.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give up what memory can be given up until the next sync."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def make_engine(
+    config: GenerationConfig, model: LanguageModel, source: ModelConfig, *, may_sleep: bool = False
+) -> Engine:
+    """The engine that `generation.engine` names.
+
+    Args:
+        config: the section `[generation]`.
+        model: the policy's model.
+        source: the section `[model]`, where it came from.
+        may_sleep: nobody generates while the policy is updated.
+    """
+    match config.engine:
+        case "transformers":
+            from pgrpo.rollout.engines.transformers import TransformersEngine
+
+            return TransformersEngine(
+                model,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+            )
+        case "vllm":
+            from pgrpo.rollout.engines.vllm.engine import VllmEngine
+
+            return VllmEngine(config, model, source, may_sleep=may_sleep)

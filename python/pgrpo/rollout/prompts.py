@@ -1,0 +1,107 @@
+"""Examples made ready for the model: chat template, token ids, permitted completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerFast
+
+from pgrpo.config.sections import ModelConfig
+from pgrpo.errors import DataError, ModelError
+from pgrpo.rollout.settings import GenerationConfig
+from pgrpo.types import ClusterId, Example, Prompt
+
+
+class PromptBuilder:
+    """Turns examples into prompts.
+
+    Args:
+        tokenizer: of the policy.
+        model: whether and how to apply the chat template.
+        generation: the longest prompt that is accepted.
+        clusters: user -> cluster.
+
+    Raises:
+        ModelError: a chat template is asked for and the tokenizer has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        model: ModelConfig,
+        generation: GenerationConfig,
+        clusters: Mapping[str, ClusterId],
+    ) -> None:
+        if model.chat and not tokenizer.chat_template:
+            raise ModelError(
+                f"model {model.name!r} has no chat template; set model.chat = false or use an "
+                "instruction-tuned model"
+            )
+        self._tokenizer = tokenizer
+        self._model = model
+        self._longest = generation.max_prompt_tokens
+        self._clusters = clusters
+        self._choice_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+
+    def build(self, example: Example) -> Prompt:
+        """One prompt.
+
+        Raises:
+            DataError: the prompt is empty or longer than max_prompt_tokens, its user has no
+                cluster, or its choices cannot be told apart as tokens.
+        """
+        if self._model.chat:
+            turns = [{"role": "user", "content": example.text}]
+            if self._model.system_prompt is not None:
+                turns.insert(0, {"role": "system", "content": self._model.system_prompt})
+            text = cast(
+                str,
+                self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True
+                ),
+            )
+            # The template has put the special tokens in already.
+            ids = self._encode(text)
+        else:
+            ids = tuple(cast(Any, self._tokenizer)(example.text).input_ids)
+        if not ids:
+            raise DataError(f"the prompt of user {example.user!r} has no tokens: {example.text!r}")
+        if len(ids) > self._longest:
+            raise DataError(
+                f"the prompt of user {example.user!r} has {len(ids)} tokens, more than "
+                f"generation.max_prompt_tokens = {self._longest}"
+            )
+        if example.user not in self._clusters:
+            raise DataError(f"user {example.user!r} has no cluster")
+        choices = None if example.choices is None else self._choices(example.choices)
+        return Prompt(example, self._clusters[example.user], ids, choices)
+
+    def _choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        if texts not in self._choice_ids:
+            if len(self._choice_ids) > 4096:
+                self._choice_ids.clear()
+            self._choice_ids[texts] = self._encode_choices(texts)
+        return self._choice_ids[texts]
+
+    def _encode_choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        ids = tuple(self._encode(text) for text in texts)
+        if len(ids) < 2:
+            raise DataError(f"the choices are {texts!r}; expected at least two")
+        if len(set(ids)) < len(ids) or not all(ids):
+            raise DataError(
+                f"the model cannot tell the choices {texts!r} apart: as tokens, two of them are equal "
+                "or one is empty"
+            )
+        # Where one choice is the beginning of another, only an end token tells them apart.
+        if any(a != b and b[: len(a)] == a for a in ids for b in ids):
+            end = self._tokenizer.eos_token_id
+            if end is None:
+                raise DataError(
+                    f"one of the choices {texts!r} begins another, and there is no end token"
+                )
+            ids = tuple((*choice, cast(int, end)) for choice in ids)
+        return ids
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(cast(Any, self._tokenizer)(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,113 @@
+"""The config of a run: all sections together, read from TOML and checked before anything is loaded.
+
+Unknown keys, wrong types, values out of range and settings that would have no effect in the chosen
+mode are refused with one sentence that names the key; `pgrpo.config.toml.resolved_toml` writes the
+tree back, complete and rerunnable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import Field, model_validator
+
+from pgrpo.config import Section
+from pgrpo.config.checks import check
+from pgrpo.config.sections import (
+    ClusteringConfig,
+    EstimatorConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+)
+from pgrpo.config.toml import Tree, read_toml
+from pgrpo.data import DataConfig
+from pgrpo.rollout.settings import GenerationConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    clustering: ClusteringConfig
+    rewards: list[RewardConfig] = Field(min_length=1)
+    evaluation: list[RewardConfig] = Field(default=[])
+    """Rewards that score held-out completions, where they are not those of training."""
+    generation: GenerationConfig = GenerationConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def resolved_loss(self) -> LossConfig:
+        """`[loss]` with `importance = "auto"` as what it stands for with this engine."""
+        if self.loss.importance != "auto":
+            return self.loss
+        own_weights = self.generation.engine == "vllm" and self.loss.old_logprobs == "recomputed"
+        return self.loss.model_copy(update={"importance": "token" if own_weights else "off"})
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        groups, batches = self.run.prompts_per_step, self.optimizer.minibatches
+        if batches > groups:
+            raise ValueError(
+                f"optimizer.minibatches is {batches}, more than the {groups} prompts of a step"
+            )
+        if self.run.pipeline == "one_step_off":
+            if self.generation.engine == "transformers":
+                raise ValueError(
+                    "run.pipeline = 'one_step_off' needs an engine with weights of its own; "
+                    "generation.engine must be 'vllm'"
+                )
+            if self.loss.importance == "off" and self.loss.old_logprobs == "recomputed":
+                raise ValueError(
+                    "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
+                    "loss.importance must not be 'off'"
+                )
+        blind = ("grpo", "dr_grpo", "rloo", "two_way")
+        if self.generation.group_size == 1 and self.estimator.name in blind:
+            raise ValueError(
+                f"estimator {self.estimator.name!r} learns nothing from groups of one; "
+                "generation.group_size must be at least 2"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, and check the whole.
+
+    A value is read as TOML (`8`, `true`, `[1, 2]`) and otherwise taken as a string. Relative
+    data paths and a relative `model.name` folder are taken relative to the config file when they
+    exist there, else to the working folder; the config holds where they are.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or does not describe a run.
+    """
+    path = Path(path)
+    tree = read_toml(path, overrides)
+    for section, keys in (("data", ("path", "evaluation_path")), ("model", ("name",))):
+        table = tree.get(section)
+        for key in keys if isinstance(table, dict) else ():
+            value = cast(Tree, table).get(key)
+            if not isinstance(value, str) or value in ("", "tiny"):
+                continue
+            for place in (path.parent / value, Path(value)):
+                if place.exists():
+                    cast(Tree, table)[key] = str(place.resolve())
+                    break
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
+    """Check a tree of plain values and make the config of it.
+
+    Raises:
+        ConfigError: names the key, the value and what was expected, with a suggestion for a
+            misspelt key.
+    """
+    return check(Config, tree, source)

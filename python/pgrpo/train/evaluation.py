@@ -1,0 +1,152 @@
+"""Held-out evaluation: greedy completions of examples that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pgrpo.clusters.builtin import cluster_users
+from pgrpo.config.checks import check
+from pgrpo.data import DataConfig, load_dataset
+from pgrpo.data.movielens import MovieLensConfig
+from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
+from pgrpo.model.language_model import load_language_model
+from pgrpo.plugins.registry import load_registry
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.engines import Engine, make_engine
+from pgrpo.rollout.prompts import PromptBuilder
+from pgrpo.rollout.seeds import derive_seed
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.types import Dataset, Example, Prompt
+
+
+def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
+    """Held-out examples spread evenly over the evaluation period; the same ones every time.
+
+    Raises:
+        DataError: nothing is held out.
+    """
+    if not len(dataset.evaluation):
+        raise DataError(
+            "the data set holds out no examples to evaluate on; give it some "
+            "(data.evaluation_path), or set run.eval_every = 0"
+        )
+    wanted = min(num_prompts, len(dataset.evaluation))
+    places = np.linspace(0, len(dataset.evaluation) - 1, wanted).round().astype(int).tolist()
+    return [dataset.evaluation[place] for place in places]
+
+
+def evaluate(
+    engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, token_budget: int
+) -> dict[str, Any]:
+    """Mean reward of greedy completions, over all prompts and per cluster.
+
+    Args:
+        engine: generates with the policy's current weights.
+        prompts: held-out prompts.
+        scorer: gives each completion its reward.
+        token_budget: most prompt tokens of one call of the engine.
+
+    Returns:
+        `reward`, `std` (of single rewards) and `num_prompts`, and the same by cluster in `clusters`.
+    """
+    rewards: list[float] = []
+    start = 0
+    while start < len(prompts):
+        end, used = start, 0
+        while end < len(prompts) and (
+            end == start or used + len(prompts[end].token_ids) <= token_budget
+        ):
+            used += len(prompts[end].token_ids)
+            end += 1
+        groups = engine.generate(prompts[start:end], 1, seed=0, greedy=True)
+        rewards += scorer.score(groups)[1].tolist()
+        start = end
+    values = np.array(rewards)
+    if not np.isfinite(values).any():
+        raise PluginError("no held-out completion got a reward")
+    clusters = [str(prompt.cluster_id) for prompt in prompts]
+
+    def summary(mask: Any) -> dict[str, Any]:
+        chosen = values[mask & np.isfinite(values)]
+        return {
+            "reward": float(chosen.mean()) if len(chosen) else None,
+            "std": float(chosen.std()) if len(chosen) else None,
+            "num_prompts": len(chosen),
+        }
+
+    per_cluster = {
+        name: summary(np.array([c == name for c in clusters])) for name in sorted(set(clusters))
+    }
+    return {**summary(np.ones(len(values), dtype=bool)), "clusters": per_cluster}
+
+
+def evaluate_run(
+    folder: Path, candidates: Sequence[int | None], num_prompts: int
+) -> list[dict[str, Any]]:
+    """Evaluate a run's last checkpoint, once for each number of MovieLens candidates.
+
+    Args:
+        folder: of the run.
+        candidates: films to choose from; None stands for the number that was trained with.
+        num_prompts: held-out prompts, the same interactions for every number of candidates.
+
+    Returns:
+        One record for each entry of `candidates`: those of `evaluate`, with `candidates`, `step` and
+        `standard_error`.
+
+    Raises:
+        RunFolderError: it is no run folder.
+        CheckpointError: there is no usable checkpoint in it.
+        ConfigError: candidates are asked for of a data set that has none.
+    """
+    run = RunFolder(folder)
+    config = run.config()
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet")
+    if config.run.num_threads:
+        torch.set_num_threads(config.run.num_threads)
+    registry = load_registry()
+    data = load_dataset(config.data)
+    model = load_language_model(
+        config.model,
+        vocabulary=data.vocabulary,
+        seed=derive_seed(config.run.seed, "weights"),
+        weights=checkpoint.model,
+    )
+    clusterer = registry.clusterer(config.clustering)
+    clusters = cluster_users(clusterer, data, checkpoint.state()["clusterer"])
+    builder = PromptBuilder(model.tokenizer, config.model, config.generation, clusters)
+    sections = config.evaluation or config.rewards
+    results: list[dict[str, Any]] = []
+    with (
+        Scorer([(s, registry.reward(s, config.run.seed)) for s in sections]) as scorer,
+        closing(make_engine(config.generation, model, config.model)) as engine,
+    ):
+        engine.sync(int(checkpoint.state()["policy_version"]))
+        for count in candidates:
+            examples = data
+            if count is not None:
+                examples = load_dataset(_with_candidates(config.data, count))
+            prompts = [builder.build(example) for example in held_out(examples, num_prompts)]
+            result = evaluate(engine, prompts, scorer, config.optimizer.token_budget)
+            error = result["std"] / result["num_prompts"] ** 0.5
+            shown = getattr(config.data, "candidates", None) if count is None else count
+            results.append(
+                {"candidates": shown, "step": checkpoint.step, "standard_error": error, **result}
+            )
+    return results
+
+
+def _with_candidates(data: DataConfig, count: int) -> DataConfig:
+    if not isinstance(data, MovieLensConfig):
+        raise ConfigError(f"data set {data.name!r} has no candidates to vary")
+    tree = {**data.model_dump(), "candidates": count}
+    return check(MovieLensConfig, tree, "--candidates")

@@ -1,0 +1,171 @@
+"""The clipped policy-gradient loss, token by token.
+
+Source: PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) as GRPO uses it (Shao et al.
+2024, arXiv 2402.03300); asymmetric clipping and token-level aggregation from DAPO (Yu et al. 2025,
+arXiv 2503.14476); constant-length aggregation from Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+
+Engine and trainer never agree exactly: precision and kernels differ, and weights may be older. The
+correction keeps the policy that sampled apart from the one that the ratio is clipped against, as in
+decoupled PPO (Hilton et al. 2021, arXiv 2110.00641), with truncated importance weights (Ionides 2008,
+J. Comput. Graph. Stat. 17(2)), which TRL and verl use to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgrpo.config.sections import LossConfig
+from pgrpo.types import FloatArray
+
+# A larger ratio counts as e^20, about 5e8, which no sensible cap or clip lets through. Without this
+# bound the exponential of what a broken or outdated engine reports would become inf, and NaN times
+# an advantage of 0.
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Per-token terms, all [T]; only `loss` carries gradients."""
+
+    loss: Tensor
+    kl: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How far trainer and engine were apart, over the tokens d = old_logprobs - rollout_logprobs."""
+
+    kl: float
+    """Mean of exp(d) - d - 1 in nats (k3): unbiased for KL(rollout || old) per token, as the tokens
+    were drawn from the engine's distribution."""
+    mean: float
+    """Mean of |d|, in nats."""
+    max: float
+    """Largest |d|, in nats."""
+    weight: float
+    """Mean importance weight; 1 without a correction."""
+    masked: float
+    """Share of the tokens whose weight is 0."""
+    truncated: float
+    """Share of the tokens whose importance ratio is above importance_cap."""
+
+
+def rollout_weights(lengths: Sequence[int], aggregation: str, constant_length: int) -> list[float]:
+    """Weight of every token of each rollout, such that the loss is the weighted sum over tokens.
+
+    For N rollouts of L_n trained tokens: `dapo` 1 / sum(L), the mean over tokens; `grpo`
+    1 / (N L_n), the mean over rollouts of each one's mean; `dr_grpo` 1 / (N constant_length).
+    """
+    total, num = max(sum(lengths), 1), max(len(lengths), 1)
+    match aggregation:
+        case "dapo":
+            return [1 / total] * len(lengths)
+        case "grpo":
+            return [1 / (num * max(length, 1)) for length in lengths]
+        case "dr_grpo":
+            return [1 / (num * constant_length)] * len(lengths)
+        case _:
+            raise ValueError(f"aggregation is {aggregation!r}; known: dapo, grpo, dr_grpo")
+
+
+def importance_level(config: LossConfig) -> Literal["off", "token", "sequence"]:
+    """What the importance ratio is taken over; `off` where old_logprobs are those of the rollout.
+
+    Raises:
+        ValueError: it is still `auto`, which depends on the engine.
+    """
+    if config.old_logprobs == "rollout":
+        return "off"
+    if config.importance == "auto":
+        raise ValueError("loss.importance is 'auto'; expected 'off', 'token' or 'sequence'")
+    return config.importance
+
+
+def sum_over_completions(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each token's value replaced by the sum over its completion: [T] -> [T], T = sum(lengths)."""
+    sums = torch.stack([part.sum() for part in values.split(list(lengths))])
+    return sums.repeat_interleave(torch.tensor(lengths, device=values.device))
+
+
+def importance_weights(log_ratios: Tensor, config: LossConfig) -> Tensor:
+    """Weights w of `token_loss` for the logarithms of rho: [T] -> [T]."""
+    if importance_level(config) == "off":
+        return torch.ones_like(log_ratios)
+    ratios = _bounded_exp(log_ratios)
+    kept = ratios >= config.mask_below
+    if config.mask_above is not None:
+        kept &= ratios <= config.mask_above
+    return ratios.clamp(max=config.importance_cap) * kept
+
+
+def token_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    config: LossConfig,
+    *,
+    importance: Tensor,
+    ref_logprobs: Tensor | None = None,
+) -> TokenLoss:
+    """Clipped surrogate, importance correction and KL penalty of each token.
+
+        ratio = exp(logprobs - old_logprobs)
+        loss  = -w min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef kl
+        kl    = exp(ref - logprobs) - (ref - logprobs) - 1      (k3: unbiased, never negative)
+
+    `logprobs` are the current policy's, `old_logprobs` the trainer's before the update, and
+    rollout_logprobs what the engine reported. The weight w, `importance`, carries no gradient and
+    does not touch the penalty:
+
+        rho   = exp(old_logprobs - rollout_logprobs)                      importance "token"
+              = exp(sum over the completion's trained tokens of the same)            "sequence"
+        w     = min(rho, importance_cap); 0 where rho < mask_below or rho > mask_above
+              = 1                                                                    "off"
+
+    A token with w = 0 (masked) still counts in the denominators of the aggregation. With
+    old_logprobs "rollout" the old ones are what the engine reported: the clipped ratio then holds
+    the mismatch, and w = 1. Ratios count as at most e^20 and have no gradient beyond.
+
+    Shapes: everything [T] float32, log-probabilities in nats.
+    """
+    ratio = _bounded_exp(logprobs - old_logprobs)
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = -torch.minimum(ratio * advantages, bounded * advantages) * importance
+    kl = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        kl = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
+        loss = loss + config.kl_coef * kl
+    with torch.no_grad():
+        clipped = (ratio * advantages > bounded * advantages).float()
+    return TokenLoss(loss, kl.detach(), clipped)
+
+
+def mismatch(differences: Sequence[FloatArray], config: LossConfig) -> Mismatch:
+    """Summary of old_logprobs - rollout_logprobs, one array [T_n] for each completion."""
+    lengths = [len(values) for values in differences]
+    if not any(lengths):
+        return Mismatch(kl=0.0, mean=0.0, max=0.0, weight=1.0, masked=0.0, truncated=0.0)
+    difference = torch.from_numpy(np.concatenate(differences))
+    level = importance_level(config)
+    log_ratios = sum_over_completions(difference, lengths) if level == "sequence" else difference
+    weights = importance_weights(log_ratios, config)
+    truncated = (_bounded_exp(log_ratios) > config.importance_cap) & (level != "off")
+    return Mismatch(
+        kl=float((_bounded_exp(difference) - difference - 1).mean()),
+        mean=float(difference.abs().mean()),
+        max=float(difference.abs().max()),
+        weight=float(weights.mean()),
+        masked=float((weights == 0).double().mean()),
+        truncated=float(truncated.double().mean()),
+    )
+
+
+def _bounded_exp(log_ratios: Tensor) -> Tensor:
+    return torch.exp(log_ratios.clamp(max=_MAX_LOG_RATIO))
