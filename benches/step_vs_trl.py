@@ -38,11 +38,11 @@ from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
 from pgrpo.model.gguf import model_folder
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.rollout.collector import Collector
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import peak_memory_bytes, processor_name
+from pgrpo.train.build import Assembly
 from pgrpo.train.trainer import Trainer
 from pgrpo.types import Rollout
 
@@ -108,18 +108,9 @@ def our_step(
     def distinct(rollouts: Sequence[Rollout]) -> list[float | Exception | None]:
         return [*reward([rollout.completion for rollout in rollouts])]
 
-    trainer = Trainer(config, RunFolder(folder / "run"), Display("pgrpo", 1))
-    scorer = Scorer([(RewardConfig(name="distinct"), distinct)])
-    trainer.collector = Collector(
-        config.run,
-        config.estimator,
-        config.generation.group_size,
-        trainer.dataset,
-        trainer.clusters,
-        trainer.builder,
-        trainer.engine,
-        scorer,
-    )
+    parts = Assembly(config)
+    parts.scorer = Scorer([(RewardConfig(name="distinct"), distinct)])
+    trainer = Trainer(parts, RunFolder(folder / "run"), Display("pgrpo", 1))
     steps = iter(range(1, 10**6))
     return lambda: void(trainer.step(next(steps)))
 

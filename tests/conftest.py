@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -34,8 +35,11 @@ from transformers import (
 )
 
 from pgrpo.cli import main
+from pgrpo.clusters.builtin import Column
+from pgrpo.clusters.membership import Membership
 from pgrpo.model.attention import ATTENTION
 from pgrpo.model.language_model import LanguageModel
+from pgrpo.types import ClusterId, Dataset, Example, Group, Rollout
 
 # Tiny tensors gain nothing from threads, and lose much when the machine is shared.
 torch.set_num_threads(1)
@@ -89,6 +93,30 @@ def tiny_model(family: str, seed: int = 0, precision: str = "fp32") -> LanguageM
 @pytest.fixture(params=list(FAMILIES))
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param)
+
+
+def grouped(
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float] | np.ndarray | None = None,
+    rewards: Sequence[float] | np.ndarray | None = None,
+) -> list[Group]:
+    """Rollouts of which those of a group stand together, as groups."""
+    unknown = np.full(len(rollouts), np.nan)
+    arrays = [np.asarray(unknown if a is None else a, np.float64) for a in (rewards, advantages)]
+    places: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        places.setdefault(rollout.group_id, []).append(place)
+    return [
+        Group(tuple(rollouts[i] for i in members), *(array[members] for array in arrays))
+        for members in places.values()
+    ]
+
+
+def members(cluster_of: Mapping[str, ClusterId]) -> Membership:
+    """Users who belong to these clusters."""
+    rows = [Example("", user, {"cluster": cluster}) for user, cluster in cluster_of.items()]
+    users = {user: np.empty(0) for user in cluster_of}
+    return Membership(Column(Column.Config(column="cluster")), Dataset(rows, [], users, ()))
 
 
 # Runs of a second or two, through the command line.

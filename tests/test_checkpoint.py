@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes, tiny_model, trace, train, write_config
+from conftest import grouped, processes, tiny_model, trace, train, write_config
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +47,7 @@ def make_policy(family: str = "smollm2", steps: int = 1) -> tuple[Policy, list[R
         max_new_tokens=4,
     )
     engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
-    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group]
+    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group.rollouts]
     for _ in range(steps):
         update(policy, rollouts)
     return policy, rollouts
@@ -54,7 +55,7 @@ def make_policy(family: str = "smollm2", steps: int = 1) -> tuple[Policy, list[R
 
 def update(policy: Policy, rollouts: list[Rollout]) -> None:
     advantages = torch.linspace(-1, 1, len(rollouts)).double().numpy()
-    policy.update(rollouts, advantages, 1e-2)
+    policy.update(grouped(rollouts, advantages), 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +209,15 @@ def test_transformers_loads_the_model_and_computes_the_same(model, tmp_path: Pat
         max_new_tokens=4,
     )
     engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
-    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group]
+    rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group.rollouts]
     update(policy, rollouts)
     folder = save_checkpoint(tmp_path, 1, policy, {"x": 1}, keep=1).model
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    for rollout, logprobs in zip(rollouts, policy.logprobs(rollouts), strict=True):
+    for rollout, logprobs in zip(
+        rollouts, itertools.chain(*policy.logprobs(grouped(rollouts))), strict=True
+    ):
         prompt, completion = rollout.prompt.token_ids, rollout.completion_ids
         with torch.no_grad():
             logits = loaded(torch.tensor([[*prompt, *completion]])).logits[0]

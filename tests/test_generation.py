@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, grouped, tiny_model
 
 from pgrpo.config.sections import LossConfig, OptimizerConfig
 from pgrpo.model.choices import branches, forced_tail, permitted
@@ -44,7 +45,7 @@ def make_engine(model: LanguageModel, **settings: float) -> TransformersEngine:
 
 def sample(engine: Engine, *args: Any, **settings: Any) -> list[Rollout]:
     groups = engine.generate(*args, **settings)
-    return [rollout for group in groups for rollout in group]
+    return [rollout for group in groups for rollout in group.rollouts]
 
 
 @pytest.mark.parametrize("choices", [False, True])
@@ -59,7 +60,9 @@ def test_rollout_logprobs_are_the_policys(model: LanguageModel, choices: bool) -
         max_new_tokens=6,
     )
     assert [r.group_id for r in rollouts] == [n // 5 for n in range(15)]
-    for rollout, values in zip(rollouts, policy.logprobs(rollouts), strict=True):
+    for rollout, values in zip(
+        rollouts, itertools.chain(*policy.logprobs(grouped(rollouts))), strict=True
+    ):
         assert len(rollout.rollout_logprobs) == len(rollout.completion_ids)
         np.testing.assert_allclose(
             rollout.rollout_logprobs[: len(values)], values, rtol=1e-4, atol=1e-5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import start, train, write_config
+from conftest import grouped, start, train, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def test_corollary_3_1(ddof: int) -> None:
         advantages = normalizer(rewards, clusters)
         histories = normalizer.snapshot()
         records = cluster_records(
-            rollouts, rewards, advantages, histories, histories, eps=EPS, ddof=ddof
+            grouped(rollouts, advantages, rewards), histories, histories, eps=EPS, ddof=ddof
         )
         assert list(records) == ["7", "a"]
         spans = {"a": [slice(0, 4), slice(6, 9)], "7": [slice(4, 6)]}
@@ -81,7 +81,9 @@ def test_clusters_that_were_not_met_and_rewards_that_are_missing() -> None:
     rewards = np.array([1.0, np.nan, 2.0, np.nan, np.nan])
     advantages = normalizer(rewards, [0] * 5)
     histories = normalizer.snapshot()
-    records = cluster_records(rollouts, rewards, advantages, histories, histories, eps=EPS, ddof=0)
+    records = cluster_records(
+        grouped(rollouts, advantages, rewards), histories, histories, eps=EPS, ddof=0
+    )
     assert records["5"]["reward"] is None
     assert records["5"]["scale_ratio"] is None
     assert (records["5"]["num_rollouts"], records["5"]["count"]) == (0, 2)
@@ -100,7 +102,9 @@ def test_terms_of_the_history_before_the_step() -> None:
     rewards = np.array([4.0, 8.0, 1.0, 2.0])
     advantages = normalizer(rewards, ["old", "old", "new", "new"])
     after = normalizer.snapshot()
-    records = cluster_records(rollouts, rewards, advantages, after, before, eps=EPS, ddof=0)
+    records = cluster_records(
+        grouped(rollouts, advantages, rewards), after, before, eps=EPS, ddof=0
+    )
     assert records["old"]["count"] == 4
     assert records["old"]["scale_ratio"] == pytest.approx((2 + EPS) / (1 + EPS))
     assert records["old"]["bias"] == pytest.approx(4 / (1 + EPS))
@@ -136,7 +140,7 @@ def test_equal_groups() -> None:
     rollouts = make_rollouts([(0, 2), (0, 2), (1, 1), (1, 2), (1, 2)])
     rewards = np.array([1, 1, 0, 1, 3, np.nan, 2, np.nan, np.nan], dtype=float)
     # Equal, different, a group of one, one reward left, none left.
-    assert equal_groups(rollouts, rewards) == pytest.approx(4 / 5)
+    assert equal_groups(grouped(rollouts, rewards=rewards)) == pytest.approx(4 / 5)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12))

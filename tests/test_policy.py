@@ -10,19 +10,23 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, grouped, tiny_model
 
 from pgrpo.config.sections import LossConfig, ModelConfig, OptimizerConfig
 from pgrpo.errors import ModelError
 from pgrpo.model import attention
 from pgrpo.model.choices import branches
 from pgrpo.model.language_model import LanguageModel, load_language_model
-from pgrpo.train import policy as policy_module
+from pgrpo.train import packing
 from pgrpo.train.policy import Policy, num_trained_tokens
 from pgrpo.types import Example, Prompt, Rollout
 
 TEMPERATURE = 0.7
 MAX_NEW_TOKENS = 8
+
+
+def flat(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [values for group in groups for values in group]
 
 
 def make_rollouts(choices: bool = False, seed: int = 0) -> list[Rollout]:
@@ -185,7 +189,7 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("choices", [False, True])
 def test_logprobs_equal_the_naive_ones(model: LanguageModel, choices: bool) -> None:
     rollouts = make_rollouts(choices)
-    got = make_policy(model).logprobs(rollouts)
+    got = flat(make_policy(model).logprobs(grouped(rollouts)))
     for rollout, values in zip(rollouts, got, strict=True):
         with torch.no_grad():
             expected = naive_logprobs(model, rollout).numpy()
@@ -209,7 +213,7 @@ def test_loss_and_gradients_equal_the_naive_ones(
     model.model.zero_grad()
 
     policy = make_policy(model, token_budget=token_budget, **settings)
-    stats = policy.update(rollouts, advantages, learning_rate=0.0)
+    stats = policy.update(grouped(rollouts, advantages), learning_rate=0.0)
     got = gradients(model)
     # clip_grad_norm_ with a bound of 1e9 leaves the gradient as it was.
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -228,7 +232,7 @@ def test_kl_penalty_equals_the_naive_one() -> None:
     loss.backward()
     expected = gradients(model)
     model.model.zero_grad()
-    stats = policy.update(rollouts, advantages, learning_rate=0.0)
+    stats = policy.update(grouped(rollouts, advantages), learning_rate=0.0)
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     assert stats.kl > 0
     for name, gradient in gradients(model).items():
@@ -309,7 +313,7 @@ def test_the_correction_equals_the_naive_one(
     )
     # Plain descent keeps rounding errors small; AdamW turns those of tiny gradients into full steps.
     policy.optimizer = torch.optim.SGD(policy.parameters.values())
-    stats = policy.update(rollouts, advantages, learning_rate=0.05)
+    stats = policy.update(grouped(rollouts, advantages), learning_rate=0.05)
 
     assert stats.loss == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
     before, after = start.model.state_dict(), model.model.state_dict()
@@ -337,12 +341,12 @@ def test_parts_of_a_step_change_nothing(
     results = []
     # The whole at once; passes of a single rollout; logits of a single row.
     for budget, limit in ((10**6, 2**24), (1, 2**24), (10**6, VOCAB)):
-        monkeypatch.setattr(policy_module, "_CHUNK_LOGITS", limit)
+        monkeypatch.setattr(packing, "_CHUNK_LOGITS", limit)
         model = tiny_model("qwen3")
         policy = make_policy(
             model, importance=level, token_budget=budget, minibatches=updates, **MASK
         )
-        stats = policy.update(rollouts, advantages, 0.0)
+        stats = policy.update(grouped(rollouts, advantages), 0.0)
         results.append((stats, gradients(model)))
     first, grads = results[0]
     for stats, others in results[1:]:
@@ -368,7 +372,7 @@ def test_passes_through_the_decoder(
     policy, calls = make_policy(model, **settings), list[int]()
     original = model.hidden
     monkeypatch.setattr(model, "hidden", lambda groups: calls.append(1) or original(groups))
-    policy.update(rollouts, np.ones(len(rollouts)), 0.0)
+    policy.update(grouped(rollouts, np.ones(len(rollouts))), 0.0)
     assert len(calls) == passes
 
 
@@ -416,7 +420,7 @@ def test_another_policys_samples_give_the_gradient_of_the_expected_reward(level:
     def error(**settings: object) -> float:
         model = tiny_model("smollm2")
         policy = make_policy(model, aggregation="dr_grpo", **settings)
-        policy.update(others, q * advantages, learning_rate=0.0)
+        policy.update(grouped(others, q * advantages), learning_rate=0.0)
         got = torch.cat([g.flatten() for g in gradients(model).values()])
         return float((got - expected).norm() / expected.norm())
 
@@ -446,7 +450,7 @@ def test_nonsense_from_the_engine_leaves_everything_finite(
     ]
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
     advantages[0] = 0.0  # enters the passes where there is a KL penalty
-    stats = make_policy(model, epochs=2, **settings).update(rollouts, advantages, 1e-3)
+    stats = make_policy(model, epochs=2, **settings).update(grouped(rollouts, advantages), 1e-3)
     assert np.isfinite([stats.loss, stats.grad_norm, *asdict(stats.mismatch).values()]).all()
     assert stats.mismatch.max > 3
 
@@ -461,9 +465,9 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
     losses, grads = [], []
     for limit in (2**24, 3 * VOCAB):
-        monkeypatch.setattr(policy_module, "_CHUNK_LOGITS", limit)
+        monkeypatch.setattr(packing, "_CHUNK_LOGITS", limit)
         model = tiny_model("qwen3")
-        losses.append(make_policy(model).update(rollouts, advantages, 0.0).loss)
+        losses.append(make_policy(model).update(grouped(rollouts, advantages), 0.0).loss)
         grads.append(gradients(model))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in grads[0].items():
@@ -475,10 +479,10 @@ def test_the_fused_kernel_gives_the_gradients_of_the_plain_formula(
 ) -> None:
     rollouts = make_rollouts()
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
-    make_policy(model).update(rollouts, advantages, 0.0)
+    make_policy(model).update(grouped(rollouts, advantages), 0.0)
     plain = gradients(model)
     monkeypatch.setattr(attention, "_PLAIN_LIMIT", {})
-    make_policy(model).update(rollouts, advantages, 0.0)
+    make_policy(model).update(grouped(rollouts, advantages), 0.0)
     for name, gradient in gradients(model).items():
         assert (gradient - plain[name]).norm() < 1e-5 * plain[name].norm()
 
@@ -491,7 +495,7 @@ def test_autocast_gives_the_gradients_of_fp32_to_the_precision_of_bf16(importanc
     for precision in ("fp32", "autocast"):
         # Its head is not tied to the embeddings, so that a gradient that it lacks shows.
         model = tiny_model("qwen3", precision=precision)
-        make_policy(model, importance=importance).update(rollouts, advantages, 0.0)
+        make_policy(model, importance=importance).update(grouped(rollouts, advantages), 0.0)
         grads.append(torch.cat([g.flatten() for g in gradients(model).values()]))
     assert grads[1].dtype == torch.float32
     error = (grads[1] - grads[0]).norm() / grads[0].norm()
@@ -521,7 +525,7 @@ def test_smollm2_itself_has_the_naive_loss_and_gradients(aggregation: str) -> No
     loss.backward()
     expected = gradients(model)
     model.model.zero_grad()
-    stats = make_policy(model, aggregation=aggregation).update(rollouts, advantages, 0.0)
+    stats = make_policy(model, aggregation=aggregation).update(grouped(rollouts, advantages), 0.0)
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in gradients(model).items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
@@ -537,7 +541,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
             model.model.train()
-        make_policy(model).update(rollouts, advantages, 0.0)
+        make_policy(model).update(grouped(rollouts, advantages), 0.0)
         grads.append(gradients(model))
     for name, gradient in grads[0].items():
         torch.testing.assert_close(gradient, grads[1][name], rtol=1e-5, atol=1e-7)
@@ -546,7 +550,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_minibatches_and_epochs_step_through_all_groups() -> None:
     model, rollouts = tiny_model("smollm2"), make_rollouts()
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
-    stats = make_policy(model, epochs=2, minibatches=2).update(rollouts, advantages, 1e-3)
+    stats = make_policy(model, epochs=2, minibatches=2).update(grouped(rollouts, advantages), 1e-3)
     assert stats.num_updates == 4
     assert stats.clipped > 0  # the policy has moved away from the old one
 
@@ -554,11 +558,11 @@ def test_minibatches_and_epochs_step_through_all_groups() -> None:
 def test_an_update_raises_the_probability_of_what_was_good() -> None:
     model, rollouts = tiny_model("smollm2"), make_rollouts()
     policy = make_policy(model)
-    before = [values.sum() for values in policy.logprobs(rollouts)]
+    before = [values.sum() for values in flat(policy.logprobs(grouped(rollouts)))]
     advantages = np.zeros(len(rollouts))
     advantages[0], advantages[-1] = 1.0, -1.0
-    policy.update(rollouts, advantages, 1e-3)
-    after = [values.sum() for values in policy.logprobs(rollouts)]
+    policy.update(grouped(rollouts, advantages), 1e-3)
+    after = [values.sum() for values in flat(policy.logprobs(grouped(rollouts)))]
     assert after[0] > before[0]
     assert after[-1] < before[-1]
 
@@ -566,9 +570,9 @@ def test_an_update_raises_the_probability_of_what_was_good() -> None:
 def test_a_step_without_signal_still_moves_by_momentum() -> None:
     model, rollouts = tiny_model("smollm2"), make_rollouts()
     policy = make_policy(model)
-    policy.update(rollouts, np.ones(len(rollouts)), 1e-3)
+    policy.update(grouped(rollouts, np.ones(len(rollouts))), 1e-3)
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
-    stats = policy.update(rollouts, np.zeros(len(rollouts)), 1e-3)
+    stats = policy.update(grouped(rollouts, np.zeros(len(rollouts))), 1e-3)
     assert stats.grad_norm == 0
     assert asdict(stats.mismatch) == {
         "kl": 0,
@@ -586,7 +590,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None
     policy = make_policy(model)
     before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
     with pytest.raises(ModelError, match="expected finite values"):
-        policy.update(rollouts, np.full(len(rollouts), np.inf), 1e-3)
+        policy.update(grouped(rollouts, np.full(len(rollouts), np.inf)), 1e-3)
     assert all((p == before[n]).all() for n, p in model.model.named_parameters())
 
 
@@ -605,7 +609,7 @@ def test_single_choice_tokens_cost_nothing_beyond_the_prompt(
         return out
 
     monkeypatch.setattr(model, "hidden", hidden)
-    make_policy(model).update(rollouts, np.array([1.0, -1.0, 0.5, 1.0]), 1e-3)
+    make_policy(model).update(grouped(rollouts, np.array([1.0, -1.0, 0.5, 1.0])), 1e-3)
     assert seen == [len(prompt.token_ids)]
 
 

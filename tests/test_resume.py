@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ def resume(run: Path) -> None:
     assert main(["train", "--resume", str(run)]) == 0
 
 
-def wait_for(path: Path) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.005)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +168,19 @@ def long_unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
 def test_killed_again_and_again_by_the_clock(
     long_unbroken: tuple[Path, float], tmp_path: Path
 ) -> None:
+    """Somewhere within a step: other load slows the run down, but not past what it is watched for."""
     whole, duration_s = long_unbroken
     run, clock = tmp_path / "run", random.Random(1)
     command = ["train", write_config(tmp_path, LONG), "--out", run]
-    kills = 0
-    for _ in range(4):
+    for num_steps in (4, 9, 15, 20):
         process = start(*command)
-        wait_for(run / "metrics.jsonl")
-        process.join(clock.uniform(0.2, 0.6) * duration_s)
+        wait_for(lambda n=num_steps: num_lines(run / "metrics.jsonl") >= n)
+        process.join(clock.uniform(0, 2) * duration_s / LONG["run.num_steps"])
         process.kill()
         process.join()
-        kills += process.exitcode == -9
+        assert process.exitcode == -9
         command = ["train", "--resume", run]
-    assert kills >= 2
-    if 'status": "finished' not in (run / "run.json").read_text("utf-8"):
-        resume(run)
+    resume(run)
     assert trace(run) == trace(whole)
 
 
@@ -186,7 +188,7 @@ def test_the_command_itself_is_killed(long_unbroken: tuple[Path, float], tmp_pat
     run, config = tmp_path / "run", write_config(tmp_path, LONG)
     command = [str(Path(sys.executable).with_name("pgrpo")), "train", str(config)]
     with subprocess.Popen([*command, "--out", str(run)], stdout=subprocess.DEVNULL) as process:
-        wait_for(run / "checkpoints" / "step-000004")
+        wait_for((run / "checkpoints" / "step-000004").exists)
         process.kill()
     assert process.returncode == -9
     resume(run)

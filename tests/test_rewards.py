@@ -15,7 +15,7 @@ from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import ConfigError, PluginError
 from pgrpo.plugins.registry import load_registry
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.types import Example, Prompt, Rollout
+from pgrpo.types import Example, Group, Prompt, Rollout
 
 REGISTRY = load_registry()
 
@@ -217,7 +217,8 @@ def judge_section(url: str, **settings: object) -> RewardConfig:
 
 def score(section: RewardConfig, *rollouts: Rollout) -> list[float]:
     with Scorer([(section, REGISTRY.reward(section))]) as scorer:
-        return scorer.score([rollouts])[1].tolist()
+        (group,) = scorer.score([Group.sampled(rollouts)])
+        return group.rewards.tolist()
 
 
 def test_the_judge_is_asked_the_filled_template_and_answers_a_number(serve, monkeypatch):

@@ -17,21 +17,29 @@ import pytest
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import EngineError, PluginError
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.types import Example, Prompt, Rollout
+from pgrpo.types import Example, Group, Prompt, Rollout
 
 
-def group(group_id: int, *completions: str) -> list[Rollout]:
-    return [
-        Rollout(
-            prompt=Prompt(Example(f"Question {group_id}?", user="u"), 0, (1,)),
-            group_id=group_id,
-            completion_ids=(1,),
-            completion=text,
-            rollout_logprobs=(0.0,),
-            truncated=False,
-        )
-        for text in completions
-    ]
+def group(group_id: int, *completions: str) -> Group:
+    return Group.sampled(
+        [
+            Rollout(
+                prompt=Prompt(Example(f"Question {group_id}?", user="u"), 0, (1,)),
+                group_id=group_id,
+                completion_ids=(1,),
+                completion=text,
+                rollout_logprobs=(0.0,),
+                truncated=False,
+            )
+            for text in completions
+        ]
+    )
+
+
+def flat(groups: list[Group]) -> tuple[list[Rollout], np.ndarray]:
+    """All rollouts of scored groups, and their rewards."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return rollouts, np.concatenate([np.zeros(0), *(group.rewards for group in groups)])
 
 
 def section(name: str = "plugin", **settings: object) -> RewardConfig:
@@ -60,21 +68,20 @@ def test_the_score_is_the_weighted_sum(reward):
     rewards = [(section(weight=0.5), reward), (section(weight=-3.0), shout)]
     with Scorer(rewards) as scorer:
         groups = [group(0, "a", "BB"), group(1, "ccc")]
-        rollouts, scores = scorer.score(groups)
-        assert rollouts == groups[0] + groups[1]
+        rollouts, scores = flat(scorer.score(groups))
+        assert rollouts == [*groups[0].rollouts, *groups[1].rollouts]
         assert scores.dtype == np.float64
         assert scores.tolist() == [0.5, -2.0, 1.5]
-        rollouts, scores = scorer.score([])
+        rollouts, scores = flat(scorer.score([]))
         assert rollouts == [] and scores.shape == (0,) and scores.dtype == np.float64
 
 
-def test_none_means_no_reward_and_is_no_failure():
+def test_none_means_no_reward_and_is_no_failure(caplog):
     rewards = [(section(), length), (section(weight=0.0), lambda rs: [1, None, True])]
     with Scorer(rewards) as scorer:
-        _, scores = scorer.score([group(0, "a", "b", "c")])
+        _, scores = flat(scorer.score([group(0, "a", "b", "c")]))
         np.testing.assert_array_equal(scores, [1, np.nan, 1])
-        assert scorer.num_unrewarded == 0
-        assert scorer.last_error is None
+    assert not caplog.records
 
 
 def test_an_async_plugin_keeps_one_event_loop():
@@ -99,7 +106,7 @@ def test_rewards_are_called_at_once():
         return [1.0]
 
     with Scorer([(section("one"), reward), (section("two"), reward)]) as scorer:
-        assert scorer.score([group(0, "a")])[1].tolist() == [2.0]
+        assert flat(scorer.score([group(0, "a")]))[1].tolist() == [2.0]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -119,7 +126,7 @@ def test_groups_are_scored_while_further_ones_are_generated(kind):
             assert scored[i].wait(20)  # before the next group is asked for
 
     with Scorer([(section(), reward if kind == "sync" else async_reward)]) as scorer:
-        rollouts, _ = scorer.score(engine())
+        rollouts, _ = flat(scorer.score(engine()))
     assert [r.group_id for r in rollouts] == [0, 1, 2]
 
 
@@ -141,7 +148,7 @@ def test_order_of_arrival_and_speed_change_nothing():
 
     groups = [group(i, *(f"{i}-{k}" for k in range(1 + i % 4))) for i in range(24)]
     expected = []
-    for r in (r for g in groups for r in g):
+    for r in (r for g in groups for r in g.rollouts):
         total = 0.0
         for salt in range(4):
             total += 0.1 * (salt + 1) * noise(r, salt)
@@ -157,8 +164,8 @@ def test_order_of_arrival_and_speed_change_nothing():
             for salt in range(4)
         ]
         with Scorer(rewards, max_waiting=seed * 8) as scorer:
-            rollouts, scores = scorer.score(shuffled.sample(groups, len(groups)))
-        assert rollouts == [r for g in groups for r in g]
+            rollouts, scores = flat(scorer.score(shuffled.sample(groups, len(groups))))
+        assert rollouts == [r for g in groups for r in g.rollouts]
         assert scores.tolist() == expected
 
 
@@ -176,7 +183,7 @@ def test_a_reward_of_the_step_gets_everything_in_order_at_the_end():
         return range(len(rollouts))
 
     with Scorer([(section(batch="step"), reward), (section(), length)]) as scorer:
-        _, scores = scorer.score(engine())
+        _, scores = flat(scorer.score(engine()))
     assert calls == [(["0a", "0b", "1a", "1b", "2a", "2b"], 3)]
     assert scores.tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
@@ -207,7 +214,7 @@ def test_the_engine_pauses_while_too_many_groups_wait(max_waiting):
     watcher = threading.Thread(target=watch)
     watcher.start()
     with Scorer([(section(num_workers=2), reward)], max_waiting=max_waiting) as scorer:
-        _, scores = scorer.score(engine())
+        _, scores = flat(scorer.score(engine()))
     watcher.join()
     assert seen == [max_waiting + 1]
     assert scores.tolist() == [1.0] * 12
@@ -268,11 +275,11 @@ def test_time_runs_from_the_call_on_not_in_the_queue():
     # The last one waits five times as long as a call takes, which is longer than one may take.
     config = section(num_workers=1, timeout_s=1.0)
     with Scorer([(config, reward)]) as scorer:
-        assert scorer.score(group(i, "a") for i in range(6))[1].tolist() == [1.0] * 6
+        assert flat(scorer.score(group(i, "a") for i in range(6)))[1].tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_hung_call_gives_its_place_back(kind):
+def test_a_hung_call_gives_its_place_back(kind, caplog):
     released = threading.Event()
 
     def hang(rollouts):
@@ -287,9 +294,9 @@ def test_a_hung_call_gives_its_place_back(kind):
 
     config = section(num_workers=1, timeout_s=1.0, on_error="no_reward")
     with Scorer([(config, hang if kind == "sync" else async_hang)]) as scorer:
-        _, scores = scorer.score(group(i, "a") for i in range(4))
+        _, scores = flat(scorer.score(group(i, "a") for i in range(4)))
         np.testing.assert_array_equal(scores, [np.nan, 1.0, 1.0, 1.0])
-        assert scorer.num_unrewarded == 1 and "timeout_s = 1" in scorer.last_error
+    assert "timeout_s = 1" in caplog.text
     released.set()
 
 
@@ -312,7 +319,7 @@ def test_an_async_plugin_that_blocks_holds_up_nobody_else():
         released.set()
 
     with Scorer([(section("blocker"), blocker), (section("other"), other)]) as scorer:
-        assert scorer.score(engine())[1].tolist() == [1.0] * 3
+        assert flat(scorer.score(engine()))[1].tolist() == [1.0] * 3
 
 
 def raises(rollouts):
@@ -504,7 +511,7 @@ def test_a_scorer_goes_on_after_a_failure():
     with Scorer([(section(num_workers=1), async_raises)]) as scorer:
         with pytest.raises(PluginError):
             scorer.score([group(i, "bad") for i in range(9)])
-        assert scorer.score([group(0, "good")])[1].tolist() == [0.0]
+        assert flat(scorer.score([group(0, "good")]))[1].tolist() == [0.0]
 
 
 def run(program: str) -> str:
@@ -514,8 +521,9 @@ import os, signal, time
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import PluginError
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.types import Example, Prompt, Rollout
-groups = [[Rollout(Prompt(Example("q", user="u"), 0, (1,)), 0, (1,), "a", (0.0,), False)]]
+from pgrpo.types import Example, Group, Prompt, Rollout
+rollout = Rollout(Prompt(Example("q", user="u"), 0, (1,)), 0, (1,), "a", (0.0,), False)
+groups = [Group.sampled([rollout])]
 """
     start = time.monotonic()
     result = subprocess.run(
@@ -566,7 +574,7 @@ def test_retry_tries_three_times_then_fails():
 
     config = section(on_error="retry")
     with Scorer([(config, lambda rs: flaky(rs, until=3))], pauses_s=(0.05, 0.15)) as scorer:
-        assert scorer.score([group(0, "a")])[1].tolist() == [1.0]
+        assert flat(scorer.score([group(0, "a")]))[1].tolist() == [1.0]
     assert len(times) == 3
     assert times[1] - times[0] >= 0.05 and times[2] - times[1] >= 0.15
 
@@ -605,7 +613,7 @@ def test_a_pause_before_a_retry_holds_up_no_other_group():
 
     calls.clear()
     with Scorer([(config, flaky)], pauses_s=(0.0,)) as scorer:
-        _, scores = scorer.score(group(i, "a") for i in range(3))
+        _, scores = flat(scorer.score(group(i, "a") for i in range(3)))
     assert scores.tolist() == [0.0, 1.0, 2.0]
     assert sorted(calls) == [0, 0, 1, 2]
 
@@ -613,13 +621,12 @@ def test_a_pause_before_a_retry_holds_up_no_other_group():
 def test_no_reward_goes_on_counts_and_logs_once(caplog):
     rewards = [(section("weak", on_error="no_reward"), raises), (section(), length)]
     with Scorer(rewards) as scorer, caplog.at_level(logging.WARNING, logger="pgrpo"):
-        _, scores = scorer.score([group(0, "bad", "bb"), group(1, "a")])
+        _, scores = flat(scorer.score([group(0, "bad", "bb"), group(1, "a")]))
         np.testing.assert_array_equal(scores, [np.nan, np.nan, 1.0])
-        _, scores = scorer.score([group(0, "aaa", "bb")])
+        _, scores = flat(scorer.score([group(0, "aaa", "bb")]))
         np.testing.assert_array_equal(scores, [3.0, 2.0])
-        scorer.score([group(0, "aaa", "bad")])
-        assert scorer.num_unrewarded == 4
-        assert "'weak' failed" in scorer.last_error and "oh no" in scorer.last_error
+        _, scores = flat(scorer.score([group(0, "aaa", "bad")]))
+        np.testing.assert_array_equal(scores, [np.nan, np.nan])
     assert len(caplog.records) == 1
     assert "oh no" in caplog.text
 
@@ -629,6 +636,5 @@ def test_no_reward_costs_only_the_rollouts_with_a_bad_entry():
         return [1.0, math.nan, ValueError("x"), None, 5]
 
     with Scorer([(section(on_error="no_reward"), reward)] * 2) as scorer:
-        _, scores = scorer.score([group(0, *"abcde")])
+        _, scores = flat(scorer.score([group(0, *"abcde")]))
         np.testing.assert_array_equal(scores, [2.0, np.nan, np.nan, np.nan, 10.0])
-        assert scorer.num_unrewarded == 2  # None is no failure, and two rewards count once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_tokenizer
+from conftest import members, tiny_tokenizer
 
 from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import DataError, ModelError
@@ -27,7 +27,7 @@ def make_builder(
         tokenizer,
         ModelConfig.model_validate({"name": "m", **model}),
         GenerationConfig(max_prompt_tokens=max_prompt_tokens),
-        {"u": "c", "v": 3},
+        members({"u": "c", "v": 3}),
     )
 
 
@@ -56,8 +56,8 @@ def test_special_tokens_are_not_added_twice() -> None:
         single="w20 $A", special_tokens=[("w20", 20)]
     )
     settings = GenerationConfig()
-    plain = PromptBuilder(tokenizer, ModelConfig(name="m"), settings, {"u": 0})
-    chat = PromptBuilder(tokenizer, ModelConfig(name="m", chat=True), settings, {"u": 0})
+    plain = PromptBuilder(tokenizer, ModelConfig(name="m"), settings, members({"u": 0}))
+    chat = PromptBuilder(tokenizer, ModelConfig(name="m", chat=True), settings, members({"u": 0}))
     example = Example("w5", "u", choices=("w6", "w7"))
     assert plain.build(example).token_ids == (20, 5)
     assert chat.build(example).token_ids == (20, 10, 5, 12)
@@ -97,7 +97,7 @@ def test_choices() -> None:
 def test_choices_that_begin_one_another_need_an_end_token() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
-    builder = PromptBuilder(tokenizer, ModelConfig(name="m"), GenerationConfig(), {"u": 0})
+    builder = PromptBuilder(tokenizer, ModelConfig(name="m"), GenerationConfig(), members({"u": 0}))
     with pytest.raises(DataError, match="begins another, and there is no end token"):
         builder.build(Example("w5", "u", choices=("w6", "w6 w7")))
 

@@ -20,9 +20,10 @@ from pgrpo.rollout.collector import Collector
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
 from pgrpo.train.policy import Policy
 from pgrpo.train.trainer import Trainer
-from pgrpo.types import Rollout
+from pgrpo.types import Group, Rollout
 
 NUM_PROMPTS, GROUP = 4, 3
 # Every rollout is written to samples.jsonl.
@@ -125,14 +126,17 @@ Batch = tuple[Collector, list[Rollout], np.ndarray, np.ndarray]
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """What each step of a run normalises: trainer, rollouts, rewards and advantages."""
     seen: list[Batch] = []
-    compute = Collector._advantages
+    normalize = Collector._normalize
 
-    def spy(self: Collector, rollouts: list[Rollout], rewards: np.ndarray) -> np.ndarray:
-        advantages = compute(self, rollouts, rewards)
+    def spy(self: Collector, scored: list[Group]) -> list[Group]:
+        groups = normalize(self, scored)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rewards = np.concatenate([group.rewards for group in groups])
+        advantages = np.concatenate([group.advantages for group in groups])
         seen.append((self, rollouts, rewards, advantages))
-        return advantages
+        return groups
 
-    monkeypatch.setattr(Collector, "_advantages", spy)
+    monkeypatch.setattr(Collector, "_normalize", spy)
     return seen
 
 
@@ -256,9 +260,9 @@ def test_the_shuffled_arm_reads_the_histories_of_others(run: Path, tmp_path: Pat
     estimator = {"name": "pgrpo", "history": "shuffled"}
     config = parse_config(tiny_run({**ALL, "estimator": estimator}))
     folder = RunFolder(tmp_path / "shuffled")
-    with folder:
-        trainer = Trainer(config, folder, Display("x", 4))
-        own, read = trainer.clusters, trainer.collector._history_of
+    with folder, Assembly(config) as parts:
+        trainer = Trainer(parts, folder, Display("x", 4))
+        own, read = parts.members.histories("cluster", 0), trainer.collector._history_of
         assert own.keys() == read.keys()
         assert Counter(own.values()) == Counter(read.values()), "clusters of the same sizes"
         assert own != read
@@ -303,9 +307,9 @@ def test_rollouts_without_a_reward_are_left_out(
     updated: list[int] = []
     update = Policy.update
 
-    def count(self: Policy, rollouts: list, *arguments: object):
-        updated.append(len(rollouts))
-        return update(self, rollouts, *arguments)
+    def count(self: Policy, groups: list[Group], *arguments: object):
+        updated.append(sum(len(group.rollouts) for group in groups))
+        return update(self, groups, *arguments)
 
     monkeypatch.setattr(Policy, "update", count)
     run = train(
@@ -328,12 +332,11 @@ def test_rollouts_without_a_reward_are_left_out(
         assert all(s["advantage"] == 0 for s in without)
 
 
-def test_every_example_comes_once_per_epoch_in_another_order(tmp_path: Path) -> None:
+def test_every_example_comes_once_per_epoch_in_another_order() -> None:
     config = parse_config(tiny_run({"data": {"name": "personas", "num_examples": 64, "words": 2}}))
-    with RunFolder(tmp_path / "run") as folder:
-        trainer = Trainer(config, folder, Display("x", 4))
-        examples = [id(e) for step in range(1, 33) for e in trainer.collector._examples(step)]
-    everything = {id(example) for example in trainer.dataset.train}
+    with Assembly(config) as parts:
+        examples = [id(e) for step in range(1, 33) for e in parts.collector._examples(step)]
+        everything = {id(example) for example in parts.dataset.train}
     first, second = examples[:64], examples[64:]
     assert set(first) == set(second) == everything
     assert first != second

@@ -1,4 +1,4 @@
-"""The records that flow through a step: example -> prompt -> rollout.
+"""What flows through a step: example -> prompt -> rollouts of a group.
 
 Axes are named as everywhere in the package: N rollouts, G rollouts of a group, T tokens,
 K clusters.
@@ -67,7 +67,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One prompt with one completion; rewards and advantages are arrays [N] beside it."""
+    """One prompt with one completion."""
 
     prompt: Prompt
     group_id: int
@@ -81,3 +81,41 @@ class Rollout:
     """True when max_new_tokens ended the completion."""
     policy_version: int = 0
     """Number of weight updates the sampling policy had seen."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The rollouts of one prompt, with what becomes known of them on the way through a step.
+
+    An engine samples it, the scorer adds rewards, the collector advantages, and the policy learns
+    from it; each of them makes a new one with `dataclasses.replace`.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    """[G], never empty."""
+    rewards: FloatArray
+    """[G] raw; NaN where there is none, or not yet."""
+    advantages: FloatArray
+    """[G]; NaN before they are computed."""
+
+    @classmethod
+    def sampled(cls, rollouts: Sequence[Rollout]) -> Group:
+        """Rollouts of which nothing further is known."""
+        unknown = np.full(len(rollouts), np.nan)
+        return cls(tuple(rollouts), unknown, unknown)
+
+    @property
+    def prompt(self) -> Prompt:
+        """What all rollouts answer."""
+        return self.rollouts[0].prompt
+
+    @property
+    def group_id(self) -> int:
+        """The place of the group within its step."""
+        return self.rollouts[0].group_id
+
+
+def split_by_group(values: FloatArray, groups: Sequence[Group]) -> list[FloatArray]:
+    """One array [G] for each group, out of the values [N] of all their rollouts."""
+    ends = np.cumsum([len(group.rollouts) for group in groups])
+    return np.split(values, ends[:-1])

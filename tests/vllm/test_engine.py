@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import grouped
 from models import SMOLLM2, config_of, running, small_model
 
 from pgrpo.config.sections import LossConfig, OptimizerConfig, RewardConfig
@@ -20,7 +22,7 @@ from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.engines.vllm import weights
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
 from pgrpo.train.policy import Policy
-from pgrpo.types import Example, Prompt, Rollout
+from pgrpo.types import Example, Group, Prompt, Rollout
 
 TEXTS = (
     "A film about the sea, seen by someone who loves the mountains more than anything, and twice.",
@@ -50,8 +52,8 @@ def prompts_of(model: LanguageModel, *choices: tuple[str, ...] | None) -> list[P
 
 
 def sample(engine: Engine, *args: Any, **settings: Any) -> list[Rollout]:
-    groups = sorted(engine.generate(*args, **settings), key=lambda group: group[0].group_id)
-    return [rollout for group in groups for rollout in group]
+    groups = sorted(engine.generate(*args, **settings), key=lambda group: group.group_id)
+    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def policy_of(model: LanguageModel, **settings: Any) -> Policy:
@@ -69,7 +71,7 @@ def largest_difference(policy: Policy, rollouts: list[Rollout]) -> float:
     """Between the engine's log-probabilities and the trainer's, in nats."""
     return max(
         float(np.abs(np.array(r.rollout_logprobs[: len(own)]) - own).max(initial=0.0))
-        for r, own in zip(rollouts, policy.logprobs(rollouts), strict=True)
+        for r, own in zip(rollouts, chain(*policy.logprobs(grouped(rollouts))), strict=True)
     )
 
 
@@ -107,7 +109,7 @@ def test_logprobs_agree_after_each_of_three_training_steps(pair: Pair) -> None:
         assert {r.policy_version for r in rollouts} == {version}
         assert largest_difference(policy, rollouts) < 1e-4
         advantages = np.linspace(-1.0, 1.0, len(rollouts))
-        policy.update(rollouts, advantages, 1e-4)
+        policy.update(grouped(rollouts, advantages), 1e-4)
         assert largest_difference(policy, rollouts) > 1e-2, "the step moved the policy"
 
 
@@ -261,7 +263,7 @@ def test_an_iterator_closed_early_leaves_the_engine_usable(pair: Pair) -> None:
     prompts = prompts_of(model, LABELS, None, None, None)
     expected = sample(engine, prompts, 4, seed=2)
     groups = engine.generate(prompts, 4, seed=2)
-    assert next(groups)[0].group_id == 0, "a choice is finished first"
+    assert next(groups).group_id == 0, "a choice is finished first"
     groups.close()
     assert engine.sync(0).num_bytes > 0, "no request holds blocks any more"
     assert sample(engine, prompts, 4, seed=2) == expected
@@ -297,13 +299,15 @@ def test_rewards_are_computed_while_others_are_generated(pair: Pair) -> None:
     ]
     finished: dict[int, float] = {}
 
-    def watched() -> Iterator[list[Rollout]]:
+    def watched() -> Iterator[Group]:
         for group in engine.generate(prompts, 4, seed=0):
-            finished[group[0].group_id] = time.monotonic()
+            finished[group.group_id] = time.monotonic()
             yield group
 
     with Scorer(sections) as scorer:
-        rollouts, rewards = scorer.score(watched())
+        scored = scorer.score(watched())
+    rollouts = [rollout for group in scored for rollout in group.rollouts]
+    rewards = np.concatenate([group.rewards for group in scored])
     assert list(finished)[:2] == [1, 3], "choices are finished before free completions"
     assert called[1] < finished[0], "and scored meanwhile"
     assert [r.group_id for r in rollouts] == [n // 4 for n in range(16)]
@@ -337,7 +341,7 @@ def test_other_weights(model_name: str) -> None:
             else:
                 assert error < 1e-5
                 assert largest < 1e-4
-            policy.update(rollouts, np.linspace(-1.0, 1.0, len(rollouts)), 1e-2)
+            policy.update(grouped(rollouts, np.linspace(-1.0, 1.0, len(rollouts))), 1e-2)
 
 
 def test_adapters_are_loaded_in_place() -> None:
@@ -351,7 +355,7 @@ def test_adapters_are_loaded_in_place() -> None:
             assert stats.num_bytes < 200_000, "the adapters alone"
             rollouts = sample(engine, prompts, 4, seed=version)
             assert largest_difference(policy, rollouts) < 1e-4
-            policy.update(rollouts, np.linspace(-1.0, 1.0, len(rollouts)), 1e-2)
+            policy.update(grouped(rollouts, np.linspace(-1.0, 1.0, len(rollouts))), 1e-2)
             assert largest_difference(policy, rollouts) > 1e-3
 
 

@@ -161,11 +161,11 @@ def _train(options: argparse.Namespace) -> None:
         folder.require_new()
     # Only now, for it takes seconds, and what is wrong with a config should be told at once.
     from pgrpo.runs.display import Display
-    from pgrpo.train.trainer import Trainer
+    from pgrpo.train.trainer import train
 
     display = Display(config.estimator.name, config.run.num_steps)
     with folder, display:
-        verdict = Trainer(config, folder, display).run()
+        verdict = train(config, folder, display)
     _say(verdict, folder.path / "report.html")
 
 

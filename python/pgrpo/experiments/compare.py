@@ -17,7 +17,7 @@ from pgrpo.report import Verdict, write_report
 from pgrpo.runs.config import Config, parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder, disk_errors
-from pgrpo.train.trainer import Trainer
+from pgrpo.train.trainer import train
 
 
 def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Verdict:
@@ -58,7 +58,7 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                     display.note(f"finished earlier: {folder.path}")
                 else:
                     with folder, display:
-                        Trainer(plans[f"{name}/seed-{seed}"], folder, display).run()
+                        train(plans[f"{name}/seed-{seed}"], folder, display)
                 peers[name] = {r["step"]: r["reward"] for r in folder.records("metrics.jsonl")}
     return write_report([out / name for name in plans], out / "report.html")
 

@@ -118,6 +118,27 @@ class LanguageModel:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    def permitted_logits(
+        self, hidden: Tensor, permitted: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, dict[int, int]]:
+        """Logits where only some tokens may come next.
+
+        Args:
+            hidden: [R, hidden].
+            permitted: of each row, the ids that may come next.
+
+        Returns:
+            [R, U] over all ids that some row permits, -inf where the row itself does not; and the
+            column of each id, ascending.
+        """
+        union = sorted({token for tokens in permitted for token in tokens})
+        column = {token: i for i, token in enumerate(union)}
+        forbidden = torch.ones(len(permitted), len(union), dtype=torch.bool)
+        for row, tokens in enumerate(permitted):
+            forbidden[row, [column[token] for token in tokens]] = False
+        logits = self.logits(hidden, torch.tensor(union, device=hidden.device))
+        return logits.masked_fill(forbidden.to(logits.device), -torch.inf), column
+
     def _decode(self, ids: Tensor, positions: Tensor, groups: SharedPrefix | PrefixCache) -> Tensor:
         out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, groups=groups)
         return out.last_hidden_state[0]

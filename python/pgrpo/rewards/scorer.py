@@ -15,16 +15,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_result,
+    stop_after_attempt,
+    wait_chain,
+    wait_fixed,
+)
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import PgrpoError, PluginError
 from pgrpo.plugins.hookspecs import Reward
-from pgrpo.types import FloatArray, Rollout
+from pgrpo.types import FloatArray, Group, Rollout, split_by_group
 
 _log = logging.getLogger("pgrpo")
 
@@ -50,19 +59,13 @@ class Scorer:
             worked in vain when one stops the run.
     """
 
-    num_unrewarded: int
-    """Rollouts that went without a reward because a plugin failed on them."""
-    last_error: str | None
-    """What the latest of those failures was; each plugin's first one is also logged."""
-
     def __init__(
         self,
         rewards: Sequence[tuple[RewardConfig, Reward]],
         pauses_s: Sequence[float] = (0.5, 2.0),
         max_waiting: int = 64,
     ) -> None:
-        self.num_unrewarded = 0
-        self.last_error = None
+        self._interrupted: Future[None] = Future()
         self._pauses_s = tuple(pauses_s)
         self._max_waiting = max_waiting
         self._logged: set[_Worker] = set()
@@ -79,7 +82,13 @@ class Scorer:
         for worker in self._workers:
             worker.close()
 
-    def score(self, groups: Iterable[Sequence[Rollout]]) -> tuple[list[Rollout], FloatArray]:
+    def interrupt(self) -> None:
+        """Make a `score` that another thread is in end at once, with a CancelledError; so will any
+        later one."""
+        if not self._interrupted.done():
+            self._interrupted.set_exception(CancelledError())
+
+    def score(self, groups: Iterable[Group]) -> list[Group]:
         """Score groups while this thread pulls them, in whatever order they come.
 
         A plugin that returns None gives a rollout no reward, which is no error. Under on_error
@@ -87,12 +96,12 @@ class Scorer:
         returned another number of rewards, else those with a bad one.
 
         Args:
-            groups: each the rollouts of one group_id. It is closed at the end if it can be. Whatever
-                ends the scoring early also ends the calls under way.
+            groups: of different group_ids. It is closed at the end if it can be. Whatever ends the
+                scoring early also ends the calls under way.
 
         Returns:
-            All rollouts by group_id, and their raw rewards [N]: sum over rewards of
-            weight * reward, NaN where one is missing. Neither depends on who is faster.
+            The groups by group_id, with raw rewards: sum over rewards of weight * reward, NaN where
+            one is missing. Neither depends on who is faster.
 
         Raises:
             PluginError: a reward with on_error "fail" or "retry" raised, outlasted timeout_s, or
@@ -104,31 +113,44 @@ class Scorer:
         # The supervisor takes all that it runs with it when it is closed.
         with source, closing(_EventLoop()) as supervisor:
             places = {w: asyncio.Semaphore(w.section.num_workers) for w in self._workers}
-            parts: list[tuple[tuple[Rollout, ...], Future[_Answers]]] = []
+            parts: list[tuple[Group, Future[_Answers]]] = []
             under_way: set[Future[_Answers]] = set()
             for group in iterator:
-                part = tuple(group)
-                call = supervisor.start(self._ask("group", places, part))
-                parts.append((part, call))
+                call = supervisor.start(self._ask("group", places, group.rollouts))
+                parts.append((group, call))
                 under_way.add(call)
-                _wait(under_way, at_most=self._max_waiting)
+                self._wait(under_way, at_most=self._max_waiting)
             if not parts:
-                return [], np.zeros(0)
-            parts.sort(key=lambda part: part[0][0].group_id)
-            rollouts = [rollout for part, _ in parts for rollout in part]
+                return []
+            parts.sort(key=lambda part: part[0].group_id)
+            scored = [group for group, _ in parts]
+            rollouts = [rollout for group in scored for rollout in group.rollouts]
             call = supervisor.start(self._ask("step", places, tuple(rollouts)))
-            _wait(under_way | {call}, at_most=0)
+            self._wait(under_way | {call}, at_most=0)
             by_step, by_group = call.result(), [call.result() for _, call in parts]
 
         total = np.zeros(len(rollouts))
-        failed = np.zeros(len(rollouts), dtype=bool)
         # In the order of the config, for floating-point sums depend on it.
         for worker in self._workers:
             answers = [by_step[worker]] if worker in by_step else [a[worker] for a in by_group]
             total += worker.section.weight * np.concatenate([a.rewards for a in answers])
-            failed |= [i in a.failures for a in answers for i in range(len(a.rewards))]
-        self.num_unrewarded += int(failed.sum())
-        return rollouts, total
+        rewards = split_by_group(total, scored)
+        return [replace(group, rewards=r) for group, r in zip(scored, rewards, strict=True)]
+
+    def _wait(self, calls: set[Future[_Answers]], *, at_most: int) -> None:
+        """Take out calls that are done until so few are left; raise what one of them raised."""
+        while True:
+            enough = len(calls) <= at_most
+            done, _ = wait(
+                cast(set[Future[Any]], {*calls, self._interrupted}),
+                timeout=0 if enough else None,
+                return_when=FIRST_COMPLETED,
+            )
+            for call in done:
+                call.result()
+            calls -= done
+            if enough:
+                return
 
     async def _ask(
         self, batch: str, places: Mapping[_Worker, asyncio.Semaphore], rollouts: Sequence[Rollout]
@@ -142,12 +164,16 @@ class Scorer:
         self, worker: _Worker, places: asyncio.Semaphore, rollouts: Sequence[Rollout]
     ) -> _Answer:
         """Call one reward, as often as its policy wants it."""
-        answer = await worker.call(rollouts, places)
-        for pause_s in self._pauses_s if worker.section.on_error == "retry" else ():
-            if answer.failures:
-                # The place is not kept meanwhile: other groups go on.
-                await asyncio.sleep(pause_s)
-                answer = await worker.call(rollouts, places)
+        attempt = worker.call
+        if worker.section.on_error == "retry":
+            # No place is kept during a pause: other groups go on.
+            attempt = AsyncRetrying(
+                retry=retry_if_result(lambda answer: bool(answer.failures)),
+                wait=wait_chain(*map(wait_fixed, self._pauses_s)),
+                stop=stop_after_attempt(1 + len(self._pauses_s)),
+                retry_error_callback=_last_answer,
+            ).wraps(worker.call)
+        answer = await attempt(rollouts, places)
         if answer.failures:
             self._apply_policy(worker, rollouts, answer.failures)
         return answer
@@ -164,10 +190,14 @@ class Scorer:
         message = f"reward {worker.section.name!r} failed on {_describe(rollout)}{extent}: {reason}"
         if worker.section.on_error != "no_reward":
             raise PluginError(message) from cause
-        self.last_error = message
         if worker not in self._logged:
             self._logged.add(worker)
             _log.warning("%s (%d unrewarded; not logged again)", message, len(failures))
+
+
+def _last_answer(state: RetryCallState) -> _Answer:
+    assert state.outcome is not None
+    return cast(_Answer, state.outcome.result())
 
 
 class _Answer(NamedTuple):
@@ -241,18 +271,6 @@ async def _stop_loop() -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_S)
     asyncio.get_running_loop().stop()
-
-
-def _wait(calls: set[Future[_Answers]], *, at_most: int) -> None:
-    """Take out calls that are done until so few are left; raise what one of them raised."""
-    while True:
-        enough = len(calls) <= at_most
-        done, _ = wait(calls, timeout=0 if enough else None, return_when=FIRST_COMPLETED)
-        calls -= done
-        for call in done:
-            call.result()
-        if enough:
-            return
 
 
 def _run_in_thread(reward: Reward, rollouts: Sequence[Rollout]) -> Future[_Answer]:

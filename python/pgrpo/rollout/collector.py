@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
 from pgrpo.normalizer import ClusterNormalizer, ClusterStats
@@ -20,26 +21,35 @@ from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
-from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Prompt, Rollout
+from pgrpo.types import ClusterId, Dataset, Example, Group, Prompt, Rollout, split_by_group
 
 Histories = Mapping[ClusterId, ClusterStats]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step learns from: rollouts in group order, with arrays [N] beside them."""
+    """What one step learns from."""
 
     step: int
-    rollouts: Sequence[Rollout]
-    rewards: FloatArray
-    """Raw; NaN where there is none."""
-    advantages: FloatArray
+    groups: Sequence[Group]
+    """By group_id, with rewards and advantages."""
     before: Histories
     """Clusters' histories without this step's rewards."""
     after: Histories
     """And with them."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
+
+    def rewarded(self) -> list[Group]:
+        """The groups without rollouts that got no reward, where anything is left of them."""
+        kept: list[Group] = []
+        for group in self.groups:
+            has_reward = np.isfinite(group.rewards)
+            rollouts = [r for r, has in zip(group.rollouts, has_reward, strict=True) if has]
+            if rollouts:
+                arrays = group.rewards[has_reward], group.advantages[has_reward]
+                kept.append(Group(tuple(rollouts), *arrays))
+        return kept
 
 
 class Collector:
@@ -50,13 +60,12 @@ class Collector:
         estimator: the section `[estimator]`.
         group_size: rollouts per prompt.
         dataset: what prompts are made of.
-        clusters: user -> cluster.
+        members: knows whose rewards share a history.
         builder: makes prompts.
         engine: generates, with whatever weights it was last synced to.
         scorer: gives rollouts their rewards.
 
     Attributes:
-        scorer: as given.
         num_folded: steps whose rewards the histories hold.
         normalizer: makes the advantages.
         histories: those of the clusters; control arms read others.
@@ -68,19 +77,18 @@ class Collector:
         estimator: EstimatorConfig,
         group_size: int,
         dataset: Dataset,
-        clusters: Mapping[str, ClusterId],
+        members: Membership,
         builder: PromptBuilder,
         engine: Engine,
         scorer: Scorer,
     ) -> None:
         self._run = run
-        self._estimator = estimator
         self._group_size = group_size
         self._dataset = dataset
         self._builder = builder
         self._engine = engine
-        self.scorer = scorer
-        self._history_of = self._history_keys(clusters)
+        self._scorer = scorer
+        self._history_of = members.histories(estimator.history, derive_seed(run.seed, "control"))
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         options = estimator.model_dump(exclude={"name", "history"})
@@ -107,17 +115,20 @@ class Collector:
             self._group_size,
             seed=derive_seed(run.seed, "sampling", step),
         )
-        rollouts, rewards = self.scorer.score(watch.over(groups))
-        if not np.isfinite(rewards).any():
+        scored = self._scorer.score(watch.over(groups))
+        if not any(np.isfinite(group.rewards).any() for group in scored):
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
             )
         before = self.histories.snapshot()
         self.num_folded = step
-        advantages = self._advantages(rollouts, rewards)
-        return Batch(
-            step, rollouts, rewards, advantages, before, self.histories.snapshot(), watch.laps()
-        )
+        normalized = self._normalize(scored)
+        return Batch(step, normalized, before, self.histories.snapshot(), watch.laps())
+
+    def interrupt(self) -> None:
+        """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
+        self._scorer.interrupt()
+        self._engine.interrupt()
 
     def state_dict(self, unused: Batch | None) -> dict[str, Any]:
         """Histories, and the batch that was collected and not learned from; plain JSON values."""
@@ -144,16 +155,19 @@ class Collector:
         self.num_folded = step if batch is None else batch.step
         return batch
 
-    def _advantages(self, rollouts: Sequence[Rollout], rewards: FloatArray) -> FloatArray:
-        """Fold the step's rewards into the histories and normalise them: [N]."""
-        clusters = [rollout.prompt.cluster_id for rollout in rollouts]
+    def _normalize(self, groups: Sequence[Group]) -> list[Group]:
+        """Fold the step's rewards into the histories, and add advantages to the groups."""
+        rewards = np.concatenate([group.rewards for group in groups])
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
-        groups = [rollout.group_id for rollout in rollouts]
+        group_ids = [rollout.group_id for rollout in rollouts]
         # Squared norms of the scores, sum_t (1 - p_t)^2; read by `auto` alone.
         norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self.histories is not self.normalizer:
-            self.histories.update(rewards, clusters)
-        return self.normalizer(rewards, keys, groups, score_norms=norms)
+            self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
+        advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms)
+        parts = split_by_group(advantages, groups)
+        return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
 
     def _prompts(self, step: int) -> list[Prompt]:
         return [self._builder.build(example) for example in self._examples(step)]
@@ -172,19 +186,6 @@ class Collector:
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
 
-    def _history_keys(self, clusters: Mapping[str, ClusterId]) -> Mapping[str, ClusterId]:
-        """User -> name of the history its rollouts are normalised by."""
-        users = list(clusters)
-        match self._estimator.history:
-            case "cluster":
-                return clusters
-            case "one":
-                return dict.fromkeys(users, 0)
-            case "shuffled":
-                random = np.random.default_rng(derive_seed(self._run.seed, "control"))
-                order = random.permutation(len(users))
-                return {user: clusters[users[i]] for user, i in zip(users, order, strict=True)}
-
 
 class _Watch:
     """When the last group came."""
@@ -192,7 +193,7 @@ class _Watch:
     def __init__(self) -> None:
         self._start = self._generated = time.perf_counter()
 
-    def over(self, groups: Iterator[list[Rollout]]) -> Iterator[list[Rollout]]:
+    def over(self, groups: Iterator[Group]) -> Iterator[Group]:
         try:
             yield from groups
         finally:
@@ -207,21 +208,26 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
     def histories(table: Histories) -> list[Any]:
         return [[cluster, s.count, s.mean, s.std] for cluster, s in table.items()]
 
+    def rollout(rollout: Rollout) -> list[Any]:
+        return [
+            rollout.completion_ids,
+            rollout.completion,
+            rollout.rollout_logprobs,
+            rollout.truncated,
+            rollout.policy_version,
+        ]
+
     return {
         "step": batch.step,
-        "rollouts": [
-            [
-                r.group_id,
-                r.completion_ids,
-                r.completion,
-                r.rollout_logprobs,
-                r.truncated,
-                r.policy_version,
-            ]
-            for r in batch.rollouts
+        "groups": [
+            {
+                "group_id": group.group_id,
+                "rollouts": [rollout(r) for r in group.rollouts],
+                "rewards": group.rewards.tolist(),
+                "advantages": group.advantages.tolist(),
+            }
+            for group in batch.groups
         ],
-        "rewards": batch.rewards.tolist(),
-        "advantages": batch.advantages.tolist(),
         "before": histories(batch.before),
         "after": histories(batch.after),
     }
@@ -231,14 +237,17 @@ def _batch(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
     def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
         return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
 
+    def group(saved: Mapping[str, Any]) -> Group:
+        place = saved["group_id"]
+        rollouts = tuple(
+            Rollout(prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version)
+            for ids, text, logprobs, truncated, version in saved["rollouts"]
+        )
+        return Group(rollouts, np.array(saved["rewards"]), np.array(saved["advantages"]))
+
     return Batch(
         state["step"],
-        [
-            Rollout(prompts[group], group, tuple(ids), text, tuple(logprobs), truncated, version)
-            for group, ids, text, logprobs, truncated, version in state["rollouts"]
-        ],
-        np.array(state["rewards"], dtype=np.float64),
-        np.array(state["advantages"], dtype=np.float64),
+        [group(saved) for saved in state["groups"]],
         histories(state["before"]),
         histories(state["after"]),
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerFast
 
+from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import DataError, ModelError
 from pgrpo.rollout.settings import GenerationConfig
-from pgrpo.types import ClusterId, Example, Prompt
+from pgrpo.types import Example, Prompt
 
 
 class PromptBuilder:
@@ -20,7 +20,7 @@ class PromptBuilder:
         tokenizer: of the policy.
         model: whether and how to apply the chat template.
         generation: the longest prompt that is accepted.
-        clusters: user -> cluster.
+        members: knows every user's cluster.
 
     Raises:
         ModelError: a chat template is asked for and the tokenizer has none.
@@ -31,7 +31,7 @@ class PromptBuilder:
         tokenizer: PreTrainedTokenizerFast,
         model: ModelConfig,
         generation: GenerationConfig,
-        clusters: Mapping[str, ClusterId],
+        members: Membership,
     ) -> None:
         if model.chat and not tokenizer.chat_template:
             raise ModelError(
@@ -41,7 +41,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._model = model
         self._longest = generation.max_prompt_tokens
-        self._clusters = clusters
+        self._members = members
         self._choice_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
 
     def build(self, example: Example) -> Prompt:
@@ -72,10 +72,8 @@ class PromptBuilder:
                 f"the prompt of user {example.user!r} has {len(ids)} tokens, more than "
                 f"generation.max_prompt_tokens = {self._longest}"
             )
-        if example.user not in self._clusters:
-            raise DataError(f"user {example.user!r} has no cluster")
         choices = None if example.choices is None else self._choices(example.choices)
-        return Prompt(example, self._clusters[example.user], ids, choices)
+        return Prompt(example, self._members.cluster(example.user), ids, choices)
 
     def _choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         if texts not in self._choice_ids:

@@ -12,7 +12,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +20,14 @@ import numpy as np
 from pgrpo.normalizer import ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.runs.folder import disk_errors
-from pgrpo.types import ClusterId, FloatArray, Rollout
+from pgrpo.types import ClusterId, Group
 
 if sys.platform != "win32":
     import resource
 
 
 def cluster_records(
-    rollouts: Sequence[Rollout],
-    rewards: FloatArray,
-    advantages: FloatArray,
+    groups: Sequence[Group],
     histories: Mapping[ClusterId, ClusterStats],
     read: Mapping[ClusterId, ClusterStats],
     *,
@@ -49,8 +46,9 @@ def cluster_records(
     left out.
     """
     records: dict[str, dict[str, Any]] = {}
-    cluster_of = [rollout.prompt.cluster_id for rollout in rollouts]
-    groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id)]
+    rewards = np.concatenate([group.rewards for group in groups])
+    advantages = np.concatenate([group.advantages for group in groups])
+    cluster_of = [r.prompt.cluster_id for group in groups for r in group.rollouts]
     for cluster, history in histories.items():
         members = np.array([i for i, c in enumerate(cluster_of) if c == cluster], dtype=int)
         members = members[np.isfinite(rewards[members])]
@@ -71,8 +69,8 @@ def cluster_records(
             scale = read[cluster].std + eps
             stats: list[tuple[float, float]] = []
             for group in groups:
-                values = rewards[group][np.isfinite(rewards[group])]
-                if cluster_of[group[0]] == cluster and len(values) > ddof:
+                values = group.rewards[np.isfinite(group.rewards)]
+                if group.prompt.cluster_id == cluster and len(values) > ddof:
                     std = float(values.std(ddof=ddof))
                     stats.append(
                         ((std + eps) / scale, (float(values.mean()) - read[cluster].mean) / scale)
@@ -123,11 +121,10 @@ def fairness(values: Sequence[float]) -> dict[str, float | None]:
     return {"worst": float(v.min()), "gap": float(v.max() - v.min()), "gini": gini}
 
 
-def equal_groups(rollouts: Sequence[Rollout], rewards: FloatArray) -> float:
+def equal_groups(groups: Sequence[Group]) -> float:
     """Share of the groups whose rewards are all equal, in which GRPO has no signal. NaN rewards are
     left out."""
-    groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id)]
-    return float(np.mean([len(set(rewards[g][np.isfinite(rewards[g])])) <= 1 for g in groups]))
+    return float(np.mean([len(set(g.rewards[np.isfinite(g.rewards)])) <= 1 for g in groups]))
 
 
 def peak_memory_bytes() -> int | None:

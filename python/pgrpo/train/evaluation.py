@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pgrpo.clusters.builtin import cluster_users
 from pgrpo.config.checks import check
 from pgrpo.data import DataConfig, load_dataset
 from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
-from pgrpo.model.language_model import load_language_model
-from pgrpo.plugins.registry import load_registry
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.rollout.engines import Engine, make_engine
-from pgrpo.rollout.prompts import PromptBuilder
-from pgrpo.rollout.seeds import derive_seed
+from pgrpo.rollout.engines import Engine
 from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import latest_checkpoint
 from pgrpo.types import Dataset, Example, Prompt
 
@@ -66,7 +60,7 @@ def evaluate(
             used += len(prompts[end].token_ids)
             end += 1
         groups = engine.generate(prompts[start:end], 1, seed=0, greedy=True)
-        rewards += scorer.score(groups)[1].tolist()
+        rewards += [group.rewards[0] for group in scorer.score(groups)]
         start = end
     values = np.array(rewards)
     if not np.isfinite(values).any():
@@ -111,32 +105,17 @@ def evaluate_run(
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet")
-    if config.run.num_threads:
-        torch.set_num_threads(config.run.num_threads)
-    registry = load_registry()
-    data = load_dataset(config.data)
-    model = load_language_model(
-        config.model,
-        vocabulary=data.vocabulary,
-        seed=derive_seed(config.run.seed, "weights"),
-        weights=checkpoint.model,
-    )
-    clusterer = registry.clusterer(config.clustering)
-    clusters = cluster_users(clusterer, data, checkpoint.state()["clusterer"])
-    builder = PromptBuilder(model.tokenizer, config.model, config.generation, clusters)
-    sections = config.evaluation or config.rewards
     results: list[dict[str, Any]] = []
-    with (
-        Scorer([(s, registry.reward(s, config.run.seed)) for s in sections]) as scorer,
-        closing(make_engine(config.generation, model, config.model)) as engine,
-    ):
-        engine.sync(int(checkpoint.state()["policy_version"]))
+    with Assembly(config, checkpoint) as parts:
+        parts.engine.sync(int(checkpoint.state()["policy_version"]))
         for count in candidates:
-            examples = data
+            dataset = parts.dataset
             if count is not None:
-                examples = load_dataset(_with_candidates(config.data, count))
-            prompts = [builder.build(example) for example in held_out(examples, num_prompts)]
-            result = evaluate(engine, prompts, scorer, config.optimizer.token_budget)
+                dataset = load_dataset(_with_candidates(config.data, count))
+            prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
+            result = evaluate(
+                parts.engine, prompts, parts.held_out_scorer, config.optimizer.token_budget
+            )
             error = result["std"] / result["num_prompts"] ** 0.5
             shown = getattr(config.data, "candidates", None) if count is None else count
             results.append(

@@ -1,16 +1,14 @@
 """The policy: log-probabilities of rollouts, and the update that moves them.
 
-Both work on packed groups (`attention`), so each prompt is computed once for all its completions,
-and a completion that is a single choice costs nothing beyond its prompt. Logits exist for a bounded
-number of rows at a time: a chunk's loss is differentiated down to the hidden states at once, and one
-backward pass through the decoder follows.
+Both work on packed groups (`packing`), so each prompt is computed once for all its completions. A
+chunk's loss is differentiated down to the hidden states at once, and one backward pass through the
+decoder follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +16,6 @@ from torch import Tensor
 
 from pgrpo.config.sections import LossConfig, OptimizerConfig
 from pgrpo.errors import ModelError
-from pgrpo.model.attention import SharedPrefix
-from pgrpo.model.choices import branches
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.train.loss import (
     Mismatch,
@@ -30,22 +26,8 @@ from pgrpo.train.loss import (
     sum_over_completions,
     token_loss,
 )
-from pgrpo.types import FloatArray, Rollout
-
-# Logits held at a time: 64 MiB in fp32, enough rows for the head's matrix product to run at full
-# speed with a vocabulary of 150,000.
-_CHUNK_LOGITS = 2**24
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Rollouts with what the loss needs of each, flattened over trained tokens where it is [T]."""
-
-    rollout: Rollout
-    advantage: float
-    old_logprobs: FloatArray | None
-    ref_logprobs: FloatArray | None
-    weight: float
+from pgrpo.train.packing import Chunk, Pass, TrainedRollout, num_trained_tokens, passes
+from pgrpo.types import FloatArray, Group, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,84 +44,9 @@ class UpdateStats:
     num_updates: int
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """Rows of the decoder's output whose logits are computed together, and the tokens read there."""
-
-    rows: list[int] = field(default_factory=list[int])
-    targets: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
-    """(row within the chunk, token id, index into the batch's flat tokens)."""
-    permitted: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
-    """Per row the token ids that may be chosen; empty when all may."""
-
-
-class _Batch:
-    """One forward pass: rollouts in order, packed by group, with every trained token's place."""
-
-    def __init__(self, rollouts: Sequence[Rollout], model: LanguageModel) -> None:
-        self.lengths = [num_trained_tokens(rollout) for rollout in rollouts]
-        groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.group_id)]
-        inputs = [
-            [r.completion_ids[: max(num_trained_tokens(r) - 1, 0)] for r in group]
-            for group in groups
-        ]
-        prompts = [group[0].prompt.token_ids for group in groups]
-        self.layout = SharedPrefix(prompts, inputs, model.device)
-        # The first token of every completion is read at the prompt's last row, once per group.
-        free: dict[int, list[tuple[int, int]]] = {}
-        bound: dict[int, list[tuple[int, int]]] = {}
-        allowed: dict[int, tuple[int, ...]] = {}
-        flat = n = 0
-        prompt_row = -1
-        for group in groups:
-            prompt_row += len(group[0].prompt.token_ids)
-            for rollout in group:
-                choices = rollout.prompt.choices
-                steps = branches(choices, rollout.completion_ids) if choices else None
-                start = self.layout.completion_rows[n]
-                for t in range(self.lengths[n]):
-                    row = prompt_row if t == 0 else start + t - 1
-                    (free if steps is None else bound).setdefault(row, []).append(
-                        (rollout.completion_ids[t], flat)
-                    )
-                    if steps is not None:
-                        allowed[row] = steps[t]
-                    flat += 1
-                n += 1
-        self.num_tokens = flat
-        limit = max(1, _CHUNK_LOGITS // model.vocab_size)
-        self.chunks = [*_chunks(free, {}, limit), *_chunks(bound, allowed, limit)]
-
-
-def _chunks(
-    rows: dict[int, list[tuple[int, int]]], allowed: dict[int, tuple[int, ...]], limit: int
-) -> Iterator[_Chunk]:
-    order = sorted(rows)
-    for start in range(0, len(order), limit):
-        chunk = _Chunk(rows=order[start : start + limit])
-        for i, row in enumerate(chunk.rows):
-            chunk.targets += [(i, token, flat) for token, flat in rows[row]]
-            if allowed:
-                chunk.permitted.append(allowed[row])
-        yield chunk
-
-
-def num_trained_tokens(rollout: Rollout) -> int:
-    """Tokens of a completion that were really chosen: all of a free one; of one from a list, those
-    up to the last position at which there was a choice."""
-    choices = rollout.prompt.choices
-    if choices is None:
-        return len(rollout.completion_ids)
-    return len(branches(choices, rollout.completion_ids))
-
-
 def _rollout_logprobs(rollout: Rollout) -> FloatArray:
     """What the engine reported of the trained tokens."""
     return np.array(rollout.rollout_logprobs[: num_trained_tokens(rollout)])
-
-
-def _per_rollout(flat: Tensor, batch: _Batch) -> list[FloatArray]:
-    return np.split(flat.numpy(), np.cumsum(batch.lengths)[:-1])
 
 
 class Policy:
@@ -208,35 +115,32 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(
-        self, rollouts: Sequence[Rollout], model: LanguageModel | None = None
-    ) -> list[FloatArray]:
+        self, groups: Sequence[Group], model: LanguageModel | None = None
+    ) -> list[list[FloatArray]]:
         """Log-probabilities in nats of every trained token, under the sampling temperature.
 
-        Returns one [T_n] array for each rollout, in order.
+        Returns, for each group, one [T] array for each of its rollouts.
         """
         model = model or self.model
-        results: list[FloatArray] = []
-        for part in self._microbatches(rollouts):
-            batch = _Batch([rollouts[i] for i in part], model)
+        wanted = [[TrainedRollout(rollout) for rollout in group.rollouts] for group in groups]
+        found: list[FloatArray] = []
+        for packed in passes(wanted, model, self._config.token_budget):
             with model.autocast():
-                hidden = model.hidden(batch.layout)
-            results += self._read(model, hidden, batch)
-        return results
+                hidden = model.hidden(packed.layout)
+            found += self._read(model, hidden, packed)
+        values = iter(found)
+        return [[next(values) for _ in group] for group in wanted]
 
-    def update(
-        self, rollouts: Sequence[Rollout], advantages: FloatArray, learning_rate: float
-    ) -> UpdateStats:
-        """Move the policy along the clipped gradient of these rollouts.
+    def update(self, groups: Sequence[Group], learning_rate: float) -> UpdateStats:
+        """Move the policy along the clipped gradient of these rollouts by their advantages.
 
-        Rollouts of a group stand together. One optimizer step for each of `minibatches` parts of the
-        groups, `epochs` times over; each accumulates its gradient over passes of at most
-        `token_budget` tokens, with weights of the whole minibatch, so the split changes nothing.
-        A rollout whose advantage is exactly 0 has no gradient without a KL penalty, and is left out
-        of the passes (not of the averages).
+        One optimizer step for each of `minibatches` parts of the groups, `epochs` times over; each
+        accumulates its gradient over passes of at most `token_budget` tokens, with weights of the
+        whole minibatch, so the split changes nothing. A rollout whose advantage is exactly 0 has no
+        gradient without a KL penalty, and is left out of the passes (not of the averages).
 
         Args:
-            rollouts: N rollouts.
-            advantages: [N] float64.
+            groups: with finite advantages.
             learning_rate: of this step.
 
         Raises:
@@ -244,43 +148,41 @@ class Policy:
                 the optimizer step that would have followed.
         """
         c = self._config
-        starts = [
-            i for i, r in enumerate(rollouts) if i == 0 or r.group_id != rollouts[i - 1].group_id
-        ]
         # Groups without a reward may have left fewer than there are minibatches.
-        num_parts = min(c.minibatches, len(starts))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        num_parts = min(c.minibatches, len(groups))
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
         moves = c.epochs * num_parts
-        old: Sequence[FloatArray | None]
+        old: Sequence[Sequence[FloatArray | None]]
         if self._loss.old_logprobs == "rollout":
-            old = [_rollout_logprobs(rollout) for rollout in rollouts]
+            old = [[_rollout_logprobs(rollout) for rollout in g.rollouts] for g in groups]
         elif moves > 1:
-            old = self.logprobs(rollouts)
+            old = self.logprobs(groups)
         else:
             # The current policy is the old one, so its log-probabilities come out of the update's
             # own pass.
-            old = [None] * len(rollouts)
-        ref = self._ref_logprobs(rollouts)
-        bounds = [*starts, len(rollouts)]
+            old = [[None] * len(group.rollouts) for group in groups]
+        ref = self._ref_logprobs(groups)
         totals = np.zeros(4)
         norms: list[float] = []
         differences: list[FloatArray] = []
         for epoch in range(c.epochs):
             for part in range(num_parts):
-                members = [
-                    i
-                    for g in range(part, len(starts), num_parts)
-                    for i in range(bounds[g], bounds[g + 1])
+                members = range(part, len(groups), num_parts)
+                lengths = [num_trained_tokens(r) for g in members for r in groups[g].rollouts]
+                weights = iter(
+                    rollout_weights(lengths, self._loss.aggregation, self._max_new_tokens)
+                )
+                trained = [
+                    [
+                        TrainedRollout(rollout, float(advantage), before, reference, next(weights))
+                        for rollout, advantage, before, reference in zip(
+                            groups[g].rollouts, groups[g].advantages, old[g], ref[g], strict=True
+                        )
+                    ]
+                    for g in members
                 ]
-                lengths = [num_trained_tokens(rollouts[i]) for i in members]
-                weights = rollout_weights(lengths, self._loss.aggregation, self._max_new_tokens)
-                scored = [
-                    Scored(rollouts[i], float(advantages[i]), old[i], ref[i], weight)
-                    for i, weight, length in zip(members, weights, lengths, strict=True)
-                    if length and (advantages[i] != 0.0 or ref[i] is not None)
-                ]
-                sums, norm, seen = self._optimizer_step(scored)
+                sums, norm, seen = self._optimizer_step(trained)
                 totals += sums
                 norms.append(norm)
                 if epoch == 0:
@@ -296,7 +198,7 @@ class Policy:
         )
 
     def _optimizer_step(
-        self, scored: Sequence[Scored]
+        self, groups: Sequence[Sequence[TrainedRollout]]
     ) -> tuple[FloatArray, float, list[FloatArray]]:
         """Accumulate the gradient of one minibatch and step: sums of (loss, kl, clipped, tokens),
         gradient norm, and what `_backward` returns of each rollout."""
@@ -305,10 +207,13 @@ class Policy:
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        with_gradient = [[t for t in group if _has_gradient(t)] for group in groups]
         sums = np.zeros(4)
         differences: list[FloatArray] = []
-        for part in self._microbatches([s.rollout for s in scored]):
-            added, seen = self._backward([scored[i] for i in part])
+        for packed in passes(
+            [group for group in with_gradient if group], self.model, self._config.token_budget
+        ):
+            added, seen = self._backward(packed)
             sums += added
             differences += seen
         norm = float(
@@ -321,12 +226,11 @@ class Policy:
         self.optimizer.step()
         return sums, norm, differences
 
-    def _backward(self, scored: Sequence[Scored]) -> tuple[FloatArray, list[FloatArray]]:
-        """One pass: add the gradient of these rollouts, return sums of (loss, kl, clipped, tokens)
-        and by how much the trainer's log-probabilities exceed the engine's, [T_n] of each."""
+    def _backward(self, packed: Pass) -> tuple[FloatArray, list[FloatArray]]:
+        """Add the gradient of a pass; return its sums of (loss, kl, clipped, tokens), and by how much
+        the trainer's log-probabilities exceed the engine's, [T] of each rollout."""
         model, device = self.model, self.model.device
-        batch = _Batch([s.rollout for s in scored], model)
-        lengths = batch.lengths
+        scored, lengths = packed.rollouts, packed.lengths
 
         def spread(values: Sequence[float]) -> Tensor:
             return torch.tensor(np.repeat(values, lengths), dtype=torch.float32, device=device)
@@ -341,18 +245,18 @@ class Policy:
         ref = [s.ref_logprobs for s in scored if s.ref_logprobs is not None]
         old_flat, ref_flat = flat(old) if old else None, flat(ref) if ref else None
         sums = torch.zeros(3)
-        differences = torch.zeros(batch.num_tokens, dtype=torch.float64)
+        differences = torch.zeros(packed.num_tokens, dtype=torch.float64)
         with model.autocast():
-            hidden = model.hidden(batch.layout)
+            hidden = model.hidden(packed.layout)
         log_ratios: Tensor | None = None
         if self._importance == "sequence":
             # The weight of a token depends on all of its completion, which no chunk need hold.
             if old_flat is None:
-                old_flat = flat(self._read(model, hidden, batch))
+                old_flat = flat(self._read(model, hidden, packed))
             log_ratios = sum_over_completions(old_flat - sampled, lengths)
         with model.autocast():
             gradient = torch.zeros_like(hidden)
-            for chunk in batch.chunks:
+            for chunk in packed.chunks:
                 leaf = hidden.detach()[chunk.rows].requires_grad_()
                 where = torch.tensor([i for _, _, i in chunk.targets], device=device)
                 logprobs = self._chunk_logprobs(model, leaf, chunk)
@@ -377,73 +281,47 @@ class Policy:
                 gradient[chunk.rows] = leaf.grad
                 sums += torch.stack([loss.detach(), terms.kl.sum(), terms.clipped.sum()]).cpu()
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        totals = np.array([*sums.tolist(), batch.num_tokens])
-        return totals, _per_rollout(differences, batch)
+        totals = np.array([*sums.tolist(), packed.num_tokens])
+        return totals, packed.by_rollout(differences.numpy())
 
     @torch.no_grad()
-    def _read(self, model: LanguageModel, hidden: Tensor, batch: _Batch) -> list[FloatArray]:
-        """Log-probabilities [T_n] of each rollout, from the decoder's output for its batch.
+    def _read(self, model: LanguageModel, hidden: Tensor, packed: Pass) -> list[FloatArray]:
+        """Log-probabilities [T] of each rollout of a pass, from the decoder's output.
 
         Not to be called under autocast: older versions of torch (pytorch/pytorch#158232) would use
         the weights that were converted here again in the loss, without a way back for gradients.
         """
-        flat = torch.zeros(batch.num_tokens, dtype=torch.float64)
+        flat = torch.zeros(packed.num_tokens, dtype=torch.float64)
         with model.autocast():
-            for chunk in batch.chunks:
+            for chunk in packed.chunks:
                 where = [flat_index for _, _, flat_index in chunk.targets]
                 values = self._chunk_logprobs(model, hidden[chunk.rows], chunk)
                 flat[where] = values.double().cpu()
-        return _per_rollout(flat, batch)
+        return packed.by_rollout(flat.numpy())
 
-    def _chunk_logprobs(self, model: LanguageModel, hidden: Tensor, chunk: _Chunk) -> Tensor:
+    def _chunk_logprobs(self, model: LanguageModel, hidden: Tensor, chunk: Chunk) -> Tensor:
         """Log-probability of every target of a chunk: hidden [R, hidden] -> [targets]."""
         device = hidden.device
         rows = torch.tensor([row for row, _, _ in chunk.targets], device=device)
         ids = torch.tensor([token for _, token, _ in chunk.targets], device=device)
         if chunk.permitted:
-            union = sorted({token for tokens in chunk.permitted for token in tokens})
-            column = {token: i for i, token in enumerate(union)}
-            forbidden = torch.ones(len(chunk.rows), len(union), dtype=torch.bool)
-            for row, tokens in enumerate(chunk.permitted):
-                forbidden[row, [column[token] for token in tokens]] = False
-            logits = model.logits(hidden, torch.tensor(union, device=device))
-            logits = logits.masked_fill(forbidden.to(device), -torch.inf)
+            logits, column = model.permitted_logits(hidden, chunk.permitted)
             ids = torch.tensor([column[token] for _, token, _ in chunk.targets], device=device)
         else:
             logits = model.logits(hidden)
         logits = logits / self._temperature
         return logits[rows, ids] - logits.logsumexp(-1)[rows]
 
-    def _ref_logprobs(self, rollouts: Sequence[Rollout]) -> Sequence[FloatArray | None]:
+    def _ref_logprobs(self, groups: Sequence[Group]) -> Sequence[Sequence[FloatArray | None]]:
         if self._loss.kl_coef == 0:
-            return [None] * len(rollouts)
+            return [[None] * len(group.rollouts) for group in groups]
         if self._reference is not None:
-            return self.logprobs(rollouts, self._reference)
+            return self.logprobs(groups, self._reference)
         with self.model.adapters_disabled():
-            return self.logprobs(rollouts)
+            return self.logprobs(groups)
 
-    def _microbatches(self, rollouts: Sequence[Rollout]) -> Iterator[list[int]]:
-        """Indices of consecutive rollouts whose packed tokens fit the budget.
 
-        A group is only split when it does not fit by itself; its prompt is then computed in each
-        part. A single rollout beyond the budget gets a pass of its own.
-        """
-        budget = self._config.token_budget
-        part: list[int] = []
-        used = 0
-        for _, members in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group_id):
-            group = list(members)
-            prompt = len(rollouts[group[0]].prompt.token_ids)
-            costs = [num_trained_tokens(rollouts[i]) for i in group]
-            if part and used + prompt + sum(costs) > budget:
-                yield part
-                part, used = [], 0
-            used += prompt
-            for i, cost in zip(group, costs, strict=True):
-                if part and used + cost > budget:
-                    yield part
-                    part, used = [], prompt
-                part.append(i)
-                used += cost
-        if part:
-            yield part
+def _has_gradient(trained: TrainedRollout) -> bool:
+    """Whether it moves the policy: a choice of one has no probability to change."""
+    moves = trained.advantage != 0.0 or trained.ref_logprobs is not None
+    return moves and num_trained_tokens(trained.rollout) > 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pgrpo.types import Prompt, Rollout
+from pgrpo.types import Group, Prompt
 
 if TYPE_CHECKING:
     # vLLM's own processes import this package for its weight transfer, and need no more of it.
@@ -33,8 +33,8 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
-    ) -> Iterator[list[Rollout]]:
-        """The `group_size` rollouts of each prompt as soon as they are finished, in any order.
+    ) -> Iterator[Group]:
+        """A group of `group_size` rollouts for each prompt, as soon as it is finished, in any order.
 
         Who takes no further group makes the engine wait; closing the iterator abandons the rest.
 
@@ -56,6 +56,11 @@ class Engine(Protocol):
         Raises:
             EngineError: they did not arrive, or the engine computes something else with them.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """Make a `generate` that another thread is in end soon, with an EngineError; after it, the
+        engine can only be closed."""
         ...
 
     def sleep(self) -> None:

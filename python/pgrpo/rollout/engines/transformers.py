@@ -14,7 +14,7 @@ from torch import Tensor
 from pgrpo.model.attention import PrefixCache
 from pgrpo.model.choices import forced_tail, permitted
 from pgrpo.model.language_model import LanguageModel
-from pgrpo.types import Prompt, Rollout
+from pgrpo.types import Group, Prompt, Rollout
 
 
 class TransformersEngine:
@@ -36,6 +36,9 @@ class TransformersEngine:
         """See `Engine.sync`."""
         self._policy_version = policy_version
 
+    def interrupt(self) -> None:
+        """See `Engine.interrupt`. Nothing generates here beside the thread that would call it."""
+
     def sleep(self) -> None:
         """See `Engine.sleep`."""
 
@@ -44,11 +47,11 @@ class TransformersEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[Group]:
         """See `Engine.generate`. All completions grow together, so all groups come at the end."""
         rollouts = self._generate(prompts, group_size, seed, greedy) if prompts else []
         for start in range(0, len(rollouts), group_size):
-            yield rollouts[start : start + group_size]
+            yield Group.sampled(rollouts[start : start + group_size])
 
     @torch.no_grad()
     def _generate(
@@ -125,21 +128,14 @@ class TransformersEngine:
             members = [n for n in due if (rows[n].choices is not None) == constrained]
             if not members:
                 continue
-            union: list[int] = []
+            column: dict[int, int] = {}
             if constrained:
                 options = [permitted(rows[n].choices or (), tokens[n]) for n in members]
-                union = sorted({token for tokens in options for token in tokens})
-                column = {token: i for i, token in enumerate(union)}
-                forbidden = torch.ones(len(members), len(union), dtype=torch.bool)
-                for i, allowed in enumerate(options):
-                    forbidden[i, [column[token] for token in allowed]] = False
-                logits = self._model.logits(
-                    hidden[members], torch.tensor(union, device=hidden.device)
-                ).cpu()
-                logits = logits.masked_fill(forbidden, -torch.inf)
+                logits, column = self._model.permitted_logits(hidden[members], options)
             else:
-                logits = self._model.logits(hidden[members]).cpu()
-            logs = (logits / self._temperature).log_softmax(-1)
+                logits = self._model.logits(hidden[members])
+            union = list(column)
+            logs = (logits.cpu() / self._temperature).log_softmax(-1)
             drawn = logs.argmax(-1) if greedy else _draw(logs, random)
             values = logs.gather(1, drawn[:, None])[:, 0].tolist()
             for n, index, value in zip(members, drawn.tolist(), values, strict=True):

@@ -25,7 +25,7 @@ from pgrpo.model.attention import SharedPrefix
 from pgrpo.model.choices import forced_tail, permitted
 from pgrpo.rollout.engines import SyncStats
 from pgrpo.rollout.engines.vllm.launch import engine_precision
-from pgrpo.types import Example, FloatArray, Prompt, Rollout
+from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from pgrpo.config.sections import ModelConfig
@@ -73,6 +73,10 @@ class Backend(Protocol):
 
     def abandon(self) -> None:
         """Forget all requests."""
+        ...
+
+    def interrupt(self) -> None:
+        """Make a `next` that another thread is in raise an EngineError."""
         ...
 
     def send_weights(self, version: int) -> int:
@@ -138,7 +142,7 @@ class VllmEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[Group]:
         """See `Engine.generate`."""
         return self._generate(prompts, group_size, seed, greedy, self._config.max_new_tokens)
 
@@ -158,6 +162,10 @@ class VllmEngine:
             self._last_probe = policy_version
         return SyncStats(num_bytes, transfer_s, probe_error)
 
+    def interrupt(self) -> None:
+        """See `Engine.interrupt`."""
+        self._backend.interrupt()
+
     def sleep(self) -> None:
         """See `Engine.sleep`."""
         self._backend.sleep()
@@ -173,7 +181,7 @@ class VllmEngine:
         seed: int,
         greedy: bool,
         max_new_tokens: int,
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[Group]:
         if self._version < 0:
             raise EngineError("the engine has no weights yet; sync comes before generate")
         longest = max((len(c) for p in prompts for c in p.choices or ()), default=0)
@@ -228,7 +236,7 @@ class VllmEngine:
                 while finished:
                     b = finished.popleft()
                     num_open -= 1
-                    yield self._rollouts(b, groups[b])
+                    yield self._sampled(b, groups[b])
                 if waiting:
                     key, completions = self._backend.next()
                     b, number, n = waiting.pop(key)
@@ -258,7 +266,7 @@ class VllmEngine:
                     f"{self._version} updates"
                 )
 
-    def _rollouts(self, b: int, group: _FreeGroup | _ChoiceGroup) -> list[Rollout]:
+    def _sampled(self, b: int, group: _FreeGroup | _ChoiceGroup) -> Group:
         # Servers send -9999 for what is no number.
         if not all(-9999 < value < math.inf for logs in group.logprobs for value in logs):
             raise EngineError(
@@ -266,18 +274,21 @@ class VllmEngine:
                 f"{group.prompt.example.text[:80]!r}"
             )
         texts = self._model.tokenizer.batch_decode(group.tokens, skip_special_tokens=True)
-        return [
-            Rollout(
-                prompt=group.prompt,
-                group_id=b,
-                completion_ids=tuple(tokens),
-                completion=text,
-                rollout_logprobs=tuple(logprobs),
-                truncated=group.prompt.choices is None and tokens[-1] not in self._model.end_ids,
-                policy_version=self._version,
-            )
-            for tokens, logprobs, text in zip(group.tokens, group.logprobs, texts, strict=True)
-        ]
+        return Group.sampled(
+            [
+                Rollout(
+                    prompt=group.prompt,
+                    group_id=b,
+                    completion_ids=tuple(tokens),
+                    completion=text,
+                    rollout_logprobs=tuple(logprobs),
+                    truncated=group.prompt.choices is None
+                    and tokens[-1] not in self._model.end_ids,
+                    policy_version=self._version,
+                )
+                for tokens, logprobs, text in zip(group.tokens, group.logprobs, texts, strict=True)
+            ]
+        )
 
     def _probe(self) -> float:
         """Mean absolute difference of the log-probabilities of a few sampled tokens, in nats.
@@ -291,8 +302,8 @@ class VllmEngine:
         prompt = Prompt(Example(_PROBE_TEXT, ""), 0, tuple(ids))
         tokens = min(_PROBE_TOKENS, self._config.max_new_tokens)
         (group,) = self._generate([prompt], _PROBE_SAMPLES, 0, False, tokens)
-        found = np.concatenate([rollout.rollout_logprobs for rollout in group])
-        expected = self._reference(prompt, [rollout.completion_ids for rollout in group])
+        found = np.concatenate([rollout.rollout_logprobs for rollout in group.rollouts])
+        expected = self._reference(prompt, [rollout.completion_ids for rollout in group.rollouts])
         differences = np.abs(found - expected)
         error = float(differences.mean())
         if not error <= self._tolerance:

@@ -62,6 +62,7 @@ class Local:
         self._lora: Any = None
         self._finished: deque[tuple[int, list[Completion]]] = deque()
         self._open: set[str] = set()
+        self._interrupted = False
         self._on_gpu = model.device.type == "cuda"
         self._may_sleep = self._on_gpu and self._options.sleep and may_sleep
         self._asleep = False
@@ -135,6 +136,8 @@ class Local:
         """See `Backend.next`."""
         deadline = time.monotonic() + self._options.timeout_s
         while not self._finished:
+            if self._interrupted:
+                raise EngineError("the requests were interrupted")
             with engine_errors("vLLM failed"):
                 outputs = self._engine.step()
             self._finished += [
@@ -149,6 +152,10 @@ class Local:
         key, completions = self._finished.popleft()
         self._open.discard(str(key))
         return key, completions
+
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`. vLLM is no other thread's to call, so it ends between its steps."""
+        self._interrupted = True
 
     def abandon(self) -> None:
         """See `Backend.abandon`."""

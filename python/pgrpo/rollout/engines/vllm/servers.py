@@ -212,6 +212,10 @@ class Servers:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`."""
+        self.abandon()
+
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
         no other."""

@@ -1,0 +1,161 @@
+"""A run put together: every part of it is made here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pgrpo.clusters.membership import Membership
+from pgrpo.config.sections import RewardConfig
+from pgrpo.data import load_dataset
+from pgrpo.model.language_model import LanguageModel, load_language_model
+from pgrpo.plugins.registry import Registry, load_registry
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.collector import Collector
+from pgrpo.rollout.engines import Engine, make_engine
+from pgrpo.rollout.prompts import PromptBuilder
+from pgrpo.rollout.seeds import derive_seed
+from pgrpo.runs.config import Config
+from pgrpo.train.checkpoint import Checkpoint
+from pgrpo.train.policy import Policy
+from pgrpo.types import Dataset
+
+
+class Assembly:
+    """The parts of a run, each made when it is first asked for.
+
+    It is a context manager: whatever was made by then is closed at its end, the latest first.
+
+    Args:
+        config: of the run.
+        checkpoint: what the parts go on from; without one they begin anew.
+        note: is told what takes long.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.state: dict[str, Any] | None = checkpoint and checkpoint.state()
+        self._note = note
+        self._open = ExitStack()
+        if config.run.num_threads:
+            torch.set_num_threads(config.run.num_threads)
+
+    def __enter__(self) -> Assembly:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The plugins that are installed."""
+        return load_registry()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """What prompts are made of."""
+        self._note(f"loading data set {self.config.data.name}")
+        return load_dataset(self.config.data)
+
+    @cached_property
+    def members(self) -> Membership:
+        """Every user's cluster."""
+        clusterer = self.registry.clusterer(self.config.clustering)
+        return Membership(clusterer, self.dataset, self.state and self.state["clusterer"])
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Rewards of training."""
+        return self._scorer(self.config.rewards)
+
+    @cached_property
+    def held_out_scorer(self) -> Scorer:
+        """Rewards of held-out completions: those of training, unless the config has others."""
+        return self._scorer(self.config.evaluation) if self.config.evaluation else self.scorer
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The model that is trained."""
+        self._note(f"loading model {self.config.model.name}")
+        return self._load_model(self.checkpoint)
+
+    @cached_property
+    def builder(self) -> PromptBuilder:
+        """Makes prompts of examples."""
+        config = self.config
+        return PromptBuilder(self.model.tokenizer, config.model, config.generation, self.members)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The model under its optimizer."""
+        config = self.config
+        policy = Policy(
+            self.model,
+            config.resolved_loss(),
+            config.optimizer,
+            num_steps=config.run.num_steps,
+            temperature=config.generation.temperature,
+            max_new_tokens=config.generation.max_new_tokens,
+            reference=self._load_reference(),
+        )
+        if self.checkpoint is not None:
+            self.checkpoint.restore_optimizer(policy)
+        return policy
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Generates; it has no weights before its first `sync`."""
+        config = self.config
+        engine = make_engine(
+            config.generation,
+            self.model,
+            config.model,
+            may_sleep=config.run.pipeline == "synchronous",
+        )
+        return self._open.enter_context(closing(engine))
+
+    @cached_property
+    def collector(self) -> Collector:
+        """Makes each step's batch."""
+        config = self.config
+        return Collector(
+            config.run,
+            config.estimator,
+            config.generation.group_size,
+            self.dataset,
+            self.members,
+            self.builder,
+            self.engine,
+            self.scorer,
+        )
+
+    def _scorer(self, sections: Sequence[RewardConfig]) -> Scorer:
+        seed = self.config.run.seed
+        rewards = [(section, self.registry.reward(section, seed)) for section in sections]
+        return self._open.enter_context(Scorer(rewards))
+
+    def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
+        return load_language_model(
+            self.config.model,
+            vocabulary=self.dataset.vocabulary,
+            seed=derive_seed(self.config.run.seed, "weights"),
+            weights=checkpoint.model if checkpoint else None,
+        )
+
+    def _load_reference(self) -> LanguageModel | None:
+        """The untrained model, where the loss needs it beside the trained one."""
+        if not self.config.loss.kl_coef or self.config.model.lora:
+            return None
+        reference = self._load_model(None)
+        reference.model.requires_grad_(False)
+        return reference
