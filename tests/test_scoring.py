@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -512,6 +513,48 @@ def test_a_scorer_goes_on_after_a_failure():
         with pytest.raises(PluginError):
             scorer.score([group(i, "bad") for i in range(9)])
         assert flat(scorer.score([group(0, "good")]))[1].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "nothing but the engine"])
+def test_another_thread_can_interrupt_the_scoring(kind):
+    called, released, ended = threading.Event(), threading.Event(), []
+
+    def hang(rollouts):
+        called.set()
+        released.wait(20)
+        return [1.0]
+
+    async def async_hang(rollouts):
+        called.set()
+        await asyncio.sleep(20)
+        return [1.0]
+
+    def engine():
+        yield group(0, "a")
+        if kind == "nothing but the engine":
+            called.set()
+            released.wait(20)
+            yield group(1, "b")
+
+    def score(scorer):
+        with pytest.raises(CancelledError):
+            scorer.score(engine())
+        ended.append(True)
+
+    reward = {"sync": hang, "async": async_hang}.get(kind, length)
+    with Scorer([(section(), reward)]) as scorer:
+        thread = threading.Thread(target=score, args=(scorer,))
+        thread.start()
+        assert called.wait(20)
+        scorer.interrupt()
+        scorer.interrupt()  # again is harmless
+        if kind == "nothing but the engine":
+            released.set()  # only the engine itself can be told to end
+        thread.join(10)
+        assert ended
+        with pytest.raises(CancelledError):
+            scorer.score([group(0, "a")])
+    released.set()
 
 
 def run(program: str) -> str:

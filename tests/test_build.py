@@ -1,0 +1,59 @@
+"""How a run is put together, and taken apart when that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_run, train
+
+from pgrpo.errors import CheckpointError
+from pgrpo.rollout.engines.transformers import TransformersEngine
+from pgrpo.runs.config import parse_config
+from pgrpo.runs.display import Display
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
+from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.train.trainer import Trainer
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The engines that were closed."""
+    engines: list[object] = []
+    monkeypatch.setattr(TransformersEngine, "close", lambda self: engines.append(self))
+    return engines
+
+
+def test_parts_are_made_once_and_closed_at_the_end(closed: list[object]) -> None:
+    with Assembly(parse_config(tiny_run())) as parts:
+        assert "model" not in vars(parts), "nothing is made that nobody asked for"
+        assert parts.engine is parts.engine
+        assert parts.held_out_scorer is parts.scorer, "the config has no rewards of evaluation"
+        assert parts.policy.model is parts.model
+        assert not closed
+        engine = parts.engine
+    assert closed == [engine]
+
+
+@pytest.mark.parametrize("missing", ["normalizer", "batch"])
+def test_a_state_that_cannot_be_restored_closes_the_engine(
+    tmp_path: Path, closed: list[Any], missing: str
+) -> None:
+    run = train(tmp_path)
+    closed.clear()
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    state = json.loads((checkpoint.path / "state.json").read_text("utf-8"))
+    del state[missing]
+    (checkpoint.path / "state.json").write_text(json.dumps(state), "utf-8")
+    folder = RunFolder(run)
+    with (
+        pytest.raises(CheckpointError, match=f"the checkpoint lacks '{missing}'"),
+        folder,
+        Assembly(folder.config(), checkpoint) as parts,
+    ):
+        Trainer(parts, folder, Display("x", 4))
+    assert closed == [parts.engine]
