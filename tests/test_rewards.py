@@ -158,10 +158,22 @@ class Server:
 
     def __init__(self, answer: Callable[[str, int], Answer]) -> None:
         self.requests: list[tuple[str, dict[str, str], dict[str, object]]] = []
-        self.most_at_once = self.at_once = 0
+        self.most_at_once = self.at_once = self.num_connections = 0
         lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # which keeps connections open
+
+            def setup(handler) -> None:
+                super().setup()
+                with lock:
+                    self.num_connections += 1
+
+            def finish(handler) -> None:
+                super().finish()
+                with lock:
+                    self.num_connections -= 1
+
             def do_POST(handler) -> None:
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
                 question = body["messages"][0]["content"]
@@ -275,6 +287,21 @@ def test_concurrency_is_bounded(serve):
     rollouts = [rollout(str(i)) for i in range(12)]
     assert score(judge_section(server.url, max_concurrency=3), *rollouts) == [1.0] * 12
     assert 2 <= server.most_at_once <= 3
+
+
+def test_connections_are_kept_between_calls_and_closed_with_the_scorer(serve):
+    server = serve(lambda *_: say("1"))
+    section = judge_section(server.url, max_concurrency=2)
+    judge = REGISTRY.reward(section)
+    for _ in range(2):  # two event loops, one after the other
+        with Scorer([(section, judge)]) as scorer:
+            for _ in range(3):
+                assert scorer.score([[rollout("x"), rollout("y")]])[1].tolist() == [1.0, 1.0]
+            assert 1 <= server.num_connections <= 2
+        deadline = time.monotonic() + 5
+        while server.num_connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.num_connections == 0
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,19 @@
-"""The built-in rewards, registered as anybody's are."""
+"""The built-in rewards, registered as anybody's are; the judge has a file of its own."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator
 
 from pgrpo.config import Section
-from pgrpo.config.checks import api_key
 from pgrpo.data.personas import persona_reward, persona_utility
-from pgrpo.errors import ConfigError, DataError, PluginError
+from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import hookimpl
+from pgrpo.rewards.judge import Judge
 from pgrpo.types import Json, Rollout
-
-if TYPE_CHECKING:
-    import httpx
 
 
 @hookimpl
@@ -160,170 +154,3 @@ def persona(rollouts: Sequence[Rollout]) -> list[float]:
 def utility(rollouts: Sequence[Rollout]) -> list[float]:
     """The same on one scale from 0 to 1 for every persona, for evaluation (data set `personas`)."""
     return [persona_utility(r.prompt.example.columns, r.completion) for r in rollouts]
-
-
-class Judge:
-    """A language model's verdict, through an OpenAI-compatible chat endpoint.
-
-    The reward is the one number in the model's reply; "7/10" counts as 7 where `high` is 10. Busy
-    and failing servers (429, 5xx, no connection) are asked again, after pauses that double. A
-    rollout whose verdict cannot be had fails by itself; the others keep theirs.
-    """
-
-    class Config(Section):
-        """Whom to ask, and how."""
-
-        url: str
-        """Base address of the endpoint, such as http://localhost:8000/v1."""
-        model: str
-        """Name of the model there."""
-        template: str
-        """The question; {prompt}, {completion}, {user} and names of columns are filled in. It
-        should ask for nothing but a number from `low` to `high`."""
-        low: float = 0.0
-        """Smallest number the model may give."""
-        high: float = 10.0
-        """Largest number the model may give."""
-        api_key_env: str | None = None
-        """Environment variable that holds the API key, where one is needed."""
-        parameters: dict[str, Any] = Field({"temperature": 0.0, "max_tokens": 16})
-        """Further fields of the request."""
-        max_concurrency: int = Field(16, ge=1)
-        """Most requests under way at once."""
-        request_timeout_s: float = Field(30.0, gt=0)
-        """Seconds one request may take; timeout_s bounds the whole batch."""
-        retries: int = Field(4, ge=0)
-        """Times a request is repeated."""
-        pause_s: float = Field(0.5, ge=0)
-        """Pause before the first repetition, unless the server's Retry-After (up to 30 s) tells."""
-
-        @field_validator("url")
-        @classmethod
-        def _is_address(cls, url: str) -> str:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("expected an address that begins with http:// or https://")
-            if parts.username is not None:
-                raise ValueError("credentials belong into the variable that api_key_env names")
-            return url.rstrip("/")
-
-        @model_validator(mode="after")
-        def _check_template_and_range(self) -> Judge.Config:
-            if "{completion}" not in self.template:
-                raise ValueError(
-                    "template does not contain {completion}, so nothing would be judged"
-                )
-            if not self.low < self.high:
-                raise ValueError(
-                    f"low is {self.low:g} and high is {self.high:g}; expected low < high"
-                )
-            return self
-
-    def __init__(self, config: Config) -> None:
-        if importlib.util.find_spec("httpx") is None:
-            raise PluginError("the judge needs httpx: pip install 'pgrpo[judge]'")
-        self._config = config
-        self._key = _read_key(config.api_key_env)
-        self._session: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient, asyncio.Semaphore] | None
-        self._session = None
-
-    async def __call__(self, rollouts: Sequence[Rollout]) -> list[float | Exception]:
-        client, slots = self._open_session()
-
-        async def judge(rollout: Rollout) -> float | Exception:
-            async with slots:
-                try:
-                    return self._parse(await self._ask(client, rollout))
-                except Exception as error:  # one rollout's failure leaves the others their verdicts
-                    return error
-
-        return await asyncio.gather(*map(judge, rollouts))
-
-    def _open_session(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        """Connections and places of all calls in this event loop; making a client takes 50 ms."""
-        import httpx
-
-        loop, config = asyncio.get_running_loop(), self._config
-        if self._session is None or self._session[0] is not loop:
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            client = httpx.AsyncClient(headers=headers, timeout=config.request_timeout_s)
-            self._session = loop, client, asyncio.Semaphore(config.max_concurrency)
-        return self._session[1:]
-
-    async def _ask(self, client: httpx.AsyncClient, rollout: Rollout) -> str:
-        """The model's reply."""
-        import httpx
-
-        config = self._config
-        question = {"role": "user", "content": _fill(config.template, rollout)}
-        body = {**config.parameters, "model": config.model, "messages": [question]}
-        address, complaint = f"{config.url}/chat/completions", ""
-        for attempt in range(config.retries + 1):
-            pause_s = config.pause_s * 2**attempt
-            try:
-                response = await client.post(address, json=body)
-            except httpx.RequestError as error:
-                complaint = f"judge at {address} cannot be reached: {type(error).__name__}: {error}"
-            else:
-                if response.is_success:
-                    return self._reply(response)
-                said = self._quote(response.text)
-                complaint = f"judge at {address} answered {response.status_code}: {said}"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise PluginError(complaint)
-                asked_for = response.headers.get("Retry-After", "")
-                pause_s = min(30.0, float(asked_for)) if asked_for.isdecimal() else pause_s
-            if attempt < config.retries:
-                await asyncio.sleep(pause_s)
-        raise PluginError(f"{complaint} ({config.retries + 1} attempts)")
-
-    def _reply(self, response: httpx.Response) -> str:
-        try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            content = None
-        if not isinstance(content, str):
-            raise PluginError(f"judge's answer is no chat completion: {self._quote(response.text)}")
-        return content
-
-    def _parse(self, reply: str) -> float:
-        low, high = self._config.low, self._config.high
-        text = re.sub(rf"(?<=\d)\s*/\s*{re.escape(f'{high:g}')}(?![\d.]*\d)", "", reply)
-        numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?!\w)", text)
-        if len(numbers) == 1 and low <= float(numbers[0]) <= high:
-            return float(numbers[0])
-        raise PluginError(
-            f"judge replied {self._quote(reply)}; expected one number from {low:g} to {high:g}"
-        )
-
-    def _quote(self, text: str) -> str:
-        # Servers quote the key they refuse; it is hidden first, lest half of it survive the cut.
-        return repr((text.replace(self._key, "[API key]") if self._key else text)[:200])
-
-
-def _read_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = api_key(variable)
-    if key is None:
-        raise ConfigError(f"environment variable {variable}, named by api_key_env, is not set")
-    return key
-
-
-def _fill(template: str, rollout: Rollout) -> str:
-    """In one pass, so that braces inside a prompt or completion stay what they are."""
-    example = rollout.prompt.example
-    words: Mapping[str, Json] = {
-        **example.columns,
-        "prompt": example.text,
-        "completion": rollout.completion,
-        "user": example.user,
-    }
-
-    def word(match: re.Match[str]) -> str:
-        if match[1] not in words:
-            known = ", ".join(sorted(words))
-            raise DataError(f"template names {match[0]}, the example has only: {known}")
-        return str(words[match[1]])
-
-    return re.sub(r"\{(\w+)\}", word, template)
