@@ -503,6 +503,15 @@ def test_an_interrupt_is_no_error(
     assert main(["train", "--resume", str(run)]) == 0
 
 
+def test_every_error_a_user_can_meet_is_exported() -> None:
+    import pgrpo
+    from pgrpo import errors
+
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, errors.PgrpoError)}
+    assert kinds == {kind for name in pgrpo.__all__ if (kind := getattr(pgrpo, name)) in kinds}
+
+
 def test_serve_without_vllm_says_what_to_install(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
