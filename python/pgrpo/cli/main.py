@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgrpo.errors import ConfigError, EngineError, PgrpoError, RunFolderError
+from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
 
 if TYPE_CHECKING:
     from pgrpo.report import Verdict
@@ -211,34 +211,18 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import importlib.util
     import os
     import shlex
 
     config = _load(options)
-    if config.model.name == "tiny":
-        raise ConfigError("model.name = 'tiny' is made by the trainer, and cannot be served")
-    found = importlib.util.find_spec("vllm")
-    # A folder of that name has no origin.
-    if found is None or found.origin is None:
-        raise EngineError("pgrpo serve needs vLLM; install it with pip install 'pgrpo[vllm]'")
-    import torch
-
-    from pgrpo.model.language_model import declared_positions, resolve_precision
-    from pgrpo.rollout.engines.vllm.launch import engine_precision, serve_command
+    from pgrpo.rollout.engines.vllm.launch import serve_command
 
     command, environment = serve_command(
-        config.generation,
-        config.model,
-        engine_precision(config.generation.vllm, resolve_precision(config.model.precision)),
-        declared_positions(config.model),
-        on_cpu=not torch.cuda.is_available(),
-        host=options.host,
-        port=options.port,
+        config.generation, config.model, host=options.host, port=options.port
     )
     # Without the environment, for that may hold the API key.
     print(shlex.join(command), flush=True)
-    os.execve(command[0], command, {**os.environ, **environment})
+    os.execve(command[0], command, environment)
 
 
 def _plugins(options: argparse.Namespace) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pgrpo.config.checks import api_key
-from pgrpo.errors import EngineError
+from pgrpo.errors import ConfigError, EngineError
 from pgrpo.model.gguf import model_folder
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 LORA_NAME = "policy"
 """What servers know the adapters by."""
 
-# Choices can be longer than max_new_tokens, and are asked for token by token.
 _LEAST_NEW_TOKENS = 64
+"""Choices can be longer than max_new_tokens, and are asked for token by token."""
+# The bounds of ranks that vLLM takes.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -55,7 +58,7 @@ def engine_arguments(
         generation: the section `[generation]`.
         model: the section `[model]`.
         precision: fp32 or bf16.
-        positions: of the model.
+        positions: length of the longest sequence that the model is made for, if it tells.
         folder: with the model's config, where that is not at hand under the model's name.
         on_cpu: vLLM runs on a CPU.
 
@@ -112,16 +115,38 @@ def engine_arguments(
 
 
 def serve_command(
-    generation: GenerationConfig,
-    model: ModelConfig,
-    precision: str,
-    positions: int | None,
-    *,
-    on_cpu: bool,
-    host: str,
-    port: int,
+    generation: GenerationConfig, model: ModelConfig, *, host: str, port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """A `vllm serve` that the run of this config can use: command line and environment."""
+    """A `vllm serve` that the run of this config can use.
+
+    Args:
+        generation: the section `[generation]`.
+        model: the section `[model]`.
+        host: address to listen on.
+        port: to listen on.
+
+    Returns:
+        The command line, and the whole environment it wants, which may hold the API key.
+
+    Raises:
+        ConfigError: the model cannot be served.
+        EngineError: vLLM is not installed.
+        ModelError: there is no such model.
+    """
+    if model.name == "tiny":
+        raise ConfigError("model.name = 'tiny' is made by the trainer, and cannot be served")
+    found = importlib.util.find_spec("vllm")
+    # A folder of that name has no origin.
+    if found is None or found.origin is None:
+        raise EngineError("pgrpo serve needs vLLM; install it with pip install 'pgrpo[vllm]'")
+    # Only now, for it takes seconds, and what is wrong above should be told at once.
+    import torch
+
+    from pgrpo.model.language_model import declared_positions, resolve_precision
+
+    on_cpu = not torch.cuda.is_available()
+    precision = engine_precision(generation.vllm, resolve_precision(model.precision))
+    positions = declared_positions(model)
     arguments = engine_arguments(generation, model, precision, positions, on_cpu=on_cpu)
     transfer = generation.vllm.transfer
     backend = transfer if transfer in ("nccl", "ipc") else "pgrpo"
@@ -146,6 +171,7 @@ def serve_command(
             text = json.dumps(value) if isinstance(value, Mapping) else str(value)
             command += [f"--{flag}", text]
     environment = {
+        **os.environ,
         # The routes that weights come by.
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
