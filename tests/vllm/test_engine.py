@@ -19,7 +19,8 @@ from pgrpo.model.language_model import LanguageModel
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.engines.transformers import TransformersEngine
-from pgrpo.rollout.engines.vllm import weights
+from pgrpo.rollout.engines.vllm import receiver
+from pgrpo.rollout.engines.vllm.backend import Request
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
 from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Group, Prompt, Rollout
@@ -126,7 +127,7 @@ def test_the_probe_finds_a_sync_that_did_not_work(
             parameter.mul_(1.02)
     with monkeypatch.context() as broken:
         if fault == "tied head":
-            broken.setattr(weights, "_pack_embeddings", lambda *_: None)
+            broken.setattr(receiver, "_pack_embeddings", lambda *_: None)
         elif fault == "stale cache":
             broken.setattr(backend._llm, "reset_prefix_cache", lambda: True)
         else:
@@ -149,9 +150,14 @@ def test_blocks_in_use_are_no_silent_stale_cache(pair: Pair) -> None:
     assert engine.sync(1).num_bytes > 0
 
 
-def _long_request(model: LanguageModel) -> Any:
-    from pgrpo.rollout.engines.vllm.engine import Request
+def test_an_update_that_was_left_unfinished_does_not_hinder_the_next(pair: Pair) -> None:
+    model, engine = pair
+    engine._backend._llm.start_weight_update()
+    assert engine.sync(1).num_bytes > 0
+    assert sample(engine, prompts_of(model, None), 1, seed=0)
 
+
+def _long_request(model: LanguageModel) -> Any:
     return Request(prompts_of(model, None)[0].token_ids, {"max_tokens": 50, "ignore_eos": True})
 
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from models import SMOLLM2, Tree, config_of, small_model, write
 
 from pgrpo.cli import main
 from pgrpo.errors import ConfigError, EngineError
 from pgrpo.model.language_model import load_language_model
-from pgrpo.rollout.engines.vllm.engine import Request
-from pgrpo.rollout.engines.vllm.servers import Server, Servers
+from pgrpo.rollout.engines.vllm.backend import Request
+from pgrpo.rollout.engines.vllm.server import Server, Unavailable
+from pgrpo.rollout.engines.vllm.servers import Servers
 from pgrpo.rollout.engines.vllm.settings import VllmConfig
 
 KEY = "a-secret-that-nobody-may-read"
@@ -134,6 +136,9 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
     config = write(tmp_path / "whole", changes)
     assert main(["train", str(config), "--out", str(whole)]) == 0  # vLLM in this process
     server.wait()
+    # A trainer that was killed left the server in the midst of an update.
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(f"{server.url}/start_weight_update", headers=headers).is_success
     capfd.readouterr()
 
     remote = {**changes, "generation.vllm": {"servers": [server.url], "retry_s": START_S}}
@@ -255,7 +260,7 @@ def hung() -> Iterator[str]:
 def test_a_server_that_hangs_is_found(
     tmp_path: Path, hung: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._CONTROL_S", 0.3)
+    monkeypatch.setattr(Server, "control_s", 0.3)
     remote = {**SMALL, "generation.vllm": {"servers": [hung], "retry_s": 1.0}}
     start = time.monotonic()
     assert main(["train", str(write(tmp_path, remote)), "--out", str(tmp_path / "run")]) == 2
@@ -263,13 +268,37 @@ def test_a_server_that_hangs_is_found(
     assert f"{hung}/v1/models timed out" in capfd.readouterr().err
 
 
+def servers_at(url: str, **settings: Any) -> Servers:
+    config = config_of(small_model(), {"generation.vllm": {"servers": [url], **settings}})
+    return Servers(config.generation, load_language_model(config.model), config.model)
+
+
+def test_retry_s_begins_with_the_first_failure() -> None:
+    """Not with the attempt, which may have taken longer; and the last attempt is at its end."""
+    servers = servers_at("http://127.0.0.1:9", retry_s=0.3)
+    attempts: list[float] = []
+    start = time.monotonic()
+
+    def attempt() -> None:
+        attempts.append(time.monotonic() - start)
+        if len(attempts) == 1:
+            time.sleep(0.5)
+        raise Unavailable("out of order")
+
+    with pytest.raises(EngineError, match="be used for retry_s = 0.3: out of order"):
+        servers._persist(attempt)
+    # Pauses of 0.2 s, and of what is left of retry_s.
+    np.testing.assert_allclose(attempts, [0.0, 0.7, 0.8], atol=0.09)
+
+
 def test_requests_to_a_server_that_hangs_can_be_abandoned(
     hung: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The thread that waits for them is woken, and nobody waits for the server."""
-    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._CONTROL_S", 0.3)
-    config = config_of(small_model(), {"generation.vllm": {"servers": [hung], "retry_s": 100.0}})
-    servers = Servers(config.generation, load_language_model(config.model), config.model)
+    """The thread that waits for them is woken, those that pause too, and nobody waits for the server."""
+    monkeypatch.setattr(Server, "control_s", 0.3)
+    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr("pgrpo.rollout.engines.vllm.servers._LONGEST_PAUSE_S", 60.0)
+    servers = servers_at(hung, retry_s=100.0)
     errors: list[BaseException] = []
 
     def take() -> None:
@@ -286,6 +315,9 @@ def test_requests_to_a_server_that_hangs_can_be_abandoned(
     start = time.monotonic()
     servers.close()
     waiting.join(timeout=10)
+    for thread in servers._threads:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in servers._threads)
     assert time.monotonic() - start < 10
     assert str(errors[0]) == "the requests were abandoned"
     assert len(caplog.records) == 1, "one server's outage is told once"

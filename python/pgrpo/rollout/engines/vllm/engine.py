@@ -1,11 +1,8 @@
-"""Generation by vLLM, in this process (`local`) or served by others (`servers`).
+"""Generation by vLLM, in this process (`local`) or in processes of its own (`servers`).
 
-What is the same for both is here: which requests make a group, how a completion is chosen from a
-list, and the proof that vLLM computes with the policy's weights. A free group is one request for G
-samples, and those of prompt b take the seeds seed + b G, ..., seed + b G + G - 1. A choice is sampled
-branch by branch: one request tells the probabilities of the tokens that may come next, and all
-completions that stand at that branch draw from them, by the random numbers the transformers engine
-would use.
+What is the same for both is here: prompts become requests, group by group; what comes back is checked
+and becomes rollouts; and weights are handed over and proved to have arrived. The samples of prompt b
+take the seeds seed + b G, ..., seed + b G + G - 1, so no two of a call share one.
 """
 
 from __future__ import annotations
@@ -14,95 +11,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from pgrpo.errors import EngineError
-from pgrpo.model.attention import SharedPrefix
-from pgrpo.model.choices import forced_tail, permitted
 from pgrpo.rollout.engines import SyncStats
+from pgrpo.rollout.engines.vllm.backend import Backend, Completion, Request
+from pgrpo.rollout.engines.vllm.groups import ChoiceGroup, FreeGroup, RequestedGroup
 from pgrpo.rollout.engines.vllm.launch import engine_precision
-from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout
+from pgrpo.rollout.engines.vllm.probe import (
+    PROBE_SAMPLES,
+    PROBE_TOKENS,
+    check_probe,
+    probe_prompt,
+)
+from pgrpo.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from pgrpo.config.sections import ModelConfig
     from pgrpo.model.language_model import LanguageModel
     from pgrpo.rollout.settings import GenerationConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Samples that are wanted of one sequence of tokens."""
-
-    token_ids: tuple[int, ...]
-    sampling: dict[str, Any]
-    """Arguments of vLLM's SamplingParams, as JSON values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sample."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[dict[int, float], ...]
-    """Per token: log-probabilities in nats, of the sampled token and of those asked for."""
-    finish_reason: str | None
-    version: str | None
-    """Of the weights that made it, several with a + between them; None if vLLM does not tell."""
-
-
-class Backend(Protocol):
-    """A vLLM that takes requests and returns their samples in the order in which they finish.
-
-    Attributes:
-        capacity: groups that are given to it at a time.
-    """
-
-    capacity: int
-
-    def submit(self, key: int, request: Request) -> None:
-        """Queue a request."""
-        ...
-
-    def next(self) -> tuple[int, list[Completion]]:
-        """Wait for a request to be finished: its key and its samples."""
-        ...
-
-    def abandon(self) -> None:
-        """Forget all requests."""
-        ...
-
-    def interrupt(self) -> None:
-        """Make a `next` that another thread is in raise an EngineError."""
-        ...
-
-    def send_weights(self, version: int) -> int:
-        """Have the model's weights, after `version` updates, in use and nothing cached of earlier ones;
-        returns the bytes that moved."""
-        ...
-
-    def sleep(self) -> None:
-        """See `Engine.sleep`."""
-        ...
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        ...
-
-
-_PROBE_TEXT = (
-    "A reader who has finished a long novel about the sea may want a short one about the mountains, "
-    "while another asks for the same author again. The better advice is the one that remembers who is "
-    "asking, what they liked before, and what they have had enough of by now. "
-)
-_PROBE_PROMPT_TOKENS = 80
-"""More than one block of keys and values, so that the probe reads the prefix cache."""
-_PROBE_TOKENS = 8
-_PROBE_SAMPLES = 4
 _FIRST_PROBES = 3
+"""Syncs that are always probed, however large `probe_every` is."""
 
 
 class VllmEngine:
@@ -192,11 +124,11 @@ class VllmEngine:
             generator=torch.Generator().manual_seed(seed),
             dtype=torch.float64,
         ).numpy()
-        groups: list[_FreeGroup | _ChoiceGroup] = []
+        groups: list[RequestedGroup] = []
         for b, prompt in enumerate(prompts):
             if prompt.choices is None:
                 groups.append(
-                    _FreeGroup(
+                    FreeGroup(
                         prompt,
                         group_size,
                         max_new_tokens,
@@ -208,7 +140,7 @@ class VllmEngine:
             else:
                 mine = levels[:, b * group_size : (b + 1) * group_size]
                 groups.append(
-                    _ChoiceGroup(
+                    ChoiceGroup(
                         prompt, group_size, self._config.temperature, None if greedy else mine
                     )
                 )
@@ -266,7 +198,7 @@ class VllmEngine:
                     f"{self._version} updates"
                 )
 
-    def _sampled(self, b: int, group: _FreeGroup | _ChoiceGroup) -> Group:
+    def _sampled(self, b: int, group: RequestedGroup) -> Group:
         # Servers send -9999 for what is no number.
         if not all(-9999 < value < math.inf for logs in group.logprobs for value in logs):
             raise EngineError(
@@ -291,141 +223,8 @@ class VllmEngine:
         )
 
     def _probe(self) -> float:
-        """Mean absolute difference of the log-probabilities of a few sampled tokens, in nats.
-
-        The prompt is always the same, so what vLLM caches of it comes from the weights before.
-        """
-        ids: list[int] = self._model.tokenizer(_PROBE_TEXT, add_special_tokens=False).input_ids
-        ids = (ids * _PROBE_PROMPT_TOKENS)[
-            : min(_PROBE_PROMPT_TOKENS, self._config.max_prompt_tokens)
-        ]
-        prompt = Prompt(Example(_PROBE_TEXT, ""), 0, tuple(ids))
-        tokens = min(_PROBE_TOKENS, self._config.max_new_tokens)
-        (group,) = self._generate([prompt], _PROBE_SAMPLES, 0, False, tokens)
-        found = np.concatenate([rollout.rollout_logprobs for rollout in group.rollouts])
-        expected = self._reference(prompt, [rollout.completion_ids for rollout in group.rollouts])
-        differences = np.abs(found - expected)
-        error = float(differences.mean())
-        if not error <= self._tolerance:
-            raise EngineError(
-                f"after {self._version} updates vLLM's log-probabilities differ from the trainer's by "
-                f"{error:.4f} nats on average (at most {float(differences.max()):.4f}) over "
-                f"{len(found)} tokens, more than {self._tolerance:g}: its weights or its cache are not "
-                "those of the policy (generation.vllm.probe_tolerance sets the bound)"
-            )
-        return error
-
-    @torch.no_grad()
-    def _reference(self, prompt: Prompt, completions: Sequence[tuple[int, ...]]) -> FloatArray:
-        """The trainer's log-probabilities of completions: flat."""
-        model = self._model
-        layout = SharedPrefix([prompt.token_ids], [[c[:-1] for c in completions]], model.device)
-        values: list[FloatArray] = []
-        with model.autocast():
-            hidden = model.hidden(layout)
-            for completion, start in zip(completions, layout.completion_rows, strict=True):
-                rows = [len(prompt.token_ids) - 1, *range(start, start + len(completion) - 1)]
-                logits = model.logits(hidden[rows]) / self._config.temperature
-                logs = logits.log_softmax(-1)[range(len(rows)), list(completion)]
-                values.append(logs.double().cpu().numpy())
-        return np.concatenate(values)
-
-
-@dataclass(slots=True)
-class _FreeGroup:
-    """G samples of one prompt."""
-
-    prompt: Prompt
-    size: int
-    max_new_tokens: int
-    end_ids: frozenset[int]
-    temperature: float
-    seed: int
-    tokens: list[list[int]] = field(default_factory=list[list[int]])
-    logprobs: list[list[float]] = field(default_factory=list[list[float]])
-
-    def start(self) -> list[Request]:
-        greedy = self.temperature == 0.0
-        sampling: dict[str, Any] = {
-            # The likeliest completion is the same for all.
-            "n": 1 if greedy else self.size,
-            "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
-            # The policy's own end tokens; vLLM would add those of the model's generation config.
-            "ignore_eos": True,
-            "stop_token_ids": sorted(self.end_ids),
-            "logprobs": 0,
-        }
-        if not greedy:
-            sampling["seed"] = self.seed
-        return [Request(self.prompt.token_ids, sampling)]
-
-    def accept(self, _number: int, completions: Sequence[Completion]) -> list[Request]:
-        samples = list(completions) * (self.size // len(completions))
-        self.tokens = [list(c.token_ids) for c in samples]
-        self.logprobs = [
-            [options[token] for token, options in zip(c.token_ids, c.logprobs, strict=True)]
-            for c in samples
-        ]
-        return []
-
-
-class _ChoiceGroup:
-    """G choices from one list. Several completions may stand at one branch."""
-
-    def __init__(
-        self, prompt: Prompt, size: int, temperature: float, levels: FloatArray | None
-    ) -> None:
-        self.prompt = prompt
-        self.tokens: list[list[int]] = [[] for _ in range(size)]
-        self.logprobs: list[list[float]] = [[] for _ in range(size)]
-        self._temperature = temperature
-        self._levels = levels
-        self._branches: list[tuple[int, ...]] = []
-        self._missing = 0
-
-    def start(self) -> list[Request]:
-        """A request for every branch that completions stand at."""
-        choices = self.prompt.choices or ()
-        for tokens, logprobs in zip(self.tokens, self.logprobs, strict=True):
-            tail = forced_tail(choices, tokens)
-            tokens.extend(tail)
-            logprobs.extend([0.0] * len(tail))
-        open_ = {tuple(t) for t in self.tokens if permitted(choices, t)}
-        self._branches = sorted(open_)
-        self._missing = len(self._branches)
-        requests: list[Request] = []
-        for branch in self._branches:
-            allowed = list(permitted(choices, branch))
-            sampling = {
-                "n": 1,
-                "temperature": self._temperature,
-                "max_tokens": 1,
-                "ignore_eos": True,
-                "seed": 0,
-                "allowed_token_ids": allowed,
-                "logprobs": len(allowed),
-            }
-            requests.append(Request(self.prompt.token_ids + branch, sampling))
-        return requests
-
-    def accept(self, number: int, completions: Sequence[Completion]) -> list[Request] | None:
-        """Draw at a branch; the next requests once all branches are done, None before."""
-        branch = self._branches[number]
-        allowed = permitted(self.prompt.choices or (), branch)
-        known = completions[0].logprobs[0]
-        logs = np.array([known[token] for token in allowed])
-        logs -= np.log(np.exp(logs).sum())
-        cumulated = np.exp(logs).cumsum()
-        for g, tokens in enumerate(self.tokens):
-            if tuple(tokens) != branch:
-                continue
-            if self._levels is None:
-                drawn = int(logs.argmax())
-            else:
-                level = self._levels[len(branch), g] * cumulated[-1]
-                drawn = min(int(np.searchsorted(cumulated, level, side="right")), len(logs) - 1)
-            tokens.append(allowed[drawn])
-            self.logprobs[g].append(float(logs[drawn]))
-        self._missing -= 1
-        return None if self._missing else self.start()
+        """Sample anew and compare; see `check_probe`."""
+        prompt = probe_prompt(self._model, self._config)
+        tokens = min(PROBE_TOKENS, self._config.max_new_tokens)
+        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, False, tokens)
+        return check_probe(group.rollouts, self._model, self._config.temperature, self._tolerance)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pgrpo.errors import EngineError, engine_errors
-from pgrpo.rollout.engines.vllm.engine import Completion, Request
+from pgrpo.rollout.engines.vllm.backend import Completion, Request
 from pgrpo.rollout.engines.vllm.launch import (
     LORA_NAME,
     engine_arguments,
@@ -45,7 +44,7 @@ class Local:
     """
 
     capacity = 4096
-    """It takes what it is given, and works only while it is waited for."""
+    """Practically everything: vLLM queues what it is given, and works only while it is waited for."""
 
     def __init__(
         self,
@@ -67,21 +66,22 @@ class Local:
         self._may_sleep = self._on_gpu and self._options.sleep and may_sleep
         self._asleep = False
         if self._options.tensor_parallel_size == 1:
-            # In one process weights are handed over, not sent. Read when vLLM is imported.
+            # Within one process weights can be handed over as references.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             import vllm
 
-            from pgrpo.rollout.engines.vllm import weights
+            from pgrpo.rollout.engines.vllm.receiver import register
+            from pgrpo.rollout.engines.vllm.sender import WeightSender
         except ImportError as error:
             raise EngineError(
                 f"generation.engine = 'vllm' needs vLLM, which cannot be imported ({error}); install "
                 "it with pip install 'pgrpo[vllm]'"
             ) from error
         self._vllm: Any = vllm
-        weights.register()
+        register()
         arguments = engine_arguments(
             config,
             source,
@@ -108,7 +108,7 @@ class Local:
         # Adapters are loaded by name; their base comes from where the trainer's came from.
         self._sender: Any = None
         if not self._has_adapters:
-            self._sender = weights.WeightSender(
+            self._sender = WeightSender(
                 "direct" if self._options.tensor_parallel_size == 1 else "file",
                 model.bare,
                 [_Client(self._llm)],
@@ -212,13 +212,13 @@ class Local:
             self._sender.close()
         self._engine.engine_core.shutdown()
         del self._llm, self._engine, self._sender
-        gc.collect()
+        # This has the garbage collector run, too.
         cleanup_dist_env_and_memory()
         self._folder.cleanup()
 
 
 class _Client:
-    """`weights.SyncClient` over `vllm.LLM`."""
+    """`SyncClient` over `vllm.LLM`."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from pgrpo.config import Section
 
-# What the engine relies on, what has a setting of its own, and what is secret.
+# Arguments of `vllm.LLM` that `options` may not hold: the engine relies on their values, they have a
+# setting of their own, or they are secret.
 _NO_VLLM_OPTIONS = frozenset(
     {
         *(
