@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -206,14 +207,12 @@ class Local:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         if self._sender is not None:
             self._sender.close()
         self._engine.engine_core.shutdown()
         del self._llm, self._engine, self._sender
-        # This has the garbage collector run, too.
-        cleanup_dist_env_and_memory()
+        # They hold each other, and the memory of weights, keys and values.
+        gc.collect()
         self._folder.cleanup()
 
 

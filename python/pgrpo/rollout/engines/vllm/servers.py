@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import torch
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
-from tenacity.nap import sleep_using_event
 
 from pgrpo.errors import EngineError
 from pgrpo.rollout.engines.vllm.backend import Completion, Request
@@ -311,34 +309,25 @@ class Servers:
     ) -> Answer:
         """Try until it works, with growing pauses, for at most retry_s after the first failure.
 
+        By hand, for tenacity counts from the beginning of the first attempt, which may have taken
+        longer than retry_s before it failed.
+
         Raises:
             EngineError: it did not work, or was abandoned.
         """
         abandoned = abandoned or threading.Event()
-        retry_s, deadline = self._options.retry_s, 0.0
-        grown = wait_exponential(_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
-
-        def pause_s(state: RetryCallState) -> float:
-            # A request that fails may have taken long before: the time begins with the first failure.
-            nonlocal deadline
-            if state.attempt_number == 1:
-                deadline = time.monotonic() + retry_s
-            return max(0.0, min(grown(state), deadline - time.monotonic()))
-
-        def check_wanted(_: RetryCallState) -> None:
-            if abandoned.is_set():
-                raise EngineError("the requests were abandoned")
-
-        def give_up(state: RetryCallState) -> Answer:
-            failure = state.outcome and state.outcome.exception()
-            raise EngineError(f"no vLLM server could be used for retry_s = {retry_s:g}: {failure}")
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(Unavailable),
-            before=check_wanted,
-            wait=pause_s,
-            stop=lambda state: state.upcoming_sleep == 0,
-            sleep=sleep_using_event(abandoned),
-            retry_error_callback=give_up,
-        )
-        return retrying(attempt)
+        deadline, pause_s = None, _FIRST_PAUSE_S
+        while not abandoned.is_set():
+            try:
+                return attempt()
+            except Unavailable as error:
+                now = time.monotonic()
+                deadline = deadline or now + self._options.retry_s
+                if now >= deadline:
+                    raise EngineError(
+                        f"no vLLM server could be used for retry_s = {self._options.retry_s:g}: "
+                        f"{error}"
+                    ) from None
+                abandoned.wait(min(pause_s, deadline - now))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        raise EngineError("the requests were abandoned")
