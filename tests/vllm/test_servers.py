@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from models import SMOLLM2, Tree, config_of, small_model, write
+from serving import KEY, SMALL, START_S, Served, metrics
 
 from pgrpo.cli import main
 from pgrpo.errors import ConfigError, EngineError
@@ -27,74 +23,7 @@ from pgrpo.rollout.engines.vllm.server import Server, Unavailable
 from pgrpo.rollout.engines.vllm.servers import Servers
 from pgrpo.rollout.engines.vllm.settings import VllmConfig
 
-KEY = "a-secret-that-nobody-may-read"
-START_S = 240
-
-
-class Served:
-    """`pgrpo serve` on a port of its own."""
-
-    def __init__(self, config: Path) -> None:
-        self._config = config
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.log = config.parent / f"server-{self.port}.log"
-
-    def start(self) -> None:
-        program = Path(sys.executable).parent / "pgrpo"
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                [program, "serve", self._config, "--port", str(self.port)],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            assert self._process is not None and self._process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        raise TimeoutError(self.log.read_text())
-
-    def kill(self) -> None:
-        """With all the processes it started."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
-@pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
-    """Starts servers that ask for an API key."""
-    monkeypatch.setenv("VLLM_API_KEY", KEY)
-    started: list[Served] = []
-
-    def start(changes: Tree | None = None) -> Served:
-        served = Served(write(tmp_path / f"server-{len(started)}", changes))
-        started.append(served)
-        served.start()
-        return served
-
-    yield start
-    for served in started:
-        served.kill()
-
-
-def metrics(run: Path) -> list[Tree]:
-    path = run / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    )
+pytest_plugins = ["serving"]
 
 
 def rewards_and_losses(run: Path) -> list[tuple[float, float]]:
@@ -162,9 +91,6 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
     assert holds_key(tmp_path) == []
 
 
-SMALL: Tree = {"free": True, "rewards": [{"name": "regex", "pattern": "w[0-4]"}]}
-
-
 def test_servers_that_stay_away_stop_the_run_and_it_can_go_on(
     tmp_path: Path,
     serve: Callable[..., Served],
@@ -197,27 +123,6 @@ def test_servers_that_stay_away_stop_the_run_and_it_can_go_on(
     assert main(["train", "--resume", str(run)]) == 0
     assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert all(r["mismatch"]["max"] < 1e-4 for r in metrics(run))
-
-
-def test_one_step_off_and_adapters_with_a_server(
-    tmp_path: Path, serve: Callable[..., Served]
-) -> None:
-    changes = {**SMALL, "model.lora": {"rank": 4, "alpha": 64}}
-    server = serve(changes)
-    server.wait()
-    remote = {
-        **changes,
-        "generation.vllm": {"servers": [server.url]},
-        "run.pipeline": "one_step_off",
-        "run.num_steps": 4,
-    }
-    run = tmp_path / "run" / "run"
-    assert main(["train", str(write(tmp_path / "run", remote)), "--out", str(run)]) == 0
-    records = metrics(run)
-    assert [r["policy_version"] - 1 - r["rollout_version"] for r in records] == [0, 1, 1, 1]
-    assert records[0]["mismatch"]["max"] < 1e-4
-    assert all(r["sync"]["num_bytes"] < 200_000 for r in records), "the adapters alone"
-    assert all(r["sync"]["probe_error"] < 1e-4 for r in records[:3])
 
 
 def check_what_does_not_fit(
