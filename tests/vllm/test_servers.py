@@ -196,6 +196,15 @@ def test_retry_s_begins_with_the_first_failure() -> None:
     np.testing.assert_allclose(attempts, [0.0, 0.7, 0.8], atol=0.09)
 
 
+def test_an_interrupt_is_not_missed_between_two_results(hung: str) -> None:
+    servers = servers_at(hung, retry_s=100.0)
+    servers.submit(0, Request((5, 6), {"n": 1}))
+    servers.interrupt()
+    with pytest.raises(EngineError, match="abandoned"):
+        servers.next()
+    servers.close()
+
+
 def test_requests_to_a_server_that_hangs_can_be_abandoned(
     hung: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,7 +84,7 @@ class Servers:
         self._results: queue.Queue[tuple[threading.Event, int, list[Completion] | BaseException]]
         self._results = queue.Queue()
         self._abandoned = threading.Event()
-        """Set once the requests submitted so far are abandoned; those after them have a new one."""
+        """Set once the requests that were submitted with it are abandoned; later ones have another."""
 
     def submit(self, key: int, request: Request) -> None:
         """See `Backend.submit`."""
@@ -99,22 +99,19 @@ class Servers:
     def next(self) -> tuple[int, list[Completion]]:
         """See `Backend.next`."""
         mine = self._abandoned
-        while True:
+        while not mine.is_set():
             abandoned, key, result = self._results.get()
-            if mine.is_set():
-                raise EngineError("the requests were abandoned")
             if abandoned.is_set():
                 continue
             if isinstance(result, BaseException):
                 raise result
             return key, result
+        raise EngineError("the requests were abandoned")
 
     def abandon(self) -> None:
         """See `Backend.abandon`; returns when no server that answers works on them any more."""
-        abandoned, self._abandoned = self._abandoned, threading.Event()
-        abandoned.set()
-        # Whoever waits for a result is woken.
-        self._results.put((abandoned, 0, []))
+        self.interrupt()
+        self._abandoned = threading.Event()
         if not any(thread.is_alive() for thread in self._threads):
             return
         for server in self._servers:
@@ -127,7 +124,9 @@ class Servers:
 
     def interrupt(self) -> None:
         """See `Backend.interrupt`."""
-        self.abandon()
+        self._abandoned.set()
+        # Whoever waits for a result is woken.
+        self._results.put((self._abandoned, 0, []))
 
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
