@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,66 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "_save", interrupted)
+
+
+HANGS_ONCE = """
+import pathlib, time
+from pgrpo.config import Section
+from pgrpo.plugins import hookimpl
+
+class Hang:
+    '''Length of the completion; the calls for step 3 take a minute, the first time.'''
+    class Config(Section):
+        folder: str
+    def __init__(self, config):
+        self.folder = pathlib.Path(config.folder)
+    def __call__(self, rollouts):
+        if rollouts[0].policy_version == 1 and not (self.folder / "interrupted").exists():
+            (self.folder / "hanging").touch()
+            time.sleep(60)
+            (self.folder / "waited").touch()
+        return [float(len(set(r.completion_ids))) for r in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("hang", Hang)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pgrpo.train.trainer import Trainer
+
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", HANGS_ONCE)
+    changes: Tree = {
+        **FREE,
+        "rewards": [{"name": "hang", "folder": str(tmp_path)}],
+        "run.num_steps": 4,
+        "run.pipeline": "one_step_off",
+        "run.checkpoint_every": 50,
+    }
+    config, run = write(tmp_path, changes), tmp_path / "run"
+
+    def interrupt(self: Trainer, step: int, *_: object) -> None:
+        """A Ctrl-C after step 2, while a reward of step 3 hangs."""
+        if step == 2:
+            while not (tmp_path / "hanging").exists():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_evaluate_if_due", interrupt)
+    assert main(["train", str(config), "--out", str(run)]) == 130
+    assert not (tmp_path / "waited").exists()
+    # What was learned is kept; what was being collected is made again.
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text("utf-8"))
+    assert state["batch"] is None
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    (tmp_path / "interrupted").touch()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
 
 
 def test_bf16_in_vllm_is_corrected_for(tmp_path: Path) -> None:
