@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -482,11 +483,74 @@ def test_the_command_as_installed(tmp_path: Path) -> None:
     assert set(contents(tmp_path)) == {"run.toml"}
 
 
-def test_an_unknown_command_is_refused(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["tarin"])
-    assert caught.value.code == 2
-    assert "invalid choice: 'tarin'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "Missing command"),
+        (("tarin",), "No such command 'tarin'. Did you mean 'train'?"),
+        (("train", "--rseume", "x"), "No such option: --rseume"),
+        (("compare", "x.toml"), "Missing option '--out'"),
+        (("evaluate",), "Missing argument 'RUN'"),
+        (
+            ("evaluate", "x", "--prompts", "many"),
+            "Invalid value for '--prompts': Input should be a valid integer",
+        ),
+        (("report", "--out"), "Option '--out' requires an argument"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read(
+    workplace: Path, capsys: Capture, arguments: tuple[str, ...], words: str
+) -> None:
+    said = refused(capsys, *arguments)
+    assert words in said
+    assert said.endswith("; pgrpo --help tells what is expected")
+    assert not contents(workplace)
+
+
+def test_help_is_quick_and_tells_every_command(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for command in ("demo", "train", "compare", "evaluate", "report", "serve", "plugins"):
+        assert f"  {command} " in said
+        assert main([command, "--help"]) == 0
+        assert f"Usage: pgrpo {command} " in capsys.readouterr().out
+    program = """
+        import sys
+        from pgrpo.cli import main
+        assert main(["--help"]) == 0
+        loaded = {"torch", "transformers", "sklearn", "plotly", "rich"} & set(sys.modules)
+        assert not loaded, loaded
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_words_are_completed() -> None:
+    command = str(Path(sys.executable).with_name("pgrpo"))
+    for typed, offered in (("pgrpo eval", "evaluate"), ("pgrpo compare --est", "--estimators")):
+        words = typed.split()
+        completing = {
+            "_PGRPO_COMPLETE": "complete_bash",
+            "COMP_WORDS": typed,
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        result = subprocess.run(
+            [command], env={**os.environ, **completing}, capture_output=True, text=True
+        )
+        assert result.stdout.split() == [offered], result.stderr
+
+
+def test_without_the_trainers_packages_it_says_what_to_install() -> None:
+    program = """
+        import sys
+        sys.modules["typer"] = None  # not to be imported, as where it is not installed
+        from pgrpo.cli import main
+        assert main(["train", "x.toml"]) == 2
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    said = "pgrpo: this command needs typer; install it with pip install 'pgrpo[train]'\n"
+    assert (result.returncode, result.stderr) == (0, said)
 
 
 def test_an_interrupt_is_no_error(

@@ -7,6 +7,10 @@ import io
 import re
 from pathlib import Path
 
+from typer.main import get_command
+
+from pgrpo.cli import commands
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,11 +32,13 @@ def test_make_targets_and_files_named_exist() -> None:
 
 
 def test_commands_shown_parse() -> None:
-    from pgrpo.cli.main import _parser
-
+    """Each command's parameters are read, and nothing is run."""
+    app = get_command(commands())
     block = re.search(r"```\n(pgrpo train.*?)```", README, re.DOTALL)
     assert block
     for line in block[1].splitlines():
         words = line.split("#")[0].split()
         assert words[0] == "pgrpo"
-        _parser().parse_args(words[1:])
+        context = app.make_context("pgrpo", words[1:])
+        name, command, rest = app.resolve_command(context, words[1:])
+        command.make_context(name, rest, parent=context)

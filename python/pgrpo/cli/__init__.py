@@ -1,8 +1,77 @@
 """The `pgrpo` command.
 
-In come words of a command line; out go exit codes and text. What the commands do is done below.
+In come words of a command line; out go exit codes and text. What the commands do is done in the
+rooms below, which a command imports when it runs, for that takes seconds: help is quick, and what is
+wrong with a config is told at once.
 """
 
-from pgrpo.cli.main import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pgrpo.errors import PgrpoError
+
+if TYPE_CHECKING:
+    from typer import Typer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    What goes wrong through the input, the environment or a plugin is one sentence on stderr and exit
+    code 2; an interrupt is exit code 130.
+    """
+    try:
+        _quiet_libraries()
+        return _run(arguments)
+    except PgrpoError as error:
+        sentence = str(error)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] == "pgrpo":
+            raise
+        sentence = f"this command needs {error.name}; install it with pip install 'pgrpo[train]'"
+    # What a plugin or a library said may have line breaks of its own.
+    print("pgrpo:", " ".join(sentence.splitlines()), file=sys.stderr)
+    return 2
+
+
+def commands() -> Typer:
+    """All commands, each from the file of its name."""
+    import typer  # here, for an environment with NumPy alone has none
+
+    # Without markup, for help has the brackets of TOML; and rich takes long to import.
+    app = typer.Typer(
+        help="Reinforcement learning that is fair where users differ.", rich_markup_mode=None
+    )
+    for name in ("demo", "train", "compare", "evaluate", "report", "serve", "plugins"):
+        app.command()(getattr(import_module(f"pgrpo.cli.{name}"), name))
+    return app
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    app = commands()
+    from typer import TyperException
+
+    try:
+        code = app(arguments, prog_name="pgrpo", standalone_mode=False) or 0
+    except TyperException as error:
+        message = error.format_message().rstrip(".")
+        raise PgrpoError(f"{message}; pgrpo --help tells what is expected") from error
+    if code == 130:  # what typer makes of an interrupt
+        print("pgrpo: interrupted; what was saved can be continued", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' progress bars and notices would tear our own display."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="pgrpo: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", module="torch|transformers")

@@ -1,0 +1,46 @@
+"""What several commands take, and how they say where they ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+from typer import Argument, Option
+
+from pgrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pgrpo.report import Verdict
+
+ConfigFile: TypeAlias = Annotated[Path, Argument(metavar="CONFIG", help="TOML file")]
+Overrides: TypeAlias = Annotated[
+    list[str] | None,
+    Option("--set", metavar="SECTION.KEY=VALUE", help="override a setting; may be repeated"),
+]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between; `option` is named where there are none."""
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ConfigError(f"{option} is {text!r}; expected whole numbers with commas")
+    return found
+
+
+def fresh(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist yet."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def say(verdict: Verdict, report: Path) -> None:
+    """The outcome in words, and where to look at it."""
+    print("\n".join(["", verdict.headline, *verdict.sentences]))
+    print(f"report: {report.resolve().as_uri()}")

@@ -1,0 +1,32 @@
+"""`pgrpo compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from pgrpo.cli.arguments import ConfigFile, Overrides, numbers, say
+from pgrpo.errors import ConfigError
+
+
+def compare(
+    config: ConfigFile,
+    out: Annotated[Path, Option(help="folder for the runs and the report")],
+    estimators: Annotated[
+        str,
+        Option(help="arms, with commas: names, or NAME:one and NAME:shuffled for control arms"),
+    ] = "grpo,pgrpo",
+    seeds: Annotated[str, Option(help="seeds, with commas")] = "0",
+    overrides: Overrides = None,
+) -> None:
+    """Train several estimators and seeds side by side."""
+    from pgrpo.runs.config import load_config
+
+    seed_numbers = numbers(seeds, "--seeds")
+    arms = [arm.strip() for arm in estimators.split(",") if arm.strip()]
+    if not arms:
+        raise ConfigError("--estimators names no arm")
+    settings = load_config(config, overrides or ())
+    from pgrpo.experiments.compare import compare
+
+    say(compare(settings, arms, seed_numbers, out), out / "report.html")
