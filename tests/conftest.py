@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pgrpo.cli import main
-from pgrpo.clusters.builtin import Column
+from pgrpo.clusters.given import Column
 from pgrpo.clusters.membership import Membership
 from pgrpo.model.attention import ATTENTION
 from pgrpo.model.language_model import LanguageModel

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from pgrpo.clusters.builtin import cluster_users, describe
+from pgrpo.clusters.assignment import cluster_users
+from pgrpo.clusters.description import describe
 from pgrpo.config.sections import ClusteringConfig
 from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
 from pgrpo.plugins.registry import load_registry

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from pgrpo.clusters.builtin import Description, cluster_users, describe
+from pgrpo.clusters.assignment import cluster_users
+from pgrpo.clusters.description import Description, describe
 from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Json
