@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import tomli_w
 from conftest import Tree, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import pgrpo.data as data
 import pgrpo.rollout.engines.vllm.settings as vllm_settings
 import pgrpo.rollout.settings as rollout_settings
 from pgrpo.config import Section, sections, toml
+from pgrpo.config.checks import check
 from pgrpo.config.sections import EstimatorConfig, EstimatorName, PluginSection
 from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.errors import ConfigError
@@ -409,6 +410,64 @@ def test_estimators_that_compare_within_groups_need_some(name: str) -> None:
 def test_estimators_can_all_be_chosen() -> None:
     for name in get_args(EstimatorName):
         assert parse_config(tiny_run({"estimator.name": name})).estimator.name == name
+
+
+class Unions(Section):
+    """Settings whose complaints pydantic locates by more than their keys."""
+
+    number: int | float = 0
+    names: str | list[str] = "x"
+    steps: list[int | str] = Field([])
+    table: dict[str, int | float] = Field({})
+    either: int | dict[str, int] = 0
+    inner: Inner | None = None
+    data: Annotated[Inner | Other, Field(discriminator="name")] | None = None
+
+
+class Inner(Section):
+    name: Literal["inner"] = "inner"
+    width: int | float = 1
+    lists: list[list[int] | Literal["none"]] = Field([])
+    str: int = 1  # a key that is called like a type
+
+
+class Other(Section):
+    name: Literal["other"] = "other"
+    depth: int
+
+
+Unions.model_rebuild()
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"number": "many"}, "number is 'many': input"),
+        ({"names": 3}, "names is 3: input"),
+        ({"names": ["a", 3]}, "names is ['a', 3]: input"),
+        ({"steps": [1, 2.5]}, "steps.1 is 2.5: input"),
+        ({"table": {"str": "x"}}, "table.str is 'x': input"),
+        ({"table": {"int": "x"}}, "table.int is 'x': input"),
+        ({"table": {"list[str]": None}}, "table.list[str] is None: input"),
+        ({"either": {"int": "x"}}, "either is {'int': 'x'}: input"),
+        ({"inner": {"width": "x"}}, "inner.width is 'x': input"),
+        ({"inner": {"str": "x"}}, "inner.str is 'x': input"),
+        ({"inner": {"lists": [[1], [2, "x"]]}}, "inner.lists.1.1 is 'x': input"),
+        ({"inner": {"Inner": 1}}, "unknown key inner.Inner; known:"),
+        ({"data": {"name": "inner", "width": "x"}}, "data.width is 'x': input"),
+        ({"data": {"name": "inner", "inner": 1}}, "unknown key data.inner; known:"),
+        ({"data": {"name": "inner", "str": "x"}}, "data.str is 'x': input"),
+        ({"data": {"name": "other"}}, "data.depth is missing"),
+        ({"data": {"name": "other", "other": 1}}, "unknown key data.other; known:"),
+        ({"data": {"depth": 1}}, "data.name is missing"),
+        ({"data": {"name": "othre"}}, "data.name is 'othre'; did you mean 'other'?"),
+    ],
+)
+def test_a_complaint_names_keys_and_no_types(tree: Tree, complaint: str) -> None:
+    """Pydantic also locates the members of a union it tried, and the tag of a section."""
+    with pytest.raises(ConfigError) as caught:
+        check(Unions, tree, "here")
+    assert str(caught.value).startswith(f"here: {complaint}")
 
 
 def test_configs_are_frozen() -> None:

@@ -66,7 +66,7 @@ def api_key(variable: str) -> str | None:
 
 def _explain(complaint: ErrorDetails, tree: Any) -> str:
     """One sentence for one of pydantic's complaints."""
-    where = ".".join(_keys(complaint, tree)) or "the config"
+    where = ".".join(map(str, _keys(complaint, tree))) or "the config"
     kind, message = complaint["type"], complaint["msg"].removeprefix("Value error, ")
     value, context = _short(complaint["input"]), complaint.get("ctx", {})
     match kind:
@@ -90,24 +90,28 @@ def _explain(complaint: ErrorDetails, tree: Any) -> str:
             return f"{where} is {value}: {message[0].lower()}{message[1:]}"
 
 
-def _keys(complaint: ErrorDetails, tree: Any) -> list[str]:
+def _keys(complaint: ErrorDetails, tree: Any) -> list[str | int]:
     """The keys that lead to what is complained of.
 
-    Pydantic's location also names the members of a union that it tried, which are no keys: they do
-    not lead anywhere in the tree.
+    Pydantic's location also names the members of a union that it tried and the tag of a section,
+    which are no keys, though a key may be called the same: the keys are those parts of the location
+    that lead through the tree to the very value complained of.
     """
-    keys: list[str] = []
-    node = tree
-    for depth, part in enumerate(location := complaint["loc"]):
-        is_last = depth == len(location) - 1
-        if isinstance(node, Mapping) and part in node:
-            node = cast(Mapping[Any, Any], node)[part]
-        elif isinstance(node, list) and isinstance(part, int):
-            node = cast(list[Any], node)[part]
-        elif not (is_last and complaint["type"] == "missing"):
-            continue
-        keys.append(str(part))
-    return keys
+
+    def lead(location: Sequence[str | int], node: Any) -> list[str | int] | None:
+        if not location:
+            return [] if node is complaint["input"] else None
+        part, *rest = location
+        try:
+            keys = lead(rest, node[part])
+        except (KeyError, IndexError, TypeError):
+            keys = None
+        return lead(rest, node) if keys is None else [part, *keys]
+
+    location = complaint["loc"]
+    end = -1 if complaint["type"] == "missing" else len(location)  # what is missing leads nowhere
+    keys = lead(location[:end], tree)
+    return [*(location[:end] if keys is None else keys), *location[end:]]
 
 
 def _short(value: object) -> str:
