@@ -224,13 +224,13 @@ def _command_in_child(arguments: Sequence[str], kill_at: int | None, folder: str
                 met = any(isinstance(d, str | Path) and str(d).startswith(folder) for d in details)
                 seen += met
                 if met and seen == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
         sys.addaudithook(kill)
     sys.exit(main(arguments))
 
 
-processes = multiprocessing.get_context("forkserver")
+processes = multiprocessing.get_context(None if sys.platform == "win32" else "forkserver")
 # Children are forked from a process that has imported everything, so that they start at once.
 processes.set_forkserver_preload(
     [

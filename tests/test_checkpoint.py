@@ -305,6 +305,7 @@ def _save_under_a_limit(folder: Path) -> None:
         (folder / "said").write_text(str(error), "utf-8")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no such limits")
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """safetensors reports the system's refusals in an error of its own."""
     process = processes.Process(target=_save_under_a_limit, args=(tmp_path,))

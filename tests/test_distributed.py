@@ -21,7 +21,7 @@ Stats = dict[Any, tuple[float, float, float]]
 
 def run(work: Callable[[int, int], Any], size: int, folder: Path) -> list[Any]:
     """What `work(rank, size)` returns in each of so many processes."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(None if sys.platform == "win32" else "forkserver")
     arguments = [(work, rank, size, str(folder)) for rank in range(size)]
     ranks = [context.Process(target=_rank, args=one) for one in arguments]
     for rank in ranks:

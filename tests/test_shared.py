@@ -20,6 +20,8 @@ from pgrpo import ClusterNormalizer
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.normalizer.shared_memory import mapped, shared_path
 
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="there are no shared tables")
+
 TIMEOUT_S = 120
 NURSERIES = 3
 KILLS = 60
