@@ -1,7 +1,7 @@
 """The plain attention formula against torch's fused kernel, forward and backward, on this processor.
 
 Shapes are those of one SmolLM2-135M layer: completions of 8 groups of 8 over prompts of 137 tokens.
-The limits in `pgrpo/attention.py` come from here.
+The limits in `pgrpo/model/attention.py` come from here.
 
     python benches/attention.py
 """

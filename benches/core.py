@@ -7,8 +7,8 @@ Before it is timed, every peer must agree with the core in histories and advanta
 
     python benches/core.py --out benches/results/core.json
 
-writes the JSON, and a table as core.md beside it. Targets 9 to 11 are measured natively and taken from
-the JSON named by --native:
+writes the JSON, a table as core.md beside it, and a line of history.jsonl. Targets 9 to 11 are
+measured natively and taken from the JSON named by --native:
 
     {"9": {"1024": ratio, "64": ratio}, "10": {"longest_wait_ms": x},
      "11": {"torn": 0, "lost": 0, "commits": n}}
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,18 +30,19 @@ import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from fractions import Fraction
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import history
 import numpy as np
 from core_peers import EPS, Contender, Memory, aligned, peers, spin
 from numpy.typing import NDArray
 
-from pgrpo import ClusterNormalizer, _core
+from pgrpo import ClusterNormalizer
+from pgrpo.normalizer import _core
 from pgrpo.runs.metrics import processor_name
 
 K = 64
@@ -622,20 +622,20 @@ def main() -> None:
     native(result, options.native)
     record = {
         "bench": "core",
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": history.today(),
         "machine": {**machine(), **load.shares()},
         "versions": {n: version(n) for n in ("pgrpo", "numpy", "numba", "torch")},
-        "command": shlex.join(["python", *sys.argv]),
+        "command": history.command(),
         "rounds": options.rounds,
         "targets": [{**asdict(row), "met": row.met} for row in result.rows],
         "ns_per_sample": result.ns_per_sample,
         "noise": result.noise,
     }
-    text, page = json.dumps(record, indent=2), markdown(record, result)
+    page = markdown(record, result)
     print(page)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        ratios = {row.what: row.measured for row in result.rows if row.unit == "x"}
+        history.write(options.out, "core", record, ratios)
         options.out.with_suffix(".md").write_text(page)
 
 

