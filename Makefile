@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 OUT ?= runs/quickstart
@@ -106,9 +106,13 @@ wheel: $(VENV)/uv.stamp  ## a wheel for CPython >= 3.10 and glibc >= 2.17, check
 	$(TOOL) auditwheel show $(WHEELS)/pgrpo-*.whl
 	$(BIN)/python tests/wheel/run.py $(WHEELS) --pythons $(PYTHONS)
 
+# Optimised is what the models spend their time in, not what the crate's other tests need.
+LOOM_OPTIMISED := loom generator tracing tracing-core scoped-tls smallvec pgrpo-core
+
 loom:  ## models of the lock-free table: every order of events up to a few preemptions
-	RUSTFLAGS='--cfg loom' CARGO_PROFILE_DEV_OPT_LEVEL=3 CARGO_TARGET_DIR=target/loom \
-	  cargo test --quiet --package pgrpo-core --lib models:: -- --nocapture
+	RUSTFLAGS='--cfg loom' CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=target/loom \
+	  cargo test --quiet --package pgrpo-core --lib \
+	  $(LOOM_OPTIMISED:%=--config 'profile.dev.package.%.opt-level=3') models:: -- --nocapture
 
 # Nightly has no instrumented standard library: what ThreadSanitizer gets wrong about it is suppressed.
 tsan:  ## the tests with threads of the Rust core under ThreadSanitizer, if there is a nightly toolchain
@@ -119,22 +123,23 @@ tsan:  ## the tests with threads of the Rust core under ThreadSanitizer, if ther
 	  --target x86_64-unknown-linux-gnu -- --test-threads=1; \
 	else echo "make tsan: skipped, for there is no nightly toolchain (rustup toolchain install nightly)"; fi
 
-# What a run finds goes to target/fuzz; rust/fuzz/corpus holds what every run begins with.
+# What a run finds goes to target/fuzz; rust/fuzz/corpus holds what every run begins with. These are the
+# flags of cargo-fuzz, which takes longer to build than the targets: coverage for libFuzzer, and ASan.
 FUZZ_SECONDS ?= 20
-CARGO_FUZZ := target/tools/bin/cargo-fuzz
-
-$(CARGO_FUZZ):
-	cargo install --quiet --locked --root target/tools --version 0.13.2 cargo-fuzz
+FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cdebug-assertions \
+  -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters \
+  pc-table trace-compares stack-depth) -Cllvm-args=-simplifycfg-branch-fold-threshold=0
 
 fuzz:  ## arbitrary bytes as snapshots, and arbitrary batches, if there is a nightly toolchain
 	@if rustc +nightly --version >/dev/null 2>&1; then $(MAKE) fuzz-snapshot fuzz-border; \
 	else echo "make fuzz: skipped, for there is no nightly toolchain (rustup toolchain install nightly)"; fi
 
-fuzz-%: $(CARGO_FUZZ)
-	mkdir -p target/fuzz/corpus/$*
-	PATH="$(abspath $(dir $(CARGO_FUZZ))):$$PATH" \
-	  cargo +nightly fuzz run --fuzz-dir rust/fuzz --target-dir target/fuzz $* target/fuzz/corpus/$* \
-	  rust/fuzz/corpus/$* -- -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 \
+fuzz-%:
+	RUSTFLAGS='$(FUZZ_FLAGS)' cargo +nightly build --quiet --release --manifest-path rust/fuzz/Cargo.toml \
+	  --target x86_64-unknown-linux-gnu --target-dir target/fuzz
+	mkdir -p target/fuzz/corpus/$* target/fuzz/artifacts/$*
+	target/fuzz/x86_64-unknown-linux-gnu/release/$* target/fuzz/corpus/$* rust/fuzz/corpus/$* \
+	  -artifact_prefix=target/fuzz/artifacts/$*/ -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 \
 	  -verbosity=0 -print_final_stats=1
 
 bench-core: $(VENV)/train.stamp  ## the normalizer against NumPy, numba, torch and a dict; leave the machine alone meanwhile
