@@ -26,9 +26,7 @@ def serve(
     settings = load_config(config, overrides or ())
     from pgrpo.rollout.engines.vllm.launch import serve_command
 
-    command, environment = serve_command(
-        settings.generation, settings.model, host=host, port=port
-    )
+    command, environment = serve_command(settings.generation, settings.model, host=host, port=port)
     # Without the environment, for that may hold the API key.
     print(shlex.join(command), flush=True)
     os.execve(command[0], command, environment)
