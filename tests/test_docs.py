@@ -15,6 +15,7 @@ from pgrpo.cli import main
 from pgrpo.config.toml import resolved_tree
 from pgrpo.data import load_dataset
 from pgrpo.errors import ConfigError
+from pgrpo.normalizer import RULES
 from pgrpo.plugins.registry import load_registry
 from pgrpo.runs.config import Config, load_config, parse_config
 
@@ -46,6 +47,14 @@ def test_the_reference_of_settings_is_up_to_date():
     assert written == generate_config().reference(), "run `make docs`"
 
 
+def test_the_tables_of_estimators_and_options_are_up_to_date():
+    page = (DOCS / "estimators.md").read_text()
+    assert page == generate_config().estimators(page), "run `make docs`"
+    used = page[page.index("| name | use it for") :]
+    for name in RULES:
+        assert re.search(rf"^\| [^|]*`{name}`[^|]* \|", used, re.MULTILINE), f"what is {name} for?"
+
+
 def test_the_reference_has_every_section():
     sections = {section for _, section in generate_config().TABLES}
     config = Config.model_json_schema()["$defs"]
@@ -63,22 +72,25 @@ def test_settings_said_to_have_no_effect_are_refused(key):
         "`model.revision` of `tiny` and of a `pypi:` model": [
             {"model": {"name": name, "revision": "main"}} for name in ("tiny", "pypi:a==1")
         ],
-        "`history`, `order`, `forgetting`, `prior_count`, `sigma_floor` and `min_count` of `[estimator]` with": [
+        "`history`, `order` and `forgetting` of `[estimator]` with `grpo`, `dr_grpo`, `rloo` and `batch`, and no `frequency_weight`": [
             {"estimator": {"name": name} | setting}
             for name in ("grpo", "dr_grpo", "rloo", "batch")
             for setting in (
                 {"history": "one"},
                 {"order": "normalize_then_update"},
                 {"forgetting": 0.9},
-                {"prior_count": 16.0},
-                {"sigma_floor": 0.1},
-                {"min_count": 2.0},
             )
         ],
-        '`estimator.frequency_weight` with `history = "one"`': [
+        "`prior_count`, `sigma_floor` and `min_count` of `[estimator]` with `grpo`, `dr_grpo`, `rloo` and `batch`": [
+            {"estimator": {"name": name, "frequency_weight": weight} | setting}
+            for name in ("grpo", "dr_grpo", "rloo", "batch")
+            for weight in (0.0, 0.5)
+            for setting in ({"prior_count": 16.0}, {"sigma_floor": 0.1}, {"min_count": 2.0})
+        ],
+        '`frequency_weight` of `[estimator]` with `history = "one"`': [
             {"estimator": {"history": "one", "frequency_weight": 0.5}}
         ],
-        "`estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`": [
+        "`ddof` and `eps` of `[estimator]` with `dr_grpo` and `rloo`": [
             {"estimator": {"name": name} | setting}
             for name in ("dr_grpo", "rloo")
             for setting in ({"ddof": 1}, {"eps": 0.1})

@@ -122,7 +122,7 @@ def installed_files():
     assert site in home.parents, f"pgrpo comes from {home}, not from {site}"
     listed = [Path(str(f)) for f in importlib.metadata.files("pgrpo") or []]
     files = [f for f in listed if f.suffix != ".pyc"]
-    for needed in ("pgrpo/py.typed", "pgrpo/_core.pyi"):
+    for needed in ("pgrpo/py.typed", "pgrpo/normalizer/_core.pyi"):
         assert Path(needed) in files, f"{needed} is missing"
     assert any(f.name == "LICENSE" for f in files), "LICENSE is missing"
     native = [f.name for f in files if f.suffix in {".so", ".pyd", ".dylib", ".dll"}]
