@@ -1115,11 +1115,10 @@ fn options_out_of_range_are_named() {
     assert!(refused(weight).starts_with("frequency_weight is NaN; "));
     let tracked = Options { track_delta: true, forgetting: 0.9, ..d() };
     assert!(refused(tracked).starts_with("forgetting is 0.9; expected 1 with track_delta"));
-    assert_eq!(
-        Rule::named("grop").unwrap_err().to_string(),
-        "estimator is \"grop\"; expected pgrpo, grpo, dr_grpo, rloo, batch, two_way, shrinkage or \
-         auto"
-    );
+    let message = Rule::named("grop").unwrap_err().to_string();
+    assert!(message.starts_with("estimator is \"grop\"; expected pgrpo, grpo, "), "{message}");
+    let last = RULES.last().map(|rule| rule.name).unwrap();
+    assert!(message.ends_with(&format!(" or {last}")), "{message}");
     for estimator in RULES {
         assert_eq!(Rule::named(estimator.name), Ok(estimator));
     }
