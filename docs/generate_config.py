@@ -1,11 +1,14 @@
 """Writes config.md, the reference of all settings, from the docstrings under them.
 
-Run it as `python docs/generate_config.py` after changing a setting; a test compares the two.
+Also renews the tables of estimators.md that tell what the core says of estimators and options. Run it
+as `python docs/generate_config.py` after changing one of them; a test compares what it writes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,6 +21,8 @@ from pgrpo.config import sections
 from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.data.personas import PersonasConfig
 from pgrpo.data.table import TableConfig
+from pgrpo.normalizer import RULES, Options
+from pgrpo.normalizer.options import expected, meaning
 from pgrpo.rewards import builtin as rewards
 from pgrpo.rollout.engines.vllm.settings import VllmConfig
 from pgrpo.rollout.settings import GenerationConfig
@@ -38,6 +43,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[optimizer]", sections.OptimizerConfig),
 ]
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+OPTIONS = {field.name: field for field in dataclasses.fields(Options)}
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
 
 HEAD = """\
@@ -56,10 +62,8 @@ These would have no effect, and are therefore refused:
 
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
-- `history`, `order`, `forgetting`, `prior_count`, `sigma_floor` and `min_count` of `[estimator]` with
-  an estimator that reads no histories: `grpo`, `dr_grpo`, `rloo` and `batch`
-- `estimator.ddof` and `estimator.eps` with `dr_grpo` and `rloo`
-- `estimator.frequency_weight` with `history = "one"`
+@ESTIMATORS@
+- `frequency_weight` of `[estimator]` with `history = "one"`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
 - `importance` and these three with `old_logprobs = "rollout"`
 - `[generation.vllm]` without `engine = "vllm"`, and in it:
@@ -86,7 +90,7 @@ how to write one.
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = [HEAD.replace("@ESTIMATORS@", _without_effect())]
     for title, section in TABLES:
         parts.append(f"## {title}\n\n{_prose(section.__doc__)}\n\n{_table(section)}")
     parts.append(PLUGINS)
@@ -103,13 +107,84 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+def estimators(page: str) -> str:
+    """estimators.md with its tables of estimators and options renewed."""
+    tables = {
+        "estimators": [(f"`{rule.name}`", rule.formula, rule.source) for rule in RULES.values()],
+        "options": [
+            (
+                f"`{name}`",
+                expected(name),
+                "none" if option.default is None else f"`{json.dumps(option.default)}`",
+                _readers(name),
+                meaning(name),
+            )
+            for name, option in OPTIONS.items()
+        ],
+    }
+    for title, rows in tables.items():
+        head, rest = page.split(f"<!-- {title} ", 1)
+        rest, tail = rest.split("<!-- end -->", 1)
+        lines = [*rest.split("\n")[:4], *(_row(cells) for cells in rows), "", ""]
+        page = f"{head}<!-- {title} " + "\n".join(lines) + f"<!-- end -->{tail}"
+    return page
+
+
+def _idle(option: str) -> tuple[list[str], list[str]]:
+    """Estimators under which an option has no effect, without `frequency_weight` and with it."""
+    without, weighted = (
+        [
+            name
+            for name in RULES
+            if option in sections.EstimatorConfig(name=name, frequency_weight=weight).inactive()
+        ]
+        for weight in (0.0, 0.5)
+    )
+    return without, weighted
+
+
+def _readers(option: str) -> str:
+    """Estimators under which an option has an effect."""
+    without, weighted = _idle(option)
+    if not without:
+        return "all"
+    others = _names(name for name in RULES if name not in without)
+    return others if weighted else f"{others}; with `frequency_weight` all"
+
+
+def _without_effect() -> str:
+    """The entries about estimators in the list of settings without effect."""
+    options: dict[str, list[str]] = {}
+    for option in sections.EstimatorConfig.model_fields:
+        without, weighted = _idle(option)
+        if without:
+            when = "" if weighted else ", and no `frequency_weight`"
+            options.setdefault(_names(without) + when, []).append(option)
+    return "\n".join(
+        f"- {_names(idle)} of `[estimator]` with {when}" for when, idle in options.items()
+    )
+
+
+def _names(words: Iterable[str]) -> str:
+    *others, last = (f"`{word}`" for word in words)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
 def _table(section: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
         if field.description is None:
             continue  # a discriminator or a section: the headings tell
-        cells = [f"`{key}`", _type(field), _default(field), _prose(field.description)]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        option = {"name": "estimator"}.get(key, key)
+        if section is sections.EstimatorConfig and option in OPTIONS:
+            kind = expected(option)
+        else:
+            kind = _type(field)
+        rows.append(_row([f"`{key}`", kind, _default(field), _prose(field.description)]))
     return "\n".join(rows) + "\n"
 
 
@@ -155,4 +230,7 @@ def _prose(text: str | None) -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("config.md").write_text(reference(), encoding="utf-8")
+    folder = Path(__file__).parent
+    (folder / "config.md").write_text(reference(), encoding="utf-8")
+    page = folder / "estimators.md"
+    page.write_text(estimators(page.read_text(encoding="utf-8")), encoding="utf-8")

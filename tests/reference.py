@@ -17,7 +17,9 @@ from itertools import starmap
 import numpy as np
 from numpy.typing import NDArray
 
-ESTIMATORS = ["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+from pgrpo.normalizer import RULES, Options
+
+ESTIMATORS = list(RULES)
 ORDERS = ["update_then_normalize", "normalize_then_update"]
 PRIOR_EVIDENCE = 16
 """Rollouts with which `auto` believes in the cluster's mean to begin with."""
@@ -100,26 +102,14 @@ def mean_of_others(reward: Fraction, among: Moments, weight: Fraction) -> Fracti
 class Reference:
     """The estimators of `pgrpo.ClusterNormalizer` for finite rewards, with the same options."""
 
-    def __init__(
-        self,
-        estimator: str = "pgrpo",
-        *,
-        ddof: int = 0,
-        eps: float = 1e-4,
-        order: str = "update_then_normalize",
-        forgetting: float = 1.0,
-        prior_count: float = 0.0,
-        sigma_floor: float = 0.0,
-        clip: float | None = None,
-        min_count: float = 1,
-        frequency_weight: float = 0.0,
-    ) -> None:
-        assert estimator in ESTIMATORS, f"estimator is {estimator!r}, expected one of {ESTIMATORS}"
-        assert order in ORDERS, f"order is {order!r}, expected one of {ORDERS}"
-        self.estimator, self.order = estimator, order
-        self.ddof, self.eps, self.sigma_floor, self.clip = ddof, eps, sigma_floor, clip
-        self.forgetting, self.prior_count = Fraction(forgetting), Fraction(prior_count)
-        self.min_count, self.frequency_weight = min_count, frequency_weight
+    def __init__(self, *estimator: str, **options: object) -> None:
+        chosen = Options(*estimator, **options)
+        self.estimator, self.order = chosen.estimator, chosen.order
+        self.ddof, self.eps, self.clip = chosen.ddof, chosen.eps, chosen.clip
+        self.sigma_floor, self.min_count = chosen.sigma_floor, chosen.min_count
+        self.forgetting = Fraction(chosen.forgetting)
+        self.prior_count = Fraction(chosen.prior_count)
+        self.frequency_weight = chosen.frequency_weight
         self.rewards: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
         self.parts: defaultdict[Hashable, list[Part]] = defaultdict(list)
         self.evidence: defaultdict[Hashable, list[Evidence]] = defaultdict(list)
@@ -178,8 +168,7 @@ class Reference:
         values = [Fraction(float(reward)) for reward in rewards]
         num = len(values)
         if groups is None:
-            needing = ("grpo", "dr_grpo", "rloo", "two_way", "shrinkage", "auto")
-            assert self.estimator not in needing, f"{self.estimator} needs groups"
+            assert not RULES[self.estimator].needs_groups, f"{self.estimator} needs groups"
         rows = zip(
             list(range(num)),
             list(clusters),
@@ -294,11 +283,13 @@ class Reference:
             case "two_way":
                 for group in by(batch, "group").values():
                     yield from self._two_way(group, history)
-            case _:
+            case "shrinkage" | "auto":
                 for cluster, rollouts in by(batch, "cluster").items():
                     read = history[cluster]
                     if read is not None:
                         yield from self._mixed(rollouts, read, own[cluster])
+            case other:
+                raise NotImplementedError(f"the oracle does not know {other}")
 
     def _divisor(self, read: Moments, share: float = 1.0) -> float:
         """Of a history; `share` is that of its variance which a baseline leaves."""

@@ -98,7 +98,7 @@ def make_model(folder: Path) -> str:
         ({"data": {"name": "persona"}}, "data.name is 'persona'; did you mean 'personas'?"),
         ({"data": {"words": 3}}, "data.name is missing"),
         ({"model": {"precision": "fp32"}}, "model.name is missing"),
-        ({"estimator": {"name": "pgpro"}}, "estimator.name is 'pgpro': input should be 'pgrpo'"),
+        ({"estimator": {"name": "pgpro"}}, 'estimator is "pgpro"; expected pgrpo, grpo, '),
         ({"estimator": {"name": "grpo", "history": "one"}}, "history has no effect here"),
         ({"optimizer.minibatches": 5}, "minibatches is 5, more than the 4 prompts of a step"),
         ({"rewards": [{"name": "personna"}]}, "there is no reward 'personna'; did you mean"),

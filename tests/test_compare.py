@@ -10,8 +10,10 @@ from conftest import contents, start, tiny_run, trace, write_config
 from test_cli import refused
 
 from pgrpo.cli import main
+from pgrpo.config.sections import EstimatorConfig
 from pgrpo.errors import ConfigError
 from pgrpo.experiments.compare import arm_config, arm_folder
+from pgrpo.normalizer import RULES
 from pgrpo.runs.config import load_config, parse_config
 
 Capture = pytest.CaptureFixture[str]
@@ -156,9 +158,24 @@ def test_arms_of_a_base_that_reads_histories() -> None:
     shrinkage = arm_config(base, "shrinkage:shuffled", 0).estimator
     assert shrinkage.model_dump(include=set(options)) == options
     assert (shrinkage.name, shrinkage.history) == ("shrinkage", "shuffled")
-    # What every estimator reads stays; what histories alone have goes.
+    # What has an effect stays, also on how clusters are weighed; the rest goes.
     batch = arm_config(base, "batch", 0).estimator
-    assert batch.model_fields_set >= {"clip", "frequency_weight"}
-    assert (batch.forgetting, batch.prior_count, batch.clip) == (1.0, 0.0, 5.0)
+    idle = {"history", "prior_count", "sigma_floor", "min_count"}
+    assert batch.model_fields_set == set(EstimatorConfig.model_fields) - idle
+    assert (batch.forgetting, batch.prior_count, batch.clip) == (0.9, 0.0, 5.0)
+    unweighted = base.model_copy(
+        update={"estimator": base.estimator.model_copy(update={"frequency_weight": 0.0})}
+    )
+    assert arm_config(unweighted, "batch", 0).estimator.forgetting == 1.0
     # One history for all leaves no cluster rarer than another.
     assert arm_config(base, "two_way:one", 0).estimator.frequency_weight == 0.0
+    with pytest.raises(ConfigError, match="arm 'batch:one': estimator: history has no effect"):
+        arm_config(base, "batch:one", 0)
+
+
+def test_all_arms_weigh_clusters_alike() -> None:
+    """The settings that q_p^-frequency_weight depends on are those of the base in every arm."""
+    weighing = {"order": "normalize_then_update", "forgetting": 0.8, "frequency_weight": 1.5}
+    base = parse_config(tiny_run({"estimator": {"name": "pgrpo", **weighing}}))
+    for name in RULES:
+        assert arm_config(base, name, 0).estimator.model_dump(include=set(weighing)) == weighing

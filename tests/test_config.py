@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 import tomli_w
@@ -17,10 +17,10 @@ import pgrpo.rollout.engines.vllm.settings as vllm_settings
 import pgrpo.rollout.settings as rollout_settings
 from pgrpo.config import Section, sections, toml
 from pgrpo.config.checks import check
-from pgrpo.config.sections import EstimatorConfig, EstimatorName, PluginSection
+from pgrpo.config.sections import EstimatorConfig, PluginSection
 from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.errors import ConfigError
-from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.normalizer import RULES, ClusterNormalizer, Options
 from pgrpo.runs.config import Config, load_config, parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +158,7 @@ ESTIMATOR = st.one_of(
     st.fixed_dictionaries({"name": st.just("grpo")}, optional={"ddof": st.integers(0, 1)}),
     st.fixed_dictionaries(
         {"name": st.sampled_from(["rloo", "dr_grpo", "batch"])},
-        optional={"clip": number(0, 9), "frequency_weight": st.floats(0, 2)},
+        optional={"clip": number(0, 9), "frequency_weight": st.floats(-10, 10)},
     ),
 )
 TREES = st.fixed_dictionaries(
@@ -364,19 +364,49 @@ def test_the_correction_depends_on_the_engine(engine: str, loss: Tree, importanc
 @pytest.mark.parametrize(
     ("setting", "range_of_it"),
     [
-        ({"forgetting": 0}, "greater than 0"),
-        ({"forgetting": 1.1}, "less than or equal to 1"),
-        ({"prior_count": -1}, "greater than or equal to 0"),
-        ({"sigma_floor": -0.1}, "greater than or equal to 0"),
-        ({"min_count": -1}, "greater than or equal to 0"),
-        ({"clip": 0}, "greater than 0"),
-        ({"frequency_weight": -0.5}, "greater than or equal to 0"),
+        ({"forgetting": 0.0}, "a number above 0, up to 1"),
+        ({"forgetting": 1.1}, "a number above 0, up to 1"),
+        ({"prior_count": -1.0}, "a number of at least 0"),
+        ({"sigma_floor": -0.1}, "a number of at least 0"),
+        ({"min_count": -1.0}, "a number of at least 0"),
+        ({"clip": 0.0}, "a positive number or None"),
+        ({"frequency_weight": -10.5}, "a number from -10 to 10"),
+        ({"frequency_weight": 10.5}, "a number from -10 to 10"),
     ],
 )
-def test_options_of_estimators_have_ranges(setting: Tree, range_of_it: str) -> None:
+def test_options_of_estimators_have_the_ranges_of_the_normalizer(
+    setting: Tree, range_of_it: str
+) -> None:
     ((key, value),) = setting.items()
-    with pytest.raises(ConfigError, match=f"estimator.{key} is {value}: .* {range_of_it}"):
+    words = f"{key} is {value}; expected {range_of_it}"
+    with pytest.raises(ConfigError, match=f"estimator.{key}: {words}"):
         parse_config(tiny_run({"estimator": setting}))
+    with pytest.raises(ConfigError, match=words):
+        ClusterNormalizer(**setting)
+
+
+def test_settings_of_estimators_are_options_of_the_normalizer() -> None:
+    hints = get_type_hints(Options)
+    for key, field in EstimatorConfig.model_fields.items():
+        if key != "history":
+            option = {"name": "estimator"}.get(key, key)
+            assert field.default == getattr(Options, option)
+            assert field.annotation == hints[option]
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not RULES[name].reads_histories])
+@pytest.mark.parametrize(
+    "setting", [{"history": "shuffled"}, {"order": "normalize_then_update"}, {"forgetting": 0.9}]
+)
+def test_weighing_by_frequency_reads_histories_under_every_estimator(
+    name: str, setting: Tree
+) -> None:
+    estimator = {"name": name, **setting}
+    ((key, value),) = setting.items()
+    with pytest.raises(ConfigError, match=f"{key} has no effect"):
+        parse_config(tiny_run({"estimator": estimator}))
+    config = parse_config(tiny_run({"estimator": estimator | {"frequency_weight": 0.5}}))
+    assert resolved_tree(config)["estimator"][key] == value
 
 
 def test_whatever_a_config_allows_the_normalizer_takes() -> None:
@@ -393,7 +423,7 @@ def test_whatever_a_config_allows_the_normalizer_takes() -> None:
         "frequency_weight": 0.5,
     }
     assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history"}
-    for name in get_args(EstimatorName):
+    for name in RULES:
         idle = EstimatorConfig.model_validate({"name": name}).inactive()
         chosen = {key: value for key, value in settings.items() if key not in idle}
         config = parse_config(tiny_run({"estimator": {"name": name} | chosen})).estimator
@@ -408,7 +438,7 @@ def test_estimators_that_compare_within_groups_need_some(name: str) -> None:
 
 
 def test_estimators_can_all_be_chosen() -> None:
-    for name in get_args(EstimatorName):
+    for name in RULES:
         assert parse_config(tiny_run({"estimator.name": name})).estimator.name == name
 
 

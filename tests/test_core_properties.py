@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+import copy
+from contextlib import nullcontext
+from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pgrpo import ClusterNormalizer
+from pgrpo import ClusterNormalizer, DataError
+from pgrpo.normalizer import RULES, Options
 
 pytest_plugins = ["parallel"]
 
-EPS = 1e-4
-ESTIMATORS = ["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+EPS = Options.eps
+ESTIMATORS = list(RULES)
 ORDERS = ["update_then_normalize", "normalize_then_update"]
 Floats = NDArray[np.float64]
 Batch = tuple[Floats, list[int], list[str]]
@@ -167,6 +170,61 @@ def test_clip(batch: Batch, estimator: str, clip: float, order: str) -> None:
         expected = np.clip(free(*batch), -clip, clip)
         np.testing.assert_array_equal(bounded(*batch), expected)
     assert free.state_dict() == bounded.state_dict()
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "ddof": 1,
+    "eps": 0.5,
+    "order": ORDERS[1],
+    "forgetting": 0.5,
+    "prior_count": 8.0,
+    "sigma_floor": 2.0,
+    "min_count": 30,
+    "clip": 0.1,
+}
+
+
+def some_batches(num: int = 3) -> list[tuple[Floats, Any, Any]]:
+    """Clusters of very different sizes, in groups of about four that may mix them."""
+    rng = np.random.default_rng(6)
+    return [
+        (rng.normal(size=40), rng.choice(3, 40, p=[0.7, 0.2, 0.1]), rng.integers(0, 10, 40))
+        for _ in range(num)
+    ]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("option", OTHER_VALUES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_said_to_have_no_effect_has_none(
+    estimator: str, option: str, weight: float
+) -> None:
+    usual = ClusterNormalizer(estimator, frequency_weight=weight)
+    other = ClusterNormalizer(estimator, frequency_weight=weight, **{option: OTHER_VALUES[option]})
+    same = [np.array_equal(usual(*batch), other(*batch)) for batch in some_batches()]
+    assert all(same) == (option in RULES[estimator].without_effect(weight))
+
+
+def test_every_option_is_asked_for_its_effect() -> None:
+    apart = {"estimator", "nan_policy", "frequency_weight"}  # what they are for shows at once
+    apart |= {"track_diagnostics", "track_delta", "num_threads"}  # these change no advantage
+    assert OTHER_VALUES.keys() == {field.name for field in fields(Options)} - apart
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_said_of_an_estimator_is_so(estimator: str) -> None:
+    rule, (first, second, _) = RULES[estimator], some_batches()
+    experienced, norms = ClusterNormalizer(estimator), np.linspace(0.1, 2, 40)
+    experienced(*first)
+    told = copy.copy(experienced)
+    found, fresh = experienced(*second), ClusterNormalizer(estimator)(*second)
+    assert np.array_equal(found, fresh) != rule.reads_histories
+    assert np.array_equal(found, told(*second, score_norms=norms)) != rule.reads_score_norms
+    alone = ClusterNormalizer(estimator)(*first[:2], np.arange(40))
+    assert (np.abs(alone).max() < 1e-12) == rule.zero_alone
+    for method, needs in (("update", rule.keeps_parts), ("normalize", rule.needs_groups)):
+        with pytest.raises(DataError) if needs else nullcontext():
+            getattr(ClusterNormalizer(estimator), method)(*first[:2])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -18,6 +18,7 @@ import pytest
 
 from pgrpo import ClusterNormalizer
 from pgrpo.errors import ConfigError, DataError
+from pgrpo.normalizer import Options, _core
 from pgrpo.normalizer.shared_memory import mapped, shared_path
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there are no shared tables")
@@ -338,4 +339,4 @@ def test_read_only_memory_is_refused() -> None:
     memory.flags.writeable = False
     for bytes_ in (memory, np.zeros(1 << 26, np.uint8)[::2]):
         with pytest.raises(ConfigError, match="not contiguous, or read-only"):
-            ClusterNormalizer(memory=(bytes_, 65536, "", False))
+            _core.Normalizer(Options(), (bytes_, 65536, "", False))

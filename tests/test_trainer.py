@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
-from pgrpo.config.sections import EstimatorName
+from pgrpo.normalizer import RULES, ClusterNormalizer
 from pgrpo.rollout.collector import Collector
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
@@ -172,12 +172,18 @@ OPTIONS: Tree = {
 @pytest.mark.parametrize(
     "estimator",
     [
-        *({"name": name} for name in get_args(EstimatorName)),
+        *({"name": name} for name in RULES),
         *({"name": name, "history": "one"} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
         *({"name": name, **OPTIONS} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
         {"name": "pgrpo", "order": "normalize_then_update"},
         {"name": "auto", "order": "normalize_then_update"},
         {"name": "grpo", "clip": 0.5, "frequency_weight": 1.0},
+        {
+            "name": "rloo",
+            "order": "normalize_then_update",
+            "forgetting": 0.7,
+            "frequency_weight": -1.0,
+        },
     ],
     ids=lambda estimator: "-".join(map(str, estimator.values())),
 )
@@ -202,6 +208,22 @@ def test_auto_is_told_the_norms_of_the_scores(tmp_path: Path, batches: list[Batc
     without = expected_advantages(estimator, batches, score_norms=False)
     # An untrained policy is nearly uniform, and its scores nearly as long as each other.
     assert np.abs(found - without).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_norms_of_the_scores_are_worked_out_for_those_who_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    given: list[bool] = []
+    call = ClusterNormalizer.__call__
+
+    def spy(self: ClusterNormalizer, *batch: Any, score_norms: Any = None) -> Any:
+        given.append(score_norms is not None)
+        return call(self, *batch, score_norms=score_norms)
+
+    monkeypatch.setattr(ClusterNormalizer, "__call__", spy)
+    train(tmp_path, {"estimator": {"name": name}, "run.num_steps": 1, "run.eval_every": 0})
+    assert given == [RULES[name].reads_score_norms]
 
 
 @pytest.mark.parametrize("order", ["update_then_normalize", "normalize_then_update"])

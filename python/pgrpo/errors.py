@@ -15,12 +15,18 @@ class PgrpoError(Exception):
     """Base of every error that is the input's, the environment's or a plugin's doing."""
 
 
-class ConfigError(PgrpoError):
-    """A setting is unknown, of the wrong type, out of range or without effect."""
+class ConfigError(PgrpoError, ValueError, TypeError):
+    """A setting is unknown, of the wrong type, out of range or without effect.
+
+    Also a ValueError and a TypeError, which is what users of numbers catch.
+    """
 
 
-class DataError(PgrpoError):
-    """A data set is missing, empty, malformed or lacks what the run asks of it."""
+class DataError(PgrpoError, ValueError, TypeError):
+    """Data are missing, empty, malformed or lack what is asked of them: a data set, or a batch.
+
+    Also a ValueError and a TypeError, as above.
+    """
 
 
 class ModelError(PgrpoError):

@@ -19,9 +19,6 @@ ClusterId: TypeAlias = int | str
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """What a data set's column may hold."""
 
-READS_HISTORIES = frozenset({"pgrpo", "two_way", "shrinkage", "auto"})
-"""Estimators whose advantages depend on reward histories."""
-
 FloatArray: TypeAlias = NDArray[np.float64]
 """Float64 throughout: rewards, advantages and log-probabilities outside the model."""
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pgrpo.config.checks import known_keys
-from pgrpo.types import READS_HISTORIES
-
-EstimatorName = Literal["pgrpo", "grpo", "dr_grpo", "rloo", "batch", "two_way", "shrinkage", "auto"]
+from pgrpo.normalizer import RULES, Options
+from pgrpo.normalizer.options import meaning
 
 
 class Section(BaseModel):
@@ -143,47 +142,48 @@ class RewardConfig(PluginSection):
     loop for an async one."""
 
 
+def _option(name: str) -> Any:
+    """A field that is an option of the normalizer: default and meaning are the option's."""
+    return Field(default=getattr(Options, name), description=meaning(name))
+
+
 class EstimatorConfig(Section):
     """The rule that turns rewards into advantages (docs/estimators.md). All fields but `name` and
     `history` are arguments of `pgrpo.ClusterNormalizer`."""
 
-    name: EstimatorName = "pgrpo"
+    name: str = Options.estimator
     """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, `auto` by what of both
     varies least, ..."""
     history: Literal["cluster", "one", "shuffled"] = "cluster"
     """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
     sizes made of shuffled users; the last two are control arms."""
-    ddof: int = Field(default=0, ge=0, le=1)
-    """Standard deviations divide by count - ddof."""
-    eps: float = Field(default=1e-4, ge=1e-100)
-    """Added to the standard deviation."""
-    order: Literal["update_then_normalize", "normalize_then_update"] = "update_then_normalize"
-    """Whether a step's rewards enter the histories before or after they are normalised by them."""
-    forgetting: float = Field(default=1.0, gt=0, le=1)
-    """What a history's earlier rewards count for each time that a step adds to it; 1: nothing is
-    forgotten. At rho about the last 1 / (1 - rho) steps count."""
-    prior_count: float = Field(default=0.0, ge=0)
-    """Every history is read as if it held this many more rewards, of all clusters pooled."""
-    sigma_floor: float = Field(default=0.0, ge=0)
-    """Standard deviations of histories are read as this at least; in units of the reward."""
-    min_count: float = Field(default=1.0, ge=0)
-    """A history of fewer rewards (`prior_count` included) gives advantage 0."""
-    clip: float | None = Field(default=None, gt=0)
-    """Bound of |advantage|."""
-    frequency_weight: float = Field(default=0.0, ge=0, le=10)
-    """Advantages are multiplied by q^-frequency_weight, where q is the share of the cluster's history
-    in the rewards of all; 0.5 helps rare clusters."""
+    ddof: int = _option("ddof")
+    eps: float = _option("eps")
+    order: str = _option("order")
+    forgetting: float = _option("forgetting")
+    prior_count: float = _option("prior_count")
+    sigma_floor: float = _option("sigma_floor")
+    min_count: float = _option("min_count")
+    clip: float | None = _option("clip")
+    frequency_weight: float = _option("frequency_weight")
+
+    @field_validator("*")
+    @classmethod
+    def _check_option(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name != "history":
+            option = "estimator" if info.field_name == "name" else str(info.field_name)
+            Options(**{option: value})
+        return value
 
     def inactive(self) -> set[str]:
-        idle: set[str] = set()
-        if self.name not in READS_HISTORIES:
-            idle |= {"history", "order", "forgetting", "prior_count", "sigma_floor", "min_count"}
-        if self.name in ("dr_grpo", "rloo"):
-            idle |= {"ddof", "eps"}
-        if self.history == "one":
-            # A cluster that is all there is has share 1.
-            idle.add("frequency_weight")
-        return idle
+        rule = RULES[self.name]
+        # A cluster that is all there is has share 1.
+        alone = self.history == "one"
+        weight = 0.0 if alone else self.frequency_weight
+        idle = {"frequency_weight"} if alone else set[str]()
+        if not (rule.reads_histories or weight):
+            idle.add("history")
+        return idle | set(rule.without_effect(weight))
 
 
 class LossConfig(Section):

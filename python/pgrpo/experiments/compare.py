@@ -13,6 +13,7 @@ from pgrpo.config.checks import suggest
 from pgrpo.config.sections import EstimatorConfig
 from pgrpo.config.toml import resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
+from pgrpo.normalizer import RULES
 from pgrpo.report import Verdict, write_report
 from pgrpo.runs.config import Config, parse_config
 from pgrpo.runs.display import Display
@@ -69,19 +70,17 @@ def arm_folder(arm: str) -> str:
 
 
 def arm_config(config: Config, arm: str, seed: int) -> Config:
-    """The config with this arm's estimator and seed; settings the estimator does not know are
-    dropped."""
+    """The config with this arm's estimator and seed, without settings that have no effect then."""
     name, colon, history = arm.partition(":")
     tree = resolved_tree(config)
     tree["run"]["seed"] = seed
-    known = list(EstimatorConfig.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
-    if name not in known:
-        raise ConfigError(f"there is no estimator {name!r}{suggest(name, known)}")
+    if name not in RULES:
+        raise ConfigError(f"there is no estimator {name!r}{suggest(name, list(RULES))}")
     # Not the base's own history: what an arm reads is in its name.
+    base = {key: value for key, value in tree["estimator"].items() if key != "history"}
     chosen: dict[str, Any] = {"name": name, **({"history": history} if colon else {})}
-    idle = EstimatorConfig.model_construct(**chosen).inactive() | {"history"}
-    kept = {key: value for key, value in tree["estimator"].items() if key not in idle}
-    tree["estimator"] = kept | chosen
+    idle = EstimatorConfig.model_construct(**base | chosen).inactive()
+    tree["estimator"] = {key: value for key, value in base.items() if key not in idle} | chosen
     return parse_config(tree, source=f"arm {arm!r}")
 
 

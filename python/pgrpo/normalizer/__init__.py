@@ -4,7 +4,16 @@ In come arrays of rewards, cluster ids and group ids; out go advantages. NumPy i
 no torch, no settings files, nothing of the trainer. `_core` is the compiled Rust core.
 """
 
-from pgrpo.normalizer.cluster_normalizer import ClusterNormalizer, ClusterStats
+from pgrpo.normalizer.cluster_normalizer import ClusterNormalizer
 from pgrpo.normalizer.diagnostics import ClusterDiagnostics, Diagnostics
+from pgrpo.normalizer.options import RULES, Options
+from pgrpo.normalizer.state import ClusterStats
 
-__all__ = ["ClusterDiagnostics", "ClusterNormalizer", "ClusterStats", "Diagnostics"]
+__all__ = [
+    "RULES",
+    "ClusterDiagnostics",
+    "ClusterNormalizer",
+    "ClusterStats",
+    "Diagnostics",
+    "Options",
+]

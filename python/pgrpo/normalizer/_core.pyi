@@ -1,107 +1,113 @@
 """The Rust core: rewards to advantages over the plainest of arrays."""
 
-from typing import Any, Protocol
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import disjoint_base
 
+from pgrpo.normalizer.options import Options
 from pgrpo.types import ClusterId
 
-__all__ = ["Normalizer", "__version__", "_noop"]
+__all__ = ["RULES", "Normalizer", "Rule", "__version__", "_noop", "check", "expected", "layout"]
 
 __version__: str
 
+RULES: dict[str, Rule]
+"""Every estimator, by its name."""
+
 _Columns = tuple[list[ClusterId], NDArray[np.float64], list[ClusterId], NDArray[np.float64], int]
 
-class _Noop(Protocol):
-    def __call__(
-        self,
-        rewards: Any,
-        clusters: Any,
-        groups: Any = None,
-        *,
-        weights: Any = None,
-        score_norms: Any = None,
-        out: Any = None,
-    ) -> None: ...
+def check(options: Options, /) -> None:
+    """Refuse options out of their ranges, or of other types, with a ConfigError."""
 
-_noop: _Noop
-"""What calling costs: the signature of a normalizer, and nothing done."""
+def expected(option: str, /) -> str | None:
+    """What an option may be, as errors tell it; None if there is no such option."""
 
-@disjoint_base
+def layout(options: Options, capacity: int, agreed: str, /) -> tuple[int, bytes]:
+    """Bytes of a shared table, and its header."""
+
+def _noop(
+    rewards: Any, clusters: Any, groups: Any, weights: Any, score_norms: Any, out: Any, /
+) -> None:
+    """What calling costs: the arguments of a normalizer's method, and nothing done."""
+
+@final
+class Rule:
+    """What there is to know of an estimator."""
+
+    @property
+    def name(self) -> str:
+        """The name users write."""
+    @property
+    def formula(self) -> str:
+        """The advantage of a reward r, in one line."""
+    @property
+    def source(self) -> str:
+        """Where it was published."""
+    @property
+    def reads_histories(self) -> bool:
+        """Whether advantages depend on the histories of clusters."""
+    @property
+    def needs_groups(self) -> bool:
+        """Whether rewards are compared within groups, which a batch must have then."""
+    @property
+    def zero_alone(self) -> bool:
+        """Whether a group of one always gives 0."""
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether it keeps sums of groups, for which updates need groups as well."""
+    @property
+    def reads_score_norms(self) -> bool:
+        """Whether score norms have an effect."""
+    def without_effect(self, frequency_weight: float) -> list[str]:
+        """Options that have no effect on advantages, with this `frequency_weight`."""
+
+@final
 class Normalizer:
-    """What `pgrpo.ClusterNormalizer` is made of, and documents.
+    """What `pgrpo.ClusterNormalizer` holds, and documents.
 
     Rewards and `out` are arrays of float32 or float64, ids arrays of int32 or int64 or lists or tuples
     of ints and strings, weights and score norms arrays of float64; arrays are [N], contiguous,
-    aligned and in native byte order. Anything else is handed to the method `_convert` of the
-    subclass, which calls back.
+    aligned and in native byte order. Given anything else, a method returns `NotImplemented` and has
+    done nothing.
     """
 
     def __new__(
-        cls,
-        estimator: str = "pgrpo",
-        *,
-        ddof: int = 0,
-        eps: float = 1e-4,
-        order: str = "update_then_normalize",
-        nan_policy: str = "raise",
-        forgetting: float = 1.0,
-        prior_count: float = 0.0,
-        sigma_floor: float = 0.0,
-        clip: float | None = None,
-        min_count: float = 1.0,
-        frequency_weight: float = 0.0,
-        track_diagnostics: bool = False,
-        track_delta: bool = False,
-        num_threads: int = 1,
-        memory: tuple[NDArray[np.uint8], int, str, bool] | None = None,
+        cls, options: Options, memory: tuple[NDArray[np.uint8], int, str, bool] | None = None, /
     ) -> Normalizer:
         """`memory` is that of a shared table: its bytes, which are kept, its capacity, the options that
         all processes must agree on, and whether nobody else has it mapped."""
-    @staticmethod
-    def _layout(
-        estimator: str, track_diagnostics: bool, capacity: int, agreed: str
-    ) -> tuple[int, bytes]:
-        """Bytes of a shared table, and its header."""
-    def __call__(
+    def advantages(
         self,
         rewards: Any,
         clusters: Any,
-        groups: Any = None,
-        *,
-        weights: Any = None,
-        score_norms: Any = None,
-        out: Any = None,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        out: Any,
+        /,
     ) -> Any: ...
     def update(
-        self,
-        rewards: Any,
-        clusters: Any,
-        groups: Any = None,
-        *,
-        weights: Any = None,
-        score_norms: Any = None,
-    ) -> None: ...
+        self, rewards: Any, clusters: Any, groups: Any, weights: Any, score_norms: Any, /
+    ) -> Any: ...
     def normalize(
         self,
         rewards: Any,
         clusters: Any,
-        groups: Any = None,
-        *,
-        weights: Any = None,
-        score_norms: Any = None,
-        out: Any = None,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        out: Any,
+        /,
     ) -> Any: ...
-    def retract(self, rewards: Any, clusters: Any, *, weights: Any = None) -> None: ...
+    def retract(self, rewards: Any, clusters: Any, weights: Any, /) -> Any: ...
     @property
     def num_nonfinite(self) -> int: ...
     def delta(self) -> bytes: ...
-    def _columns(self) -> _Columns:
+    def columns(self) -> _Columns:
         """Ids [K] and columns [K, 13] of all clusters; the same of what the next delta holds; number of
         non-finite rewards."""
-    def _restore_columns(self, state: _Columns) -> None: ...
-    def _encode(self) -> bytes: ...
-    def _restore(self, snapshot: bytes) -> None: ...
-    def _merge(self, snapshot: bytes) -> None: ...
+    def restore_columns(self, state: _Columns) -> None: ...
+    def encode(self) -> bytes: ...
+    def restore(self, snapshot: bytes) -> None: ...
+    def merge(self, snapshot: bytes) -> None: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,73 @@ from numpy.typing import NDArray
 from pgrpo.errors import DataError
 from pgrpo.types import ClusterId
 
+if TYPE_CHECKING:
+    import torch
+
+    Ids: TypeAlias = Sequence[ClusterId] | NDArray[Any] | torch.Tensor
+    """[N] names of clusters, or of groups."""
+    Numbers: TypeAlias = Sequence[float] | NDArray[Any] | torch.Tensor
+    """[N]."""
+    FloatT = TypeVar("FloatT", np.float32, np.float64)
+    OutT = TypeVar(
+        "OutT", NDArray[np.float32], NDArray[np.float64], torch.Tensor, array.array[float]
+    )
+
+    class Columns(TypedDict, total=False):
+        """What a batch may have besides rewards, clusters and groups."""
+
+        weights: Numbers | None
+        score_norms: Numbers | None
+
+
 Plain: TypeAlias = NDArray[Any]
 """[N] float32 or float64: contiguous, aligned, in native byte order."""
 
 MAX_ID = 2**63
 """Ids are integers below this, and from minus this on."""
+
+
+def call_plainly(
+    call: Callable[..., Any],
+    rewards: Any,
+    clusters: Any,
+    groups: Any,
+    weights: Any,
+    score_norms: Any,
+    out: Any,
+) -> Any:
+    """Call a method of the core that gives advantages, of arrays of any kind.
+
+    Returns:
+        [N] advantages of the kind of `rewards`, or `out`.
+
+    Raises:
+        DataError: an argument is not what is expected of it.
+    """
+    values, give_back = read_rewards(rewards)
+    inputs = (values, *read_columns(clusters, groups, weights, score_norms))
+    if out is None:
+        return give_back(call(*inputs, None))
+    view = read_out(out, values)
+    if is_plain(view, inputs):
+        call(*inputs, view)
+    else:
+        view[...] = call(*inputs, None)
+    return out
+
+
+def read_columns(clusters: Any, groups: Any, weights: Any, score_norms: Any) -> tuple[Any, ...]:
+    """The columns of a batch beside its rewards, as the core reads them.
+
+    Raises:
+        DataError: one of them is not what is expected of it.
+    """
+    return (
+        read_ids(clusters, "clusters"),
+        read_ids(groups, "groups"),
+        read_numbers(weights, "weights"),
+        read_numbers(score_norms, "score_norms"),
+    )
 
 
 def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:

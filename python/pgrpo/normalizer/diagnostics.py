@@ -11,15 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgrpo.types import READS_HISTORIES, ClusterId, FloatArray
-
-SUMS: tuple[str, ...] = (
-    "count", "origin", "offset", "m2",
-    "num_parts", "squared_sizes", "within_squares",
-    "regression_xx", "regression_xy", "regression_yy",
-    "num_advantages", "advantage_sum", "advantage_squares",
-)  # fmt: skip
-"""What a normalizer keeps of a cluster, in the order of the core's columns."""
+from pgrpo.normalizer.options import RULES, Options
+from pgrpo.normalizer.state import deviation
+from pgrpo.types import ClusterId, FloatArray
 
 LAGGING = 0.3
 """Mean advantages beyond this say that histories lag behind the rewards."""
@@ -80,16 +74,13 @@ def diagnose(
     ids: Sequence[ClusterId],
     sums: Mapping[str, FloatArray],
     num_nonfinite: int,
-    *,
-    estimator: str,
-    ddof: int,
-    eps: float,
-    sigma_floor: float,
+    options: Options,
 ) -> Diagnostics:
     """Read the sums [K] of each cluster."""
+    eps, sigma_floor = options.eps, options.sigma_floor
     n, m2 = sums["count"], sums["m2"]
     mean = sums["origin"] + sums["offset"]
-    std = deviation(n, m2, ddof)
+    std = deviation(n, m2, options.ddof)
     sigma = np.maximum(std, sigma_floor)
     parts, squares, within = sums["num_parts"], sums["squared_sizes"], sums["within_squares"]
     calls, total = sums["num_advantages"], sums["advantage_sum"]
@@ -122,10 +113,10 @@ def diagnose(
 
     # Rewards of 0 and 1 alone fulfil var = mean (1 - mean), and no others between 0 and 1 do.
     binary = np.abs(m2 - n * mean * (1 - mean)) <= 1e-9 * n
-    if estimator == "pgrpo":
+    if options.estimator == "pgrpo":
         what = "rewards differ more between prompts than between rollouts of one (ICC * group size > 1)"
         warn((icc * group_size > 1) & ~binary, f"{what}; shrinkage or auto varies less")
-    if estimator in READS_HISTORIES:
+    if RULES[options.estimator].reads_histories:
         what = "the history lags behind; forgetting below 1 lets it follow"
         warn(np.abs(mean_advantage) > LAGGING, f"|mean advantage| > {LAGGING}: {what}")
         warn(n < 2 * group_size, "fewer rewards than two groups have; prior_count steadies it")
@@ -150,12 +141,6 @@ def diagnose(
         known = (None if math.isnan(value) else value for value in row[4:])
         clusters[cluster] = ClusterDiagnostics(*row[:4], *known)
     return Diagnostics(clusters, eta2, null, threshold, num_nonfinite, warnings)
-
-
-def deviation(count: FloatArray, m2: FloatArray, ddof: int) -> FloatArray:
-    """Standard deviations sqrt(m2 / (count - ddof)) [K]; 0 where count <= ddof."""
-    degrees = count - ddof
-    return np.sqrt(np.divide(m2, degrees, out=np.zeros_like(m2), where=degrees > 0))
 
 
 def _between_clusters(

@@ -15,11 +15,15 @@ import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgrpo.errors import ConfigError
+from pgrpo.normalizer import _core
+from pgrpo.normalizer.arrays import short
+from pgrpo.normalizer.options import Options
 
 if sys.platform != "win32":
     import fcntl
@@ -38,6 +42,23 @@ def shared_path(path_or_name: str | os.PathLike[str]) -> Path:
         return Path(text)
     folder = "/dev/shm" if sys.platform == "linux" else tempfile.gettempdir()  # noqa: S108
     return Path(folder, f"pgrpo-{text}")
+
+
+def open_table(path: Path, options: Options, capacity: int) -> _core.Normalizer:
+    """A normalizer whose histories lie in the file of a shared table, which is made if there is none.
+
+    Raises:
+        ConfigError: the table is of another capacity, other sums or another `forgetting`, or no table.
+    """
+    if isinstance(cast(object, capacity), bool) or not isinstance(cast(object, capacity), int):
+        raise ConfigError(f"capacity is {short(capacity)}; expected an int")
+    agreed = f"forgetting={float(options.forgetting)!r}"
+    try:
+        length, header = _core.layout(options, capacity, agreed)
+    except OverflowError:
+        raise ConfigError(f"capacity is {capacity}; expected a positive int") from None
+    with mapped(path, length, header) as (mapping, alone):
+        return _core.Normalizer(options, (mapping, capacity, agreed, alone))
 
 
 @contextlib.contextmanager

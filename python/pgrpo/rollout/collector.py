@@ -16,7 +16,7 @@ import numpy as np
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
-from pgrpo.normalizer import ClusterNormalizer, ClusterStats
+from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
@@ -91,6 +91,7 @@ class Collector:
         self._history_of = members.histories(estimator.history, derive_seed(run.seed, "control"))
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
+        self._rule = RULES[estimator.name]
         options = estimator.model_dump(exclude={"name", "history"})
         self.normalizer = ClusterNormalizer(
             estimator.name, nan_policy="zero", track_diagnostics=True, **options
@@ -161,8 +162,10 @@ class Collector:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
         group_ids = [rollout.group_id for rollout in rollouts]
-        # Squared norms of the scores, sum_t (1 - p_t)^2; read by `auto` alone.
-        norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
+        norms = None
+        if self._rule.reads_score_norms:
+            # Squared norms of the scores, sum_t (1 - p_t)^2.
+            norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self.histories is not self.normalizer:
             self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
         advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms)

@@ -26,6 +26,7 @@ from pgrpo.config.sections import (
 )
 from pgrpo.config.toml import Tree, read_toml
 from pgrpo.data import DataConfig
+from pgrpo.normalizer import RULES
 from pgrpo.rollout.settings import GenerationConfig
 
 
@@ -69,8 +70,7 @@ class Config(Section):
                     "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
                     "loss.importance must not be 'off'"
                 )
-        blind = ("grpo", "dr_grpo", "rloo", "two_way")
-        if self.generation.group_size == 1 and self.estimator.name in blind:
+        if self.generation.group_size == 1 and RULES[self.estimator.name].zero_alone:
             raise ValueError(
                 f"estimator {self.estimator.name!r} learns nothing from groups of one; "
                 "generation.group_size must be at least 2"

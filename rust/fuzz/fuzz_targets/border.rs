@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use pgrpo_core::Snapshot;
 use pgrpo_core::elements::Real;
 use pgrpo_core::moments::is_finite_reward;
-use pgrpo_core::{AnyId, Batch, Error, Estimator, Ids, NanPolicy, Normalizer, Options, Order};
+use pgrpo_core::{AnyId, Batch, Error, Ids, NanPolicy, Normalizer, Options, Order, RULES};
 
 fuzz_target!(|bytes: &[u8]| {
     // Bytes that end too early are no case.
@@ -47,11 +47,11 @@ fn play(bytes: &mut Unstructured) -> Result<()> {
 
 fn any_options(extreme: bool, bytes: &mut Unstructured) -> Result<Options> {
     Ok(Options {
-        estimator: *bytes.choose(&Estimator::ALL)?,
+        estimator: *bytes.choose(&RULES)?,
         ddof: bytes.int_in_range(0..=2)?,
         eps: any_option(extreme, 1e-4, bytes)?,
-        order: *bytes.choose(&[Order::UpdateThenNormalize, Order::NormalizeThenUpdate])?,
-        nan_policy: *bytes.choose(&[NanPolicy::Raise, NanPolicy::Zero, NanPolicy::Propagate])?,
+        order: bytes.choose(&Order::NAMES)?.1,
+        nan_policy: bytes.choose(&NanPolicy::NAMES)?.1,
         forgetting: any_option(extreme, 1.0, bytes)?,
         prior_count: any_option(extreme, 0.0, bytes)?,
         sigma_floor: any_option(extreme, 0.0, bytes)?,

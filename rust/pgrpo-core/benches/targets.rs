@@ -14,7 +14,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pgrpo_core::{Batch, Histories, Ids, Moments, Normalizer, Options};
+#[path = "../tests/usual/mod.rs"]
+mod usual;
+
+use pgrpo_core::{Batch, Histories, Ids, Moments, Normalizer};
+use usual::usual;
 
 const CLUSTERS: u32 = 64;
 const WINDOW: Duration = Duration::from_millis(100);
@@ -75,7 +79,7 @@ fn throughput(normalizer: &Normalizer, threads: u64, size: usize) -> f64 {
 
 /// Target 9: the median ratio of windows with two threads to windows with one, taken in turn.
 fn scaling(size: usize) -> f64 {
-    let normalizer = Normalizer::new(Options::default()).expect("valid options");
+    let normalizer = Normalizer::new(usual()).expect("valid options");
     let ratios = (0..21).map(|_| {
         let one = throughput(&normalizer, 1, size);
         throughput(&normalizer, 2, size) / one

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use crate::batch::{Batch, Ids, number};
 use crate::elements::{Affine, Real, Row};
 use crate::error::Error;
-use crate::estimators::{Estimator, Folded, Scale, auto};
+use crate::estimators::{Folded, Scale};
 use crate::fold::{apply, fold};
 use crate::histories::Sums;
 use crate::ids::DIRECT;
@@ -242,7 +242,7 @@ impl<R: Real> Call<'_, R> {
                 let now = streams.rewards.read(key);
                 (now, now)
             };
-            if estimator == Estimator::Auto {
+            if estimator.evidence.is_some() {
                 before.push(old);
             }
             folded.histories.push(if reads_after { new } else { old });
@@ -277,13 +277,13 @@ impl<R: Real> Call<'_, R> {
             folded.parts = touched(sums, pending, &added);
             folded.own.clone_from(&folded.histories);
         }
-        if let Some(sums) = &streams.regression {
+        if let Some((sums, evidence)) = streams.regression.as_ref().zip(estimator.evidence) {
             let mut added = vec![Triple::default(); keys.len()];
             if merging {
                 let scored = self.scored(slots, folded);
                 for (cell, scored) in folded.cells().zip(&scored) {
-                    let evidence = auto::evidence(&cell, scored, &before[cell.cluster]);
-                    for (sum, value) in added[cell.cluster].iter_mut().zip(evidence) {
+                    let terms = evidence(&cell, scored, &before[cell.cluster]);
+                    for (sum, value) in added[cell.cluster].iter_mut().zip(terms) {
                         *sum += value;
                     }
                 }
@@ -326,7 +326,7 @@ impl<R: Real> Call<'_, R> {
                 *history = history.merge(prior);
             }
         }
-        estimator.maps(folded, &self.scale, maps);
+        (estimator.maps)(folded, &self.scale, maps);
         if frequency_weight != 0.0 && !factors.is_empty() {
             for (map, cell) in maps.iter_mut().zip(folded.cells()) {
                 map.scale *= factors[cell.cluster];

@@ -12,7 +12,7 @@ pub enum Error {
         /// The value met, as the user would write it.
         value: String,
         /// What would have been accepted.
-        expected: &'static str,
+        expected: String,
     },
     /// Two arrays of one call differ in length.
     Length {
@@ -65,7 +65,7 @@ pub enum Error {
         /// What was asked for.
         what: &'static str,
         /// What it would need.
-        needs: &'static str,
+        needs: String,
     },
     /// A snapshot that cannot be read.
     Snapshot {

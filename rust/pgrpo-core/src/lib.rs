@@ -48,7 +48,7 @@ pub use moments::Moments;
 #[cfg(not(loom))]
 pub use {
     batch::{Batch, Ids},
-    estimators::Estimator,
+    estimators::{RULES, Rule},
     normalizer::Normalizer,
     options::{NanPolicy, Options, Order},
     snapshot::Snapshot,

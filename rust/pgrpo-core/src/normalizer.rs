@@ -7,7 +7,7 @@ use crate::batch::Batch;
 use crate::call::{Call, Halves, with_scratch};
 use crate::elements::Real;
 use crate::error::Error;
-use crate::estimators::Scale;
+use crate::estimators::{RULES, Scale};
 use crate::moments::is_finite_reward;
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
@@ -56,9 +56,9 @@ impl Normalizer {
     /// # Errors
     /// [`Error::Option`] names the option out of range.
     pub fn new(options: Options) -> Result<Self, Error> {
-        let scale = options.check()?;
+        options.check()?;
         let state = State::new(options.kept(), options.track_delta);
-        Ok(Self::with_state(options, scale, state))
+        Ok(Self::with_state(options, state))
     }
 
     /// A normalizer that remembers in tables of a region, of which there must be
@@ -67,14 +67,14 @@ impl Normalizer {
     /// # Errors
     /// [`Error::Option`] names the option out of range.
     pub fn shared(options: Options, region: Region, tables: Vec<Table>) -> Result<Self, Error> {
-        let scale = options.check()?;
+        options.check()?;
         let state = State::shared(options.kept(), options.track_delta, region, tables);
-        Ok(Self::with_state(options, scale, state))
+        Ok(Self::with_state(options, state))
     }
 
-    fn with_state(options: Options, scale: Scale, state: State) -> Self {
+    fn with_state(options: Options, state: State) -> Self {
         let state = AtomicPtr::new(Box::into_raw(Box::new(state)));
-        Self { options, scale, state, retired: Mutex::default() }
+        Self { scale: options.scale(), options, state, retired: Mutex::default() }
     }
 
     fn state(&self) -> &State {
@@ -122,11 +122,15 @@ impl Normalizer {
     pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
         let options = &self.options;
         let tracks = options.track_diagnostics || options.track_delta;
-        if options.estimator.needs_parts() || tracks || options.forgetting < 1.0 {
+        if options.estimator.keeps_parts || tracks || options.forgetting < 1.0 {
+            let kinds = RULES.iter().filter(|rule| rule.keeps_parts).map(|rule| rule.name);
+            let others = kinds.collect::<Vec<_>>().join(" and ");
             return Err(Error::Unsupported {
                 what: "retract",
-                needs: "an estimator other than shrinkage and auto, forgetting 1, and no tracking of \
-                        deltas or diagnostics",
+                needs: format!(
+                    "an estimator other than {others}, forgetting 1, and no tracking of deltas or \
+                     diagnostics"
+                ),
             });
         }
         batch.check(None)?;
@@ -201,7 +205,10 @@ impl Normalizer {
     pub fn delta(&self) -> Result<Snapshot, Error> {
         let state = self.state();
         let Some(pending) = &state.pending else {
-            return Err(Error::Unsupported { what: "delta", needs: "the option track_delta" });
+            return Err(Error::Unsupported {
+                what: "delta",
+                needs: "the option track_delta".to_owned(),
+            });
         };
         let clusters = pending.take().into_iter().filter_map(|entry| state.named(&entry)).collect();
         Ok(Snapshot { clusters, ..Snapshot::default() })
@@ -237,7 +244,7 @@ impl Normalizer {
             if self.state().histories().next().is_some() {
                 return Err(Error::Unsupported {
                     what: "restoring into a shared table",
-                    needs: "an empty one, for other processes use it too",
+                    needs: "an empty one, for other processes use it too".to_owned(),
                 });
             }
             let state = self.state();
@@ -272,13 +279,13 @@ impl Normalizer {
         let Options { estimator, track_diagnostics, .. } = self.options;
         batch.check(out.as_deref().map(<[R]>::len))?;
         let needs_groups = match halves {
-            Halves::Update => estimator.needs_parts(),
-            Halves::Both | Halves::Normalize => estimator.needs_groups(),
+            Halves::Update => estimator.keeps_parts,
+            Halves::Both | Halves::Normalize => estimator.needs_groups,
         };
         if needs_groups && batch.groups.is_none() {
-            return Err(Error::GroupsRequired { estimator: estimator.name() });
+            return Err(Error::GroupsRequired { estimator: estimator.name });
         }
-        let groups = batch.groups.filter(|_| estimator.needs_groups() || track_diagnostics);
+        let groups = batch.groups.filter(|_| estimator.needs_groups || track_diagnostics);
         let batch = Batch { groups, ..*batch };
         let call = Call { options: &self.options, scale: self.scale, state: self.state(), batch };
         let done = with_scratch(|scratch| {

@@ -1,9 +1,10 @@
 //! What a normalizer can be told.
 
+use std::fmt::Debug;
 use std::str::FromStr;
 
 use crate::error::Error;
-use crate::estimators::{Estimator, Scale};
+use crate::estimators::{RULES, Rule, Scale};
 use crate::state::Kept;
 
 /// Whether a batch's rewards are normalised by histories that already hold them.
@@ -27,28 +28,25 @@ pub enum NanPolicy {
     Propagate,
 }
 
-/// The value of a name, or an error that tells the names there are.
-fn named<T: Copy>(
-    option: &'static str,
-    name: &str,
-    values: &[(&str, T)],
-    expected: &'static str,
-) -> Result<T, Error> {
-    match values.iter().find(|(known, _)| *known == name) {
-        Some(&(_, value)) => Ok(value),
-        None => Err(Error::Option { name: option, value: format!("{name:?}"), expected }),
-    }
+impl Order {
+    /// Each with the name users write.
+    pub const NAMES: [(&'static str, Self); 2] = [
+        ("update_then_normalize", Self::UpdateThenNormalize),
+        ("normalize_then_update", Self::NormalizeThenUpdate),
+    ];
+}
+
+impl NanPolicy {
+    /// Each with the name users write.
+    pub const NAMES: [(&'static str, Self); 3] =
+        [("raise", Self::Raise), ("zero", Self::Zero), ("propagate", Self::Propagate)];
 }
 
 impl FromStr for Order {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        let values = [
-            ("update_then_normalize", Self::UpdateThenNormalize),
-            ("normalize_then_update", Self::NormalizeThenUpdate),
-        ];
-        named("order", name, &values, "update_then_normalize or normalize_then_update")
+        choose("order", name, &Self::NAMES)
     }
 }
 
@@ -56,16 +54,37 @@ impl FromStr for NanPolicy {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        let values = [("raise", Self::Raise), ("zero", Self::Zero), ("propagate", Self::Propagate)];
-        named("nan_policy", name, &values, "raise, zero or propagate")
+        choose("nan_policy", name, &Self::NAMES)
     }
 }
 
-/// Everything that can be chosen; `docs/estimators.md` has the formulas.
+/// The value of a name, or an error that tells the names there are.
+pub(crate) fn choose<T: Copy>(
+    option: &'static str,
+    name: &str,
+    values: &[(&str, T)],
+) -> Result<T, Error> {
+    match values.iter().find(|(known, _)| *known == name) {
+        Some(&(_, value)) => Ok(value),
+        None => {
+            Err(Error::Option { name: option, value: format!("{name:?}"), expected: or(values) })
+        }
+    }
+}
+
+/// `a, b or c`.
+fn or<T>(values: &[(&str, T)]) -> String {
+    let names: Vec<&str> = values.iter().map(|(name, _)| *name).collect();
+    let (last, others) = names.split_last().expect("there is something to choose from");
+    format!("{} or {last}", others.join(", "))
+}
+
+/// Everything that can be chosen; `docs/estimators.md` has the formulas. What holds where nothing was
+/// chosen is for whoever asks users: in Python, `pgrpo.normalizer.Options`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The rule.
-    pub estimator: Estimator,
+    pub estimator: &'static Rule,
     /// Deviations divide by count - ddof: 0 or 1.
     pub ddof: u8,
     /// Added to deviations; positive.
@@ -94,23 +113,45 @@ pub struct Options {
     pub num_threads: usize,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            estimator: Estimator::Pgrpo,
-            ddof: 0,
-            eps: 1e-4,
-            order: Order::UpdateThenNormalize,
-            nan_policy: NanPolicy::Raise,
-            forgetting: 1.0,
-            prior_count: 0.0,
-            sigma_floor: 0.0,
-            clip: None,
-            min_count: 1.0,
-            frequency_weight: 0.0,
-            track_diagnostics: false,
-            track_delta: false,
-            num_threads: 1,
+/// Numbers that an option may be: its name, the range as errors and documentation tell it, and a
+/// check that returns a value outside of it.
+type Range = (&'static str, &'static str, fn(&Options) -> Option<String>);
+
+const RANGES: [Range; 9] = [
+    ("ddof", "0 or 1", |o| outside(o.ddof, o.ddof <= 1)),
+    ("eps", "a number from 1e-100 on", |o| real(o.eps, o.eps >= 1e-100)),
+    ("forgetting", "a number above 0, up to 1", |o| {
+        real(o.forgetting, o.forgetting > 0.0 && o.forgetting <= 1.0)
+    }),
+    ("prior_count", "a number of at least 0", |o| real(o.prior_count, o.prior_count >= 0.0)),
+    ("sigma_floor", "a number of at least 0", |o| real(o.sigma_floor, o.sigma_floor >= 0.0)),
+    ("clip", "a positive number or None", |o| o.clip.and_then(|clip| real(clip, clip > 0.0))),
+    ("min_count", "a number of at least 0", |o| real(o.min_count, o.min_count >= 0.0)),
+    ("frequency_weight", "a number from -10 to 10", |o| {
+        real(o.frequency_weight, o.frequency_weight.abs() <= 10.0)
+    }),
+    ("num_threads", "a whole number of at least 1", |o| outside(o.num_threads, o.num_threads >= 1)),
+];
+
+fn real(value: f64, inside: bool) -> Option<String> {
+    outside(value, inside && value.is_finite())
+}
+
+fn outside(value: impl Debug, inside: bool) -> Option<String> {
+    (!inside).then(|| format!("{value:?}"))
+}
+
+/// What an option may be, as errors tell it: names or a range. None if there is no such option.
+#[must_use]
+pub fn expected(option: &str) -> Option<String> {
+    match option {
+        "estimator" => Some(or(&RULES.map(|rule| (rule.name, ())))),
+        "order" => Some(or(&Order::NAMES)),
+        "nan_policy" => Some(or(&NanPolicy::NAMES)),
+        "track_diagnostics" | "track_delta" => Some("True or False".to_owned()),
+        number => {
+            let range = RANGES.iter().find(|(name, ..)| *name == number);
+            range.map(|(_, expected, _)| (*expected).to_owned())
         }
     }
 }
@@ -120,54 +161,35 @@ impl Options {
     #[must_use]
     pub fn kept(&self) -> Kept {
         Kept {
-            parts: self.estimator.needs_parts() || self.track_diagnostics,
-            regression: self.estimator == Estimator::Auto,
+            parts: self.estimator.keeps_parts || self.track_diagnostics,
+            regression: self.estimator.evidence.is_some(),
             advantages: self.track_diagnostics,
         }
     }
 
-    /// The scale, if every option is in its range.
-    pub(crate) fn check(&self) -> Result<Scale, Error> {
-        let Self { ddof, eps, sigma_floor, min_count, .. } = *self;
-        let reals = [
-            ("eps", eps, eps >= 1e-100, "a number from 1e-100 on"),
-            (
-                "forgetting",
-                self.forgetting,
-                self.forgetting > 0.0 && self.forgetting <= 1.0,
-                "a number above 0, up to 1",
-            ),
-            ("prior_count", self.prior_count, self.prior_count >= 0.0, "a number of at least 0"),
-            ("sigma_floor", sigma_floor, sigma_floor >= 0.0, "a number of at least 0"),
-            ("clip", self.clip.unwrap_or(1.0), self.clip.unwrap_or(1.0) > 0.0, "a positive number"),
-            ("min_count", min_count, min_count >= 0.0, "a number of at least 0"),
-            (
-                "frequency_weight",
-                self.frequency_weight,
-                self.frequency_weight.abs() <= 10.0,
-                "a number from -10 to 10",
-            ),
-        ];
-        for (name, value, in_range, expected) in reals {
-            if !(in_range && value.is_finite()) {
-                return Err(Error::Option { name, value: format!("{value:?}"), expected });
+    /// Refuses options out of their ranges.
+    ///
+    /// # Errors
+    /// [`Error::Option`] names the first.
+    pub fn check(&self) -> Result<(), Error> {
+        for (name, expected, fault) in RANGES {
+            if let Some(value) = fault(self) {
+                return Err(Error::Option { name, value, expected: expected.to_owned() });
             }
-        }
-        if ddof > 1 {
-            let (value, expected) = (ddof.to_string(), "0 or 1");
-            return Err(Error::Option { name: "ddof", value, expected });
-        }
-        if self.num_threads == 0 {
-            let (value, expected) = ("0".to_owned(), "a number of at least 1");
-            return Err(Error::Option { name: "num_threads", value, expected });
         }
         if self.track_delta && self.forgetting < 1.0 {
             return Err(Error::Option {
                 name: "forgetting",
                 value: format!("{:?}", self.forgetting),
-                expected: "1 with track_delta, for deltas do not tell how much was forgotten",
+                expected: "1 with track_delta, for deltas do not tell how much was forgotten"
+                    .to_owned(),
             });
         }
-        Ok(Scale { ddof, eps, sigma_floor, min_count })
+        Ok(())
+    }
+
+    pub(crate) fn scale(&self) -> Scale {
+        let Self { ddof, eps, sigma_floor, min_count, .. } = *self;
+        Scale { ddof, eps, sigma_floor, min_count }
     }
 }

@@ -5,11 +5,15 @@
 
 use std::collections::BTreeMap;
 
+mod usual;
+
+use pgrpo_core::estimators::{auto, batch, grpo};
 use pgrpo_core::{
-    AnyId, Batch, ClusterId, Error, Estimator, Ids, Moments, NanPolicy, Normalizer, Options, Order,
-    Snapshot,
+    AnyId, Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, Order, RULES,
+    Rule, Snapshot,
 };
 use proptest::prelude::*;
+use usual::usual;
 
 /// One rollout; cluster and group are labels from which ids of any kind are made.
 #[derive(Clone, Copy, Debug)]
@@ -276,21 +280,19 @@ impl Oracle {
             let whole = among(&|other| other.group == group);
             let history = histories[cluster];
             let sigma = history.sigma(ddof).max(sigma_floor);
-            match estimator {
-                Estimator::Pgrpo | Estimator::Shrinkage | Estimator::Auto if !known(cluster) => {
-                    (0.0, 0.0)
-                }
-                Estimator::Pgrpo => ((reward - history.mean) / (sigma + eps), 1.0 / (sigma + eps)),
-                Estimator::Grpo => standardize(reward, whole),
-                Estimator::Batch => standardize(reward, among(&|_| true)),
-                Estimator::DrGrpo if whole.n == 0.0 => (0.0, 0.0),
-                Estimator::DrGrpo => (reward - whole.mean, 1.0),
-                Estimator::Rloo if whole.n - weight <= 0.0 => (0.0, 0.0),
-                Estimator::Rloo => {
+            match estimator.name {
+                "pgrpo" | "shrinkage" | "auto" if !known(cluster) => (0.0, 0.0),
+                "pgrpo" => ((reward - history.mean) / (sigma + eps), 1.0 / (sigma + eps)),
+                "grpo" => standardize(reward, whole),
+                "batch" => standardize(reward, among(&|_| true)),
+                "dr_grpo" if whole.n == 0.0 => (0.0, 0.0),
+                "dr_grpo" => (reward - whole.mean, 1.0),
+                "rloo" if whole.n - weight <= 0.0 => (0.0, 0.0),
+                "rloo" => {
                     let factor = whole.n / (whole.n - weight);
                     ((reward - whole.mean) * factor, factor)
                 }
-                Estimator::TwoWay => {
+                "two_way" => {
                     let residuals: Vec<(f64, f64)> = batch
                         .iter()
                         .filter(|other| other.group == group && known(other.cluster))
@@ -303,16 +305,16 @@ impl Oracle {
                     let residual = reward - history.mean - residuals.mean;
                     (residual / (sigma + eps), 1.0 / (sigma + eps))
                 }
-                Estimator::Shrinkage | Estimator::Auto => {
+                "shrinkage" | "auto" => {
                     let part = among(&|other| other.group == group && other.cluster == cluster);
                     let squares: f64 = batch
                         .iter()
                         .filter(|other| other.group == group && other.cluster == cluster)
                         .map(|other| other.weight * other.weight)
                         .sum();
-                    let (c, l) = match estimator {
+                    let (c, l) = match estimator.name {
                         _ if part.n == 0.0 => (1.0, 1.0),
-                        Estimator::Shrinkage => (1.0, prompts(&summed[cluster], part.n, squares)),
+                        "shrinkage" => (1.0, prompts(&summed[cluster], part.n, squares)),
                         _ if part.n - weight <= 0.0 => (1.0, 1.0),
                         _ => {
                             let lambda = slope(&summed[cluster]);
@@ -330,6 +332,7 @@ impl Oracle {
                     let scale = (history.sigma(ddof) * square.sqrt()).max(sigma_floor) + eps;
                     ((c * d + l * m) / scale, c / scale)
                 }
+                other => unreachable!("the oracle does not know {other}"),
             }
         };
         let clip = options.clip.unwrap_or(f64::INFINITY);
@@ -434,7 +437,7 @@ fn options() -> impl Strategy<Value = Options> {
             clip,
             frequency_weight,
             track_diagnostics,
-            ..Options::default()
+            ..usual()
         }
     })
 }
@@ -464,7 +467,7 @@ fn check_sums(
     options: &Options,
 ) -> Result<(), TestCaseError> {
     let estimator = options.estimator;
-    let keeps_parts = estimator.needs_parts() || options.track_diagnostics;
+    let keeps_parts = estimator.keeps_parts || options.track_diagnostics;
     for cluster in 0..CLUSTERS {
         let summed = oracle.summed(cluster);
         let id = kind.id(cluster);
@@ -483,7 +486,7 @@ fn check_sums(
         for ((got, expected), unit) in entry.parts.iter().zip(parts).zip(units) {
             prop_assert!(near(*got, expected, 1e-12 * unit), "{:?} {:?}", entry, summed);
         }
-        let regression = if estimator == Estimator::Auto { summed.regression } else { [0.0; 3] };
+        let regression = if estimator == &auto::RULE { summed.regression } else { [0.0; 3] };
         for (got, expected) in entry.regression.iter().zip(regression) {
             let unit = summed.regression[0] + summed.regression[2];
             prop_assert!(
@@ -540,7 +543,7 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(1..5, 0..36, given))),
         options in options(), kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let options = Options { estimator, ..options.clone() };
             let normalizer = make(&options);
             let (mut oracle, mut told) = (Oracle::default(), Told::default());
@@ -571,12 +574,12 @@ proptest! {
         options in options(),
     ) {
         let given = Given { weights: false, norms: true };
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let options = Options { estimator, ..options.clone() };
             let made: Vec<(Kind, Normalizer)> =
                 KINDS.into_iter().map(|kind| (kind, make(&options))).collect();
             // Clusters are summed up in the order of their keys, if they are.
-            let summed_up = estimator == Estimator::Batch
+            let summed_up = estimator == &batch::RULE
                 || options.prior_count > 0.0 || options.frequency_weight > 0.0;
             for batch in &batches {
                 let mut first: Option<Vec<f64>> = None;
@@ -605,7 +608,7 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(1..4, 0..30, given))),
         options in options(), kind in prop::sample::select(KINDS.to_vec()),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             // Sums of advantages are those of whole calls.
             let options = Options { estimator, track_diagnostics: false, ..options.clone() };
             let (whole, halves) = (make(&options), make(&options));
@@ -633,7 +636,7 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(1..4, 0..36, given))),
         options in options(), kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let options = Options { estimator, ..options.clone() };
             let (single, double) = (make(&options), make(&options));
             for batch in &batches {
@@ -663,7 +666,7 @@ proptest! {
             vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e140, -1e200])), 1..10),
         options in options(), kind in prop::sample::select(KINDS.to_vec()),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let options = Options { estimator, ..options.clone() };
             let raise = make(&options);
             let zero = make(&Options { nan_policy: NanPolicy::Zero, ..options.clone() });
@@ -715,9 +718,9 @@ proptest! {
         order in prop::sample::select(vec![Order::UpdateThenNormalize, Order::NormalizeThenUpdate]),
     ) {
         let given = Given { weights: false, norms: false };
-        let plain = Options { ddof, eps, order, ..Options::default() };
+        let plain = Options { ddof, eps, order, ..usual() };
         let pgrpo = make(&plain);
-        let grpo = make(&Options { estimator: Estimator::Grpo, ..plain });
+        let grpo = make(&Options { estimator: &grpo::RULE, ..plain });
         let mut oracle = Oracle::default();
         for batch in &past {
             advantages(&pgrpo, batch, Kind::SmallI64, given).unwrap();
@@ -751,7 +754,7 @@ proptest! {
         batches in batches(1..6, 1..30, Given { weights: false, norms: false }),
         ddof in 0_u8..2, eps in prop::sample::select(vec![1e-4, 1e-100]), place in offsets(),
     ) {
-        let normalizer = make(&Options { ddof, eps, ..Options::default() });
+        let normalizer = make(&Options { ddof, eps, ..usual() });
         let given = Given { weights: false, norms: false };
         for batch in &batches {
             let (batch, _) = moved(batch, place);
@@ -774,7 +777,7 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(1..5, 1..40, given))),
         options in options(), kind in prop::sample::select(KINDS.to_vec()),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let normalizer = make(&Options { estimator, ..options.clone() });
             for batch in &batches {
                 let equal: Vec<Rollout> = batch.iter().map(|&r| Rollout { reward, ..r }).collect();
@@ -797,15 +800,15 @@ proptest! {
         let rollouts = &batches[0];
         let rewards = rewards(rollouts);
         let index = at % rollouts.len();
-        for estimator in Estimator::ALL {
-            let normalizer = make(&Options { estimator, track_delta: true, ..Options::default() });
+        for estimator in RULES {
+            let normalizer = make(&Options { estimator, track_delta: true, ..usual() });
             advantages(&normalizer, rollouts, kind, given).unwrap();
             let before = normalizer.snapshot();
             let mut out = vec![7.0; rollouts.len()];
             with_batch(rollouts, &rewards, kind, given, |batch| {
                 let refused = normalizer.advantages(&Batch { groups: None, ..*batch }, &mut out);
-                if estimator.needs_groups() {
-                    let estimator = estimator.name();
+                if estimator.needs_groups {
+                    let estimator = estimator.name;
                     assert_eq!(refused, Err(Error::GroupsRequired { estimator }));
                 } else {
                     // Not refused: taken back by another way than the one under test.
@@ -853,7 +856,7 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(2..5, 1..30, given))),
         options in options(), kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
-        for estimator in Estimator::ALL {
+        for estimator in RULES {
             let track_delta = options.forgetting == 1.0;
             let nan_policy = NanPolicy::Zero;
             let options = Options { estimator, track_delta, nan_policy, ..options.clone() };
@@ -899,8 +902,8 @@ proptest! {
         when in prop::collection::vec(any::<bool>(), 7), kind in prop::sample::select(KINDS.to_vec()),
         place in offsets(),
     ) {
-        for estimator in Estimator::ALL {
-            let options = Options { estimator, ..Options::default() };
+        for estimator in RULES {
+            let options = Options { estimator, ..usual() };
             let tracked = Options { track_delta: true, ..options.clone() };
             let (whole, gathered) = (make(&options), make(&options));
             let shards = [make(&tracked), make(&tracked)];
@@ -948,8 +951,8 @@ proptest! {
         (given, batches) in given().prop_flat_map(|given| (Just(given), batches(2, 1..30, given))),
         kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
-        for estimator in Estimator::ALL {
-            let normalizer = make(&Options { estimator, ..Options::default() });
+        for estimator in RULES {
+            let normalizer = make(&Options { estimator, ..usual() });
             let [first, second] = [&batches[0], &batches[1]].map(|batch| moved(batch, place).0);
             advantages(&normalizer, &first, kind, given).unwrap();
             let before = normalizer.snapshot();
@@ -957,7 +960,7 @@ proptest! {
             let retract = |batch: &[Rollout]| {
                 with_batch(batch, &rewards(batch), kind, given, |batch| normalizer.retract(batch))
             };
-            if estimator.needs_parts() {
+            if estimator.keeps_parts {
                 prop_assert!(matches!(retract(&second), Err(Error::Unsupported { .. })), "refused");
                 continue;
             }
@@ -990,7 +993,7 @@ fn plain<'a>(rewards: &'a [f64], clusters: &'a [i64]) -> Batch<'a, f64> {
 
 #[test]
 fn a_cold_cluster_has_no_opinion() {
-    let options = Options { order: Order::NormalizeThenUpdate, ..Options::default() };
+    let options = Options { order: Order::NormalizeThenUpdate, ..usual() };
     let (normalizer, mut out) = (make(&options), [9.0; 2]);
     normalizer.advantages(&plain(&[1.0, 1.0], &[7, 7]), &mut out).unwrap();
     assert_eq!(out, [0.0, 0.0]);
@@ -1003,11 +1006,8 @@ fn a_cold_cluster_has_no_opinion() {
 #[test]
 fn a_prior_counts_as_many_samples_as_it_says() {
     for seen in 1..200 {
-        let normalizer = make(&Options {
-            order: Order::NormalizeThenUpdate,
-            prior_count: 1.0,
-            ..Options::default()
-        });
+        let normalizer =
+            make(&Options { order: Order::NormalizeThenUpdate, prior_count: 1.0, ..usual() });
         let rewards: Vec<f64> = (0..seen).map(f64::from).collect();
         normalizer.update(&plain(&rewards, &vec![0; rewards.len()])).unwrap();
         let mut out = [0.0];
@@ -1021,7 +1021,7 @@ fn a_prior_counts_as_many_samples_as_it_says() {
 fn a_pool_of_nothing_is_no_pool() {
     for (prior_count, frequency_weight) in [(4.0, 0.0), (0.0, 1.0), (4.0, 1.0)] {
         let order = Order::NormalizeThenUpdate;
-        let options = Options { order, prior_count, frequency_weight, ..Options::default() };
+        let options = Options { order, prior_count, frequency_weight, ..usual() };
         let (normalizer, mut out) = (make(&options), [9.0; 2]);
         normalizer.normalize(&plain(&[1.0, 3.0], &[0, 1]), &mut out).unwrap();
         assert_eq!(out, [0.0; 2]);
@@ -1042,7 +1042,7 @@ fn non_finite_rewards_without_weight_are_found() {
         ([1.0, f64::INFINITY], [1.0, 0.0]),
     ] {
         for nan_policy in [NanPolicy::Raise, NanPolicy::Zero] {
-            let normalizer = make(&Options { nan_policy, ..Options::default() });
+            let normalizer = make(&Options { nan_policy, ..usual() });
             let batch = Batch { weights: Some(&weights), ..plain(&rewards, &[0, 0]) };
             let mut out = [9.0; 2];
             let result = normalizer.advantages(&batch, &mut out);
@@ -1063,7 +1063,7 @@ fn weights_are_retracted_in_any_order() {
     for ((first, with), (then, as_well)) in
         [((rewards, weights), backwards), (backwards, (rewards, weights))]
     {
-        let normalizer = make(&Options::default());
+        let normalizer = make(&usual());
         let batch = Batch { weights: Some(&with), ..plain(&first, &[0; 3]) };
         normalizer.update(&batch).unwrap();
         let batch = Batch { weights: Some(&as_well), ..plain(&then, &[0; 3]) };
@@ -1074,7 +1074,7 @@ fn weights_are_retracted_in_any_order() {
 
 #[test]
 fn a_refused_retraction_changes_not_a_bit() {
-    let normalizer = make(&Options::default());
+    let normalizer = make(&usual());
     let rewards: Vec<f64> = (0..40).map(|k| (f64::from(k) * 0.7).sin()).collect();
     let clusters: Vec<i64> = (0..40).map(|k| i64::from(k == 39)).collect();
     normalizer.update(&plain(&rewards, &clusters)).unwrap();
@@ -1091,7 +1091,7 @@ fn a_refused_retraction_changes_not_a_bit() {
 #[test]
 fn options_out_of_range_are_named() {
     let refused = |options: Options| Normalizer::new(options).unwrap_err().to_string();
-    let d = Options::default;
+    let d = usual;
     assert_eq!(refused(Options { ddof: 2, ..d() }), "ddof is 2; expected 0 or 1");
     for eps in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let message = refused(Options { eps, ..d() });
@@ -1115,18 +1115,17 @@ fn options_out_of_range_are_named() {
     assert!(refused(weight).starts_with("frequency_weight is NaN; "));
     let tracked = Options { track_delta: true, forgetting: 0.9, ..d() };
     assert!(refused(tracked).starts_with("forgetting is 0.9; expected 1 with track_delta"));
-    assert_eq!(
-        "grop".parse::<Estimator>().unwrap_err().to_string(),
-        "estimator is \"grop\"; expected pgrpo, grpo, dr_grpo, rloo, batch, two_way, shrinkage or \
-         auto"
-    );
-    for estimator in Estimator::ALL {
-        assert_eq!(estimator.name().parse(), Ok(estimator));
+    let message = Rule::named("grop").unwrap_err().to_string();
+    assert!(message.starts_with("estimator is \"grop\"; expected pgrpo, grpo, "), "{message}");
+    let last = RULES.last().map(|rule| rule.name).unwrap();
+    assert!(message.ends_with(&format!(" or {last}")), "{message}");
+    for estimator in RULES {
+        assert_eq!(Rule::named(estimator.name), Ok(estimator));
     }
 }
 
 #[test]
 fn deltas_need_their_option() {
-    let normalizer = make(&Options::default());
+    let normalizer = make(&usual());
     assert!(matches!(normalizer.delta(), Err(Error::Unsupported { what: "delta", .. })));
 }

@@ -5,11 +5,15 @@
 use std::collections::HashMap;
 use std::process::Command;
 
+mod usual;
+
 use pgrpo_core::elements::Real;
+use pgrpo_core::estimators::{self, dr_grpo, grpo, rloo};
 use pgrpo_core::simd::{Level, level};
 use pgrpo_core::{
-    Batch, ClusterId, Error, Estimator, Ids, Moments, NanPolicy, Normalizer, Options, Snapshot,
+    Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, RULES, Snapshot,
 };
+use usual::usual;
 
 const EPS: f64 = 1e-4;
 /// Rewards that are summed up together before anything is merged.
@@ -190,7 +194,7 @@ fn every_way_of_summing_equals_two_passes() {
                 continue;
             }
             let data = data(size, clusters, runs, means, seed);
-            let got = advantages(&make(&Options::default()), &batch(&data.rewards, &data.ids));
+            let got = advantages(&make(&usual()), &batch(&data.rewards, &data.ids));
             let off = worst(&got, &standardized(&data, None, 0.0));
             println!("{size} {clusters} {runs:?} {means:?}: {off:e}");
             // 32 deviations away the shift may be, and rewards far off have their rounding.
@@ -206,9 +210,7 @@ fn every_way_of_summing_equals_two_passes() {
 #[test]
 fn groups_equal_two_passes() {
     for means in MEANS {
-        for (estimator, ddof) in
-            [(Estimator::Grpo, 1), (Estimator::Rloo, 0), (Estimator::DrGrpo, 0)]
-        {
+        for (estimator, ddof) in [(&grpo::RULE, 1), (&rloo::RULE, 0), (&dr_grpo::RULE, 0)] {
             let rewards = data(30_011, 1, Runs::Of(1), means, 7).rewards;
             let mut noise = Noise(3);
             let mut groups: Vec<i32> = Vec::new();
@@ -218,7 +220,7 @@ fn groups_equal_two_passes() {
                 groups.extend(std::iter::repeat_n(id, run.min(rewards.len() - groups.len())));
             }
             let clusters = vec![2; rewards.len()];
-            let normalizer = make(&Options { estimator, ddof, ..Options::default() });
+            let normalizer = make(&Options { estimator, ddof, ..usual() });
             let batch = Batch { groups: Some(Ids::I32(&groups)), ..batch(&rewards, &clusters) };
             let got = advantages(&normalizer, &batch);
             let mut sizes: HashMap<i32, f64> = HashMap::new();
@@ -229,12 +231,12 @@ fn groups_equal_two_passes() {
             let mut expected = standardized(&data, None, f64::from(ddof));
             for ((advantage, unit), id) in expected.iter_mut().zip(&data.ids) {
                 let others = sizes[id] - 1.0;
-                let factor = match estimator {
-                    Estimator::Rloo if others == 0.0 => 0.0,
-                    Estimator::Rloo => sizes[id] / others,
+                let factor = match estimator.name {
+                    "rloo" if others == 0.0 => 0.0,
+                    "rloo" => sizes[id] / others,
                     _ => 1.0,
                 };
-                if estimator != Estimator::Grpo {
+                if estimator != &grpo::RULE {
                     (*advantage, *unit) = (*advantage / *unit * factor, 1.0);
                 }
             }
@@ -253,7 +255,7 @@ fn many_clusters_equal_two_passes() {
     for (size, clusters) in [(300_007, 100_000), (60_001, 100_000)] {
         for means in [Means::Common, Means::Apart] {
             let data = data(size, clusters, Runs::Ragged, means, 11);
-            let normalizer = make(&Options { num_threads: 2, ..Options::default() });
+            let normalizer = make(&Options { num_threads: 2, ..usual() });
             let got = advantages(&normalizer, &batch(&data.rewards, &data.ids));
             let off = worst(&got, &standardized(&data, None, 0.0));
             println!("{size} {means:?}: {off:e}");
@@ -270,12 +272,12 @@ fn weights_equal_two_passes() {
     let data = data(CHUNK + 99, 40, Runs::Ragged, Means::FewAway, 5);
     let weights: Vec<f64> = data.ids.iter().map(|&id| 0.25 * f64::from(1 + id % 5)).collect();
     let weighted = Batch { weights: Some(&weights), ..batch(&data.rewards, &data.ids) };
-    let got = advantages(&make(&Options::default()), &weighted);
+    let got = advantages(&make(&usual()), &weighted);
     let off = worst(&got, &standardized(&data, Some(&weights), 0.0));
     assert!(off <= 2e-12, "{off:e}");
     let ones = vec![1.0; weights.len()];
     let weighted = Batch { weights: Some(&ones), ..weighted };
-    let got = advantages(&make(&Options::default()), &weighted);
+    let got = advantages(&make(&usual()), &weighted);
     let off = worst(&got, &standardized(&data, None, 0.0));
     assert!(off <= 2e-12, "{off:e}");
 }
@@ -284,7 +286,7 @@ fn weights_equal_two_passes() {
 #[test]
 fn calls_of_any_size_are_one_stream() {
     let whole = data(CHUNK / 2, 9, Runs::Ragged, Means::FewAway, 21);
-    let normalizer = make(&Options::default());
+    let normalizer = make(&usual());
     let (mut at, mut size) = (0, 1);
     let mut got = Vec::new();
     while at < whole.rewards.len() {
@@ -307,7 +309,7 @@ fn threads_change_not_a_bit() {
         let single: Vec<f32> = data.rewards.iter().map(|&reward| reward as f32).collect();
         let run = |num_threads: usize| -> (u64, u64, Snapshot) {
             let clip = (means == Means::Apart).then_some(1.25);
-            let normalizer = make(&Options { num_threads, clip, ..Options::default() });
+            let normalizer = make(&Options { num_threads, clip, ..usual() });
             let wide = digest(&advantages(&normalizer, &batch(&data.rewards, &data.ids)));
             let narrow = digest(&advantages(&normalizer, &batch(&single, &data.ids)));
             (wide, narrow, normalizer.snapshot())
@@ -342,15 +344,15 @@ fn single_precision_is_rounded_only() {
             let single: Vec<f32> = data.rewards.iter().map(|&reward| reward as f32).collect();
             let wide: Vec<f64> = single.iter().map(|&reward| f64::from(reward)).collect();
             let far: Vec<i64> = data.ids.iter().map(|&id| i64::from(id) << 33).collect();
-            let one = make(&Options::default());
+            let one = make(&usual());
             let expected = advantages(&one, &batch(&wide, &data.ids));
-            let fast = make(&Options::default());
+            let fast = make(&usual());
             // Wherever the result begins in memory.
             let mut place = vec![f32::NAN; size + 16];
             let start = clusters % 16;
             let out = &mut place[start..start + size];
             fast.advantages(&batch(&single, &data.ids), out).unwrap();
-            let other = make(&Options::default());
+            let other = make(&usual());
             let far = Batch { clusters: Ids::I64(&far), ..batch(&single, &data.ids) };
             let slow = advantages(&other, &far);
             let mut worst = [0.0_f64; 2];
@@ -384,8 +386,8 @@ fn single_precision_is_rounded_only_far_from_zero() {
                 .collect();
             let wide: Vec<f64> = single.iter().map(|&reward| f64::from(reward)).collect();
             let ids = vec![0; size];
-            let expected = advantages(&make(&Options::default()), &batch(&wide, &ids));
-            let got = advantages(&make(&Options::default()), &batch(&single, &ids));
+            let expected = advantages(&make(&usual()), &batch(&wide, &ids));
+            let got = advantages(&make(&usual()), &batch(&single, &ids));
             let mut worst = 0.0_f64;
             for (got, expected) in got.iter().zip(&expected) {
                 let off = (f64::from(*got) - expected).abs() / (1.0 + expected.abs());
@@ -403,7 +405,7 @@ fn far_from_zero_advantages_keep_their_digits() {
     let unit = 2.0_f64.powi(-26);
     let clusters = 3_usize;
     let mut noise = Noise(99);
-    let normalizer = make(&Options { num_threads: 2, ..Options::default() });
+    let normalizer = make(&Options { num_threads: 2, ..usual() });
     let mut exact = vec![(0_i128, 0_i128, 0_i128); clusters];
     let mut last = (Vec::new(), Vec::new());
     for size in [7, 1, 5_000, 400_000, 100, 300_000, 294_892] {
@@ -439,11 +441,11 @@ fn far_from_zero_advantages_keep_their_digits() {
 #[test]
 fn a_single_reward_among_many_is_exact() {
     for (others, one) in [(1.0, 0.1), (1e8, 1.0 / 6.0), (-3e15, 0.7)] {
-        for estimator in Estimator::ALL {
-            if estimator == Estimator::Batch {
+        for estimator in RULES {
+            if estimator == &estimators::batch::RULE {
                 continue;
             }
-            let normalizer = make(&Options { estimator, ..Options::default() });
+            let normalizer = make(&Options { estimator, ..usual() });
             let mut rewards = vec![others; 5_000];
             let mut ids = vec![0; 5_000];
             (rewards[4_100], ids[4_100]) = (one, 1);
@@ -495,7 +497,7 @@ fn ids_beyond_the_table_are_no_other_ids() {
             }
             let mut ids: Vec<i64> = data.ids.iter().map(|&id| i64::from(id)).collect();
             ids[at] = far;
-            let normalizer = make(&Options::default());
+            let normalizer = make(&usual());
             normalizer
                 .update(&Batch { clusters: Ids::I64(&ids), ..batch(&data.rewards, &data.ids) })
                 .unwrap();
@@ -530,14 +532,14 @@ fn non_finite_rewards_are_found_wherever_they_are() {
             }
             let mut holed = data.clone();
             holed.rewards[at] = hole;
-            let raise = make(&Options::default());
+            let raise = make(&usual());
             let mut out = vec![3.0; size];
             match raise.advantages(&batch(&holed.rewards, &holed.ids), &mut out) {
                 Err(Error::NonFinite { index, .. }) => assert_eq!(index, at),
                 other => panic!("{other:?} of {hole} at {at}"),
             }
             assert_eq!(raise.snapshot(), Snapshot::default());
-            let zero = make(&Options { nan_policy: NanPolicy::Zero, ..Options::default() });
+            let zero = make(&Options { nan_policy: NanPolicy::Zero, ..usual() });
             let mut got = advantages(&zero, &batch(&holed.rewards, &holed.ids));
             assert_eq!((got.remove(at), zero.num_nonfinite()), (0.0, 1));
             holed.rewards.remove(at);
@@ -558,7 +560,7 @@ fn prints_what_it_computes() {
             let data = data(size, clusters, Runs::Ragged, means, 31);
             #[expect(clippy::cast_possible_truncation, reason = "single precision is the point")]
             let single: Vec<f32> = data.rewards.iter().map(|&reward| reward as f32).collect();
-            let normalizer = make(&Options::default());
+            let normalizer = make(&usual());
             let wide = digest(&advantages(&normalizer, &batch(&data.rewards, &data.ids)));
             println!("wide {size} {clusters} {means:?} {wide:x}");
             let narrow = advantages(&normalizer, &batch(&single, &data.ids));

@@ -4,7 +4,7 @@
 use std::ffi::{c_char, c_int, c_long};
 
 use numpy::npyffi::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_TYPES};
-use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pgrpo_core::AnyId;
 use pgrpo_core::elements::Real;
 use pyo3::prelude::*;
@@ -102,6 +102,27 @@ pub(crate) fn reals_mut<'a, R: Real>(
     // NumPy, whoever writes to an array, or gives it as `out`, in another thread at the same time has
     // a race of their own making; lengths are fixed here, and every index is checked.
     Some(unsafe { std::slice::from_raw_parts_mut(array.start.cast(), array.length) })
+}
+
+/// An array of a few zeros. `NumPy`'s own zeros are the faster the more they are, and the slower the
+/// fewer.
+pub(crate) fn few<R: Element>(py: Python<'_>, size: usize) -> Bound<'_, PyArray1<R>> {
+    // SAFETY: every number is written, and zeros are numbers.
+    unsafe {
+        let array = PyArray1::<R>::new(py, [size], false);
+        std::ptr::write_bytes(array.data(), 0, size);
+        array
+    }
+}
+
+#[expect(clippy::mut_from_ref, reason = "nobody else has the array")]
+/// The numbers of an array that was just made. `NumPy`'s own account of who borrows what would take as
+/// long as a small batch.
+pub(crate) fn fresh_mut<'a, R: Element>(
+    array: &'a Bound<'_, PyArray1<R>>,
+) -> PyResult<&'a mut [R]> {
+    // SAFETY: it is contiguous, and no reference to it has left this call.
+    Ok(unsafe { array.as_slice_mut() }?)
 }
 
 /// Start and length of the bytes of an array, if they lie together and may be written to.

@@ -1,7 +1,7 @@
 //! Auto: between the cluster's history and the group, by what would have varied least.
 
 use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Scale, leave_one_out};
+use crate::estimators::{Cell, Folded, Rule, Scale, leave_one_out};
 use crate::moments::Moments;
 use crate::table::Triple;
 
@@ -27,8 +27,20 @@ const PRIOR_EVIDENCE: f64 = 16.0;
 /// - Zero variance: as `pgrpo`; equal rewards give 0.
 /// - NaN reward: the group is treated as if it were one smaller.
 /// - Restart: histories and regression must be restored.
-#[must_use]
-pub fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
+pub static RULE: Rule = Rule {
+    name: "auto",
+    formula: "(r - b) / (s + eps), b = lambda_p mean_p + (1 - lambda_p) mean of the others in the part",
+    source: "here, with the variance-optimal baseline (Greensmith, Bartlett and Baxter 2004)",
+    reads_histories: true,
+    needs_groups: true,
+    zero_alone: false,
+    idle: &[],
+    keeps_parts: true,
+    evidence: Some(evidence),
+    maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
+};
+
+fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
     let Some(factor) = leave_one_out(cell.moments, cell.weight) else {
         return folded.blend(cell, 1.0, 1.0, scale);
     };
@@ -42,8 +54,7 @@ pub fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
 
 /// What a cell adds to the regression of its cluster, whose history was `before`; `scored` are its
 /// rewards with weights multiplied by their score norms.
-#[must_use]
-pub fn evidence(cell: &Cell<'_>, scored: &Moments, before: &Moments) -> Triple {
+fn evidence(cell: &Cell<'_>, scored: &Moments, before: &Moments) -> Triple {
     let Some(factor) = leave_one_out(cell.moments, cell.weight) else { return [0.0; 3] };
     if before.count == 0.0 || scored.count == 0.0 {
         return [0.0; 3];

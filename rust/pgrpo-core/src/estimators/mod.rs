@@ -3,6 +3,8 @@
 //! A rule gives each cell (a cluster, or the rollouts of a group that belong to one cluster) an
 //! [`Affine`] map of its rewards, out of running sums alone: no rule looks at single rewards.
 //!
+//! Its file has its formula, and its [`Rule`]: what else is to know of it. [`RULES`] lists them.
+//!
 //! What holds for all of them: order of entries and sizes of groups are free; weights are fractional
 //! counts; a non-finite reward enters nothing, and its own advantage is set by
 //! [`NanPolicy`](crate::NanPolicy); equal rewards give an advantage of exactly 0.
@@ -16,11 +18,12 @@ pub mod rloo;
 pub mod shrinkage;
 pub mod two_way;
 
-use std::str::FromStr;
+use std::fmt;
 
 use crate::elements::Affine;
 use crate::error::Error;
 use crate::moments::Moments;
+use crate::options::choose;
 use crate::table::Triple;
 
 /// How a spread becomes a divisor: `sigma + eps`; eps is never put under the root.
@@ -182,92 +185,80 @@ impl Folded {
     }
 }
 
-/// Which rule to apply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Estimator {
-    /// [`pgrpo`]
-    Pgrpo,
-    /// [`grpo`]
-    Grpo,
-    /// [`dr_grpo`]
-    DrGrpo,
-    /// [`rloo`]
-    Rloo,
-    /// [`batch`]
-    Batch,
-    /// [`two_way`]
-    TwoWay,
-    /// [`shrinkage`]
-    Shrinkage,
-    /// [`auto`]
-    Auto,
-}
-
-impl Estimator {
-    /// Every estimator.
-    pub const ALL: [Self; 8] = [
-        Self::Pgrpo,
-        Self::Grpo,
-        Self::DrGrpo,
-        Self::Rloo,
-        Self::Batch,
-        Self::TwoWay,
-        Self::Shrinkage,
-        Self::Auto,
-    ];
-
+/// All that is to know of an estimator: its entry in [`RULES`]. What is refused, documented and tested
+/// of the estimators follows from these.
+#[expect(clippy::struct_excessive_bools, reason = "they are facts, not states")]
+pub struct Rule {
     /// The name users write.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pgrpo => "pgrpo",
-            Self::Grpo => "grpo",
-            Self::DrGrpo => "dr_grpo",
-            Self::Rloo => "rloo",
-            Self::Batch => "batch",
-            Self::TwoWay => "two_way",
-            Self::Shrinkage => "shrinkage",
-            Self::Auto => "auto",
-        }
-    }
-
-    /// Whether rewards are compared within groups.
-    #[must_use]
-    pub fn needs_groups(self) -> bool {
-        !matches!(self, Self::Pgrpo | Self::Batch)
-    }
-
+    pub name: &'static str,
+    /// The advantage of a reward r, in one line.
+    pub formula: &'static str,
+    /// Where it was published.
+    pub source: &'static str,
+    /// Whether advantages depend on the histories of clusters.
+    pub reads_histories: bool,
+    /// Whether rewards are compared within groups, which a batch must have then.
+    pub needs_groups: bool,
+    /// Whether a group of one always gives 0: nothing is learned from such groups alone.
+    pub zero_alone: bool,
+    /// Options of a [`Scale`] that have no effect, beside those of histories where it reads none.
+    pub idle: &'static [&'static str],
     /// Whether it keeps running sums of a cluster's parts.
-    #[must_use]
-    pub fn needs_parts(self) -> bool {
-        matches!(self, Self::Shrinkage | Self::Auto)
+    pub keeps_parts: bool,
+    /// What a cell adds to the running regression of its cluster, of the history before the batch, if
+    /// the rule keeps one. It alone reads score norms.
+    pub evidence: Option<Evidence>,
+    /// Appends the map of each cell, in their order.
+    pub maps: fn(&Folded, &Scale, &mut Vec<Affine>),
+}
+
+/// See [`Rule::evidence`]: of a cell, its rewards weighted by their score norms too, and the history.
+pub type Evidence = fn(&Cell<'_>, &Moments, &Moments) -> Triple;
+
+/// Every estimator.
+pub static RULES: [&Rule; 8] = [
+    &pgrpo::RULE,
+    &grpo::RULE,
+    &dr_grpo::RULE,
+    &rloo::RULE,
+    &batch::RULE,
+    &two_way::RULE,
+    &shrinkage::RULE,
+    &auto::RULE,
+];
+
+impl Rule {
+    /// The rule of a name.
+    ///
+    /// # Errors
+    /// [`Error::Option`] tells the names there are.
+    pub fn named(name: &str) -> Result<&'static Self, Error> {
+        choose("estimator", name, &RULES.map(|rule| (rule.name, rule)))
     }
 
-    /// The map of each cell, in their order.
-    pub fn maps(self, folded: &Folded, scale: &Scale, maps: &mut Vec<Affine>) {
-        let cells = folded.cells();
-        match self {
-            Self::Pgrpo => maps.extend(cells.map(|cell| pgrpo::map(folded, &cell, scale))),
-            Self::Grpo => maps.extend(cells.map(|cell| grpo::map(folded, &cell, scale))),
-            Self::DrGrpo => maps.extend(cells.map(|cell| dr_grpo::map(folded, &cell))),
-            Self::Rloo => maps.extend(cells.map(|cell| rloo::map(folded, &cell))),
-            Self::Batch => maps.extend(batch::maps(folded, scale)),
-            Self::TwoWay => maps.extend(two_way::maps(folded, scale)),
-            Self::Shrinkage => maps.extend(cells.map(|cell| shrinkage::map(folded, &cell, scale))),
-            Self::Auto => maps.extend(cells.map(|cell| auto::map(folded, &cell, scale))),
+    /// Options that have no effect on advantages with this `frequency_weight`, which reads the counts
+    /// of histories under every estimator.
+    #[must_use]
+    pub fn without_effect(&self, frequency_weight: f64) -> Vec<&'static str> {
+        let mut names = self.idle.to_vec();
+        if !self.reads_histories {
+            names.extend(["prior_count", "sigma_floor", "min_count"]);
+            if frequency_weight == 0.0 {
+                names.extend(["order", "forgetting"]);
+            }
         }
+        names
     }
 }
 
-impl FromStr for Estimator {
-    type Err = Error;
+impl PartialEq for Rule {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
 
-    fn from_str(name: &str) -> Result<Self, Error> {
-        let found = Self::ALL.into_iter().find(|estimator| estimator.name() == name);
-        found.ok_or_else(|| Error::Option {
-            name: "estimator",
-            value: format!("{name:?}"),
-            expected: "pgrpo, grpo, dr_grpo, rloo, batch, two_way, shrinkage or auto",
-        })
+impl fmt::Debug for Rule {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.name)
     }
 }

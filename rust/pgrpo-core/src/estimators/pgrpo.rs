@@ -1,7 +1,7 @@
 //! P-GRPO, the default: each reward against its cluster's history.
 
 use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Scale, centered};
+use crate::estimators::{Cell, Folded, Rule, Scale, centered};
 
 /// `A = (r - mean_p) / (sigma_p + eps)`, of the history of cluster p.
 ///
@@ -15,8 +15,20 @@ use crate::estimators::{Cell, Folded, Scale, centered};
 /// - Zero variance: `(r - mean_p) / eps`; 0 while all rewards of the cluster were equal.
 /// - NaN reward: enters no history; its advantage follows the policy.
 /// - Restart: the histories must be restored, else every cluster starts cold.
-#[must_use]
-pub fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
+pub static RULE: Rule = Rule {
+    name: "pgrpo",
+    formula: "(r - mean_p) / (sigma_p + eps), of the history of cluster p",
+    source: "P-GRPO, arXiv 2603.10009",
+    reads_histories: true,
+    needs_groups: false,
+    zero_alone: false,
+    idle: &[],
+    keeps_parts: false,
+    evidence: None,
+    maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
+};
+
+fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
     let history = folded.history(cell);
     if scale.is_known(history) {
         centered(history, 1.0 / (scale.sigma(history) + scale.eps))

@@ -1,7 +1,7 @@
 //! Shrinkage: between the cluster's history and the group, by how much prompts differ.
 
 use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Scale};
+use crate::estimators::{Cell, Folded, Rule, Scale};
 use crate::moments::Moments;
 use crate::table::Triple;
 
@@ -22,8 +22,20 @@ use crate::table::Triple;
 /// - Zero variance: as `pgrpo`; equal rewards give 0.
 /// - NaN reward: the group is treated as if it were one smaller.
 /// - Restart: histories and variances must be restored.
-#[must_use]
-pub fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
+pub static RULE: Rule = Rule {
+    name: "shrinkage",
+    formula: "(r - b) / (s + eps), b = w mean_G + (1 - w) mean_p",
+    source: "here, with random-effects variances (Henderson 1953)",
+    reads_histories: true,
+    needs_groups: true,
+    zero_alone: false,
+    idle: &[],
+    keeps_parts: true,
+    evidence: None,
+    maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
+};
+
+fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
     let cluster = cell.cluster;
     let size = cell.moments.count / cell.weight.max(f64::MIN_POSITIVE);
     let between = prompt_weight(&folded.own[cluster], folded.parts[cluster], size);

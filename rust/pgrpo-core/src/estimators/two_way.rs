@@ -2,7 +2,7 @@
 //! the group.
 
 use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Scale};
+use crate::estimators::{Cell, Folded, Rule, Scale};
 
 /// `A = (e - mean_G(e)) / (sigma_p + eps)`, of e = r - `mean_p` by the history of cluster p, and its
 /// mean over the group.
@@ -15,7 +15,20 @@ use crate::estimators::{Cell, Folded, Scale};
 /// - Zero variance: of the history, divided by eps; equal rewards give 0.
 /// - NaN reward: the group is treated as if it were one smaller.
 /// - Restart: the histories must be restored, else every cluster starts cold.
-pub fn maps(folded: &Folded, scale: &Scale) -> impl Iterator<Item = Affine> {
+pub static RULE: Rule = Rule {
+    name: "two_way",
+    formula: "(e - mean_G(e)) / (sigma_p + eps), of e = r - mean_p",
+    source: "here",
+    reads_histories: true,
+    needs_groups: true,
+    zero_alone: true,
+    idle: &[],
+    keeps_parts: false,
+    evidence: None,
+    maps: |folded, scale, maps| maps.extend(self::maps(folded, scale)),
+};
+
+fn maps(folded: &Folded, scale: &Scale) -> impl Iterator<Item = Affine> {
     let residual = |cell: &Cell<'_>| {
         let history = folded.history(cell);
         let (of, from) = (cell.moments, history);

@@ -51,11 +51,15 @@ impl Layout {
             .ok_or(Error::Option {
                 name: "capacity",
                 value: capacity.to_string(),
-                expected: "1 to 8388608 clusters",
+                expected: "1 to 8388608 clusters".to_owned(),
             })?;
         if !(1..=MAX_STREAMS).contains(&num_streams) {
             let value = num_streams.to_string();
-            return Err(Error::Option { name: "num_streams", value, expected: "1 to 64" });
+            return Err(Error::Option {
+                name: "num_streams",
+                value,
+                expected: "1 to 64".to_owned(),
+            });
         }
         Ok(Self { capacity, num_streams })
     }

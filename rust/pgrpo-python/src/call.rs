@@ -1,0 +1,154 @@
+//! One call: its arguments read, the interpreter left where that pays, the core called.
+
+use numpy::{Element, PyArray1};
+use pgrpo_core::elements::Real;
+use pgrpo_core::{Batch, Error, Normalizer};
+use pyo3::prelude::*;
+
+use crate::arrays::{Ids, Reals, few, fresh_mut, ids, reals, reals_mut};
+use crate::errors::to_python;
+
+/// Below this many rewards a call is over before other threads could have used the interpreter.
+const DETACH_FROM: usize = 4096;
+
+/// Runs `work` on `size` entries, detached from the interpreter if they are many.
+fn run<T: Send>(
+    py: Python<'_>,
+    size: usize,
+    work: impl FnOnce() -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    let result = if size < DETACH_FROM { work() } else { py.detach(work) };
+    result.map_err(to_python)
+}
+
+/// Which method of the core a call is for.
+#[derive(Clone, Copy)]
+pub(crate) enum Method {
+    Advantages,
+    Update,
+    Normalize,
+    Retract,
+}
+
+impl Method {
+    fn call<R: Real>(
+        self,
+        core: &Normalizer,
+        batch: &Batch<'_, R>,
+        out: &mut [R],
+    ) -> Result<(), Error> {
+        match self {
+            Self::Advantages => core.advantages(batch, out),
+            Self::Update => core.update(batch),
+            Self::Normalize => core.normalize(batch, out),
+            Self::Retract => core.retract(batch),
+        }
+    }
+
+    fn gives_advantages(self) -> bool {
+        matches!(self, Self::Advantages | Self::Normalize)
+    }
+}
+
+/// The arguments of a call, as they came.
+pub(crate) struct Arguments<'a, 'py> {
+    pub(crate) rewards: &'a Bound<'py, PyAny>,
+    pub(crate) clusters: &'a Bound<'py, PyAny>,
+    pub(crate) groups: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) weights: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) score_norms: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) out: Option<&'a Bound<'py, PyAny>>,
+}
+
+/// Reads the arguments and calls the core. None where one of them is not of the plainest kind.
+pub(crate) fn call<'py>(
+    core: &Normalizer,
+    py: Python<'py>,
+    method: Method,
+    arguments: &Arguments<'_, 'py>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some(clusters) = ids(arguments.clusters) else { return Ok(None) };
+    let groups = match arguments.groups {
+        None => None,
+        Some(groups) => match ids(groups) {
+            None => return Ok(None),
+            groups => groups,
+        },
+    };
+    let mut columns = [None, None];
+    for (column, argument) in columns.iter_mut().zip([arguments.weights, arguments.score_norms]) {
+        if let Some(argument) = argument {
+            let Some(Reals::F64(values)) = reals(argument) else { return Ok(None) };
+            *column = Some(values);
+        }
+    }
+    let [weights, score_norms] = columns;
+    match reals(arguments.rewards) {
+        Some(Reals::F32(rewards)) => {
+            let batch = Parts { rewards, clusters, groups, weights, score_norms };
+            call_parts(core, py, method, &batch, arguments)
+        }
+        Some(Reals::F64(rewards)) => {
+            let batch = Parts { rewards, clusters, groups, weights, score_norms };
+            call_parts(core, py, method, &batch, arguments)
+        }
+        None => Ok(None),
+    }
+}
+
+fn call_parts<'py, R: Real + Element>(
+    core: &Normalizer,
+    py: Python<'py>,
+    method: Method,
+    parts: &Parts<'_, 'py, R>,
+    arguments: &Arguments<'_, 'py>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let size = parts.rewards.len();
+    parts.with_batch(|batch| {
+        if !method.gives_advantages() {
+            run(py, size, || method.call(core, batch, &mut []))?;
+            return Ok(Some(py.None().into_bound(py)));
+        }
+        if let Some(given) = arguments.out {
+            let inputs = [
+                Some(arguments.rewards),
+                Some(arguments.clusters),
+                arguments.groups,
+                arguments.weights,
+                arguments.score_norms,
+            ];
+            let Some(out) = reals_mut::<R>(given, &inputs) else { return Ok(None) };
+            run(py, size, || method.call(core, batch, out))?;
+            return Ok(Some(given.clone()));
+        }
+        let array =
+            if size < DETACH_FROM { few(py, size) } else { PyArray1::zeros(py, size, false) };
+        let out = fresh_mut(&array)?;
+        run(py, size, || method.call(core, batch, out))?;
+        Ok(Some(array.into_any()))
+    })
+}
+
+/// What a batch is made of, as it was read.
+struct Parts<'a, 'py, R> {
+    rewards: &'a [R],
+    clusters: Ids<'a, 'py>,
+    groups: Option<Ids<'a, 'py>>,
+    weights: Option<&'a [f64]>,
+    score_norms: Option<&'a [f64]>,
+}
+
+impl<R> Parts<'_, '_, R> {
+    fn with_batch<T>(&self, work: impl FnOnce(&Batch<'_, R>) -> PyResult<T>) -> PyResult<T> {
+        let Self { rewards, weights, score_norms, .. } = *self;
+        self.clusters.with(|clusters| {
+            let batch = Batch { rewards, clusters, groups: None, weights, score_norms };
+            match &self.groups {
+                None => work(&batch),
+                Some(groups) => {
+                    groups.with(|groups| work(&Batch { groups: Some(groups), ..batch }))
+                }
+            }
+        })
+    }
+}

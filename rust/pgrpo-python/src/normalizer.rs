@@ -1,0 +1,188 @@
+//! The class that `ClusterNormalizer` holds.
+
+use numpy::PyArray1;
+use pgrpo_core::shared::{Layout, Region};
+use pgrpo_core::state::Kept;
+use pgrpo_core::{Options, Snapshot};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyNotImplemented};
+
+use crate::arrays::bytes_mut;
+use crate::call::{Arguments, Method, call};
+use crate::errors::{ConfigError, to_python};
+use crate::{options, table};
+
+/// Rewards to advantages, with a history per cluster. Methods that are given an array which is not of
+/// the plainest kind return `NotImplemented`, and have done nothing then.
+#[pyclass(frozen, module = "pgrpo.normalizer._core")]
+pub(crate) struct Normalizer {
+    // Before `memory`, which it may lie in: fields are dropped in their order.
+    core: pgrpo_core::Normalizer,
+    #[expect(dead_code, reason = "keeps the mapping of a shared table")]
+    memory: Option<Py<PyArray1<u8>>>,
+}
+
+/// Mapped bytes of a shared table, its capacity, the options all processes must agree on, and
+/// whether nobody else has it mapped.
+type Memory<'py> = (Bound<'py, PyArray1<u8>>, u64, String, bool);
+
+/// What processes that share a table must agree on: what they say, and which sums are kept.
+fn agreed_on(options: &str, kept: Kept) -> String {
+    let Kept { parts, regression, advantages } = kept;
+    let names = [(parts, "parts"), (regression, "regression"), (advantages, "advantages")];
+    let sums: Vec<&str> = names.iter().filter(|(kept, _)| *kept).map(|(_, name)| *name).collect();
+    format!("{options} sums=rewards,{}", sums.join(","))
+}
+
+/// Bytes of a shared table, and its header.
+#[pyfunction]
+#[pyo3(signature = (options, capacity, agreed, /))]
+pub(crate) fn layout<'py>(
+    options: &Bound<'py, PyAny>,
+    capacity: u64,
+    agreed: &str,
+) -> PyResult<(usize, Bound<'py, PyBytes>)> {
+    let kept = options::read(options)?.kept();
+    let layout = Layout::new(capacity, kept.num_streams()).map_err(to_python)?;
+    let header = layout.header(&agreed_on(agreed, kept));
+    Ok((layout.length(), PyBytes::new(options.py(), &header)))
+}
+
+impl Normalizer {
+    fn call<'py>(
+        &self,
+        py: Python<'py>,
+        method: Method,
+        arguments: &Arguments<'_, 'py>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let result = call(&self.core, py, method, arguments)?;
+        Ok(result.unwrap_or_else(|| PyNotImplemented::get(py).to_owned().into_any()))
+    }
+
+    fn open(options: Options, memory: Memory<'_>) -> PyResult<Self> {
+        let (memory, capacity, agreed, alone) = memory;
+        let layout = Layout::new(capacity, options.kept().num_streams()).map_err(to_python)?;
+        let Some((start, length)) = bytes_mut(&memory) else {
+            return Err(ConfigError::new_err("memory is not contiguous, or read-only"));
+        };
+        let agreed = agreed_on(&agreed, options.kept());
+        // SAFETY: the array keeps its bytes as long as the core keeps the array. What others write to
+        // them meanwhile may spoil histories, but not lead outside: they are read as atomics only.
+        #[allow(unsafe_code, reason = "memory that other processes have mapped too")]
+        let region = unsafe { Region::open(start, length, layout, &agreed, alone) };
+        let (region, tables) =
+            region.map_err(|mismatch| ConfigError::new_err(mismatch.to_string()))?;
+        let core = pgrpo_core::Normalizer::shared(options, region, tables).map_err(to_python)?;
+        Ok(Self { core, memory: Some(memory.unbind()) })
+    }
+}
+
+#[pymethods]
+impl Normalizer {
+    #[new]
+    #[pyo3(signature = (options, memory=None, /))]
+    fn new(options: &Bound<'_, PyAny>, memory: Option<Memory<'_>>) -> PyResult<Self> {
+        let options = options::read(options)?;
+        if let Some(memory) = memory {
+            return Self::open(options, memory);
+        }
+        let core = pgrpo_core::Normalizer::new(options).map_err(to_python)?;
+        Ok(Self { core, memory: None })
+    }
+
+    /// Fold a batch into the histories and return its advantages [N].
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, out, /))]
+    fn advantages<'py>(
+        slf: &Bound<'py, Self>,
+        rewards: &Bound<'py, PyAny>,
+        clusters: &Bound<'py, PyAny>,
+        groups: Option<&Bound<'py, PyAny>>,
+        weights: Option<&Bound<'py, PyAny>>,
+        score_norms: Option<&Bound<'py, PyAny>>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        slf.get().call(slf.py(), Method::Advantages, &arguments)
+    }
+
+    /// Fold a batch into the histories.
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, /))]
+    fn update<'py>(
+        slf: &Bound<'py, Self>,
+        rewards: &Bound<'py, PyAny>,
+        clusters: &Bound<'py, PyAny>,
+        groups: Option<&Bound<'py, PyAny>>,
+        weights: Option<&Bound<'py, PyAny>>,
+        score_norms: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out: None };
+        slf.get().call(slf.py(), Method::Update, &arguments)
+    }
+
+    /// Advantages [N] by the histories as they are.
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, out, /))]
+    fn normalize<'py>(
+        slf: &Bound<'py, Self>,
+        rewards: &Bound<'py, PyAny>,
+        clusters: &Bound<'py, PyAny>,
+        groups: Option<&Bound<'py, PyAny>>,
+        weights: Option<&Bound<'py, PyAny>>,
+        score_norms: Option<&Bound<'py, PyAny>>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        slf.get().call(slf.py(), Method::Normalize, &arguments)
+    }
+
+    /// Take a batch out of the histories again.
+    #[pyo3(signature = (rewards, clusters, weights, /))]
+    fn retract<'py>(
+        slf: &Bound<'py, Self>,
+        rewards: &Bound<'py, PyAny>,
+        clusters: &Bound<'py, PyAny>,
+        weights: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (groups, score_norms, out) = (None, None, None);
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        slf.get().call(slf.py(), Method::Retract, &arguments)
+    }
+
+    /// Non-finite rewards left out of the histories so far.
+    #[getter]
+    fn num_nonfinite(&self) -> u64 {
+        self.core.num_nonfinite()
+    }
+
+    /// Everything remembered, as ids and columns.
+    fn columns<'py>(&self, py: Python<'py>) -> PyResult<table::State<'py>> {
+        let snapshot = py.detach(|| self.core.snapshot());
+        table::to_python(py, &snapshot)
+    }
+
+    /// Forgets everything and remembers columns instead.
+    fn restore_columns(&self, py: Python<'_>, state: table::State<'_>) -> PyResult<()> {
+        let snapshot = table::to_core(state)?;
+        py.detach(|| self.core.restore(&snapshot)).map_err(to_python)
+    }
+
+    /// Everything remembered, in the layout of snapshots.
+    fn encode<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &py.detach(|| self.core.snapshot().encode()))
+    }
+
+    /// Forgets everything and remembers a snapshot instead.
+    fn restore(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
+        py.detach(|| self.core.restore(&Snapshot::decode(snapshot)?)).map_err(to_python)
+    }
+
+    /// Folds in a snapshot of another normalizer, or a delta.
+    fn merge(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
+        py.detach(|| self.core.merge(&Snapshot::decode(snapshot)?)).map_err(to_python)
+    }
+
+    /// What was folded since the last call, in the layout of snapshots.
+    fn delta<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let delta = py.detach(|| self.core.delta()).map_err(to_python)?;
+        Ok(PyBytes::new(py, &delta.encode()))
+    }
+}
