@@ -296,7 +296,8 @@ def test_connections_are_kept_between_calls_and_closed_with_the_scorer(serve):
     for _ in range(2):  # two event loops, one after the other
         with Scorer([(section, judge)]) as scorer:
             for _ in range(3):
-                assert scorer.score([[rollout("x"), rollout("y")]])[1].tolist() == [1.0, 1.0]
+                (group,) = scorer.score([Group.sampled([rollout("x"), rollout("y")])])
+                assert group.rewards.tolist() == [1.0, 1.0]
             assert 1 <= server.num_connections <= 2
         deadline = time.monotonic() + 5
         while server.num_connections and time.monotonic() < deadline:
