@@ -34,8 +34,8 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-def generate_config():
-    spec = importlib.util.spec_from_file_location("generate_config", DOCS / "generate_config.py")
+def generate_config(name="generate_config"):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -44,6 +44,11 @@ def generate_config():
 def test_the_reference_of_settings_is_up_to_date():
     written = (DOCS / "config.md").read_text()
     assert written == generate_config().reference(), "run `make docs`"
+
+
+def test_the_tables_of_a_run_folder_are_those_of_the_records():
+    page = (DOCS / "run_folder.md").read_text()
+    assert page == generate_config("generate_run_folder").renewed(page), "run `make docs`"
 
 
 def test_the_reference_has_every_section():

@@ -15,8 +15,9 @@ from pgrpo.config.toml import resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.report import Verdict, write_report
 from pgrpo.runs.config import Config, parse_config
+from pgrpo.runs.disk import disk_errors
 from pgrpo.runs.display import Display
-from pgrpo.runs.folder import RunFolder, disk_errors
+from pgrpo.runs.folder import RunFolder
 from pgrpo.train.trainer import train
 
 
@@ -59,7 +60,11 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                 else:
                     with folder, display:
                         train(plans[f"{name}/seed-{seed}"], folder, display)
-                peers[name] = {r["step"]: r["reward"] for r in folder.records("metrics.jsonl")}
+                peers[name] = {
+                    record.step: record.reward
+                    for record in folder.metrics
+                    if record.reward is not None
+                }
     return write_report([out / name for name in plans], out / "report.html")
 
 
