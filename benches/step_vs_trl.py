@@ -90,7 +90,7 @@ def our_step(
     rows.write_text("".join(json.dumps({"prompt": p, "user": "u"}) + "\n" for p in prompts))
     config = parse_config(
         {
-            "run": {"num_steps": 10**6, "prompts_per_step": len(prompts), "tensorboard": False},
+            "run": {"num_steps": 10**6, "prompts_per_step": len(prompts), "trackers": []},
             "model": {"name": MODEL, "precision": options.precision},
             "data": {"name": "jsonl", "path": str(rows)},
             "clustering": {"name": "single"},

@@ -203,7 +203,8 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f'`"{value}"`' for value in arguments)
     if origin is list:
-        return f"list of {_type_name(arguments[0])}s"
+        literal = get_origin(arguments[0]) is Literal
+        return f"list of {_type_name(arguments[0])}{'' if literal else 's'}"
     if arguments and origin is not dict:
         assert origin in (Union, type(int | str)), annotation
         return " or ".join(_type_name(part) for part in arguments if part is not NoneType)

@@ -128,7 +128,7 @@ TINY_RUN: Tree = {
         "num_steps": 4,
         "prompts_per_step": 4,
         "num_threads": 1,
-        "tensorboard": False,
+        "trackers": [],
         "checkpoint_every": 1,
         "eval_every": 2,
         "eval_prompts": 8,

@@ -286,7 +286,7 @@ def test_a_disk_that_is_full_sooner_or_later(
     os.ftruncate(filler, os.fstat(filler).st_size - room * 4096)
     os.close(filler)
     folder = small_disk / "run"
-    changes = {"run.tensorboard": True, "run.checkpoint_every": 10}
+    changes = {"run.trackers": ["tensorboard"], "run.checkpoint_every": 10}
     assert main(["train", str(write_config(tmp_path, changes)), "--out", str(folder)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"pgrpo: .*: the disk is full\n", error), error

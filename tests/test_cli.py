@@ -240,7 +240,7 @@ def test_names_are_shown_as_they_are(
     monkeypatch.setenv("COLUMNS", "200")
     write_rows(workplace / "data.jsonl", rows(club="[/bold] :smile:"))
     changes: Tree = {
-        "run": {"num_steps": 1, "num_threads": 1, "tensorboard": False},
+        "run": {"num_steps": 1, "num_threads": 1, "trackers": []},
         "model": {"name": make_model(workplace / "model"), "precision": "fp32"},
         "data": {"name": "jsonl", "path": "data.jsonl", "choices_column": "choices"},
         "clustering": {"name": "column", "column": "club"},
@@ -395,7 +395,7 @@ def test_a_damaged_log(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     (run / "run.json").write_text("{}", "utf-8")
     (run / "metrics.jsonl").write_bytes(b'\xff{"step": 1}\n{"step": 2}\n')
     said = refused(capsys, "train", "--resume", run)
-    assert said.startswith(f"{run / 'metrics.jsonl'} is damaged: ")
+    assert said.startswith(f"{run / 'metrics.jsonl'} line 1 is damaged: ")
 
 
 def test_the_default_folder_is_a_new_one(workplace: Path) -> None:

@@ -35,8 +35,8 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-def generate_config():
-    spec = importlib.util.spec_from_file_location("generate_config", DOCS / "generate_config.py")
+def generate_config(name="generate_config"):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -53,6 +53,11 @@ def test_the_tables_of_estimators_and_options_are_up_to_date():
     used = page[page.index("| name | use it for") :]
     for name in RULES:
         assert re.search(rf"^\| [^|]*`{name}`[^|]* \|", used, re.MULTILINE), f"what is {name} for?"
+
+
+def test_the_tables_of_a_run_folder_are_those_of_the_records():
+    page = (DOCS / "run_folder.md").read_text()
+    assert page == generate_config("generate_run_folder").renewed(page), "run `make docs`"
 
 
 def test_the_reference_has_every_section():

@@ -20,17 +20,12 @@ from plotly import graph_objects
 from scipy import stats
 
 from pgrpo.errors import RunFolderError
-from pgrpo.report import write_report
-from pgrpo.report.runs import read_run
-from pgrpo.report.study import (
-    Study,
-    mean_and_band,
-    mean_change,
-    moving_mean,
-    of_cluster,
-    tukey_difference,
-)
+from pgrpo.report import figures, write_report
+from pgrpo.report.runs import READ_STEPS, read_runs
+from pgrpo.report.statistics import mean_and_band, mean_change, moving_mean, tukey_difference
+from pgrpo.report.study import EACH, Study
 from pgrpo.report.verdict import NO_RANKING, WITHIN_NOISE, number
+from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import fairness
 
 CLUSTERS = {"0": 0.42, "1": 0.27, "2": 0.17, "3": 0.1, "4": 0.04}
@@ -144,7 +139,7 @@ def make_run(
                 "policy_version": step,
                 "peak_memory_bytes": 1_500_000_000,
                 "clusters": clusters,
-                "fairness": fairness(of_clusters),
+                "fairness": fairness(of_clusters).model_dump(),
                 "timing_s": {
                     "generate": 0.8,
                     "reward": 0.05,
@@ -456,10 +451,10 @@ def test_runs_of_different_length_are_compared_where_all_have_been(tmp_path: Pat
     path = runs[-1] / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()[:25]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    study = Study.of([read_run(run) for run in runs])
+    study = Study.of(read_runs(runs))
     assert study.last_step == 25
-    expected = [np.mean([step.reward for step in read_run(run).steps[15:25]]) for run in runs[:3]]
-    assert study.last(study.arms[0], lambda s: s.reward).mean == pytest.approx(np.mean(expected))
+    expected = [run.steps["reward"][15:25].mean() for run in read_runs(runs[:3])]
+    assert study.last(study.arms[0], "reward").mean == pytest.approx(np.mean(expected))
     assert "Runs differ in length; all are compared up to step 25." in report(runs, tmp_path).text
 
 
@@ -494,8 +489,8 @@ def test_summary_row_agrees_with_numpy(tmp_path: Path) -> None:
 
 def test_curve_agrees_with_numpy(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
-    study = Study.of([read_run(run) for run in runs])
-    curve = study.curve(study.arms[0], lambda step: step.reward)
+    study = Study.of(read_runs(runs))
+    curve = study.curve(study.arms[0], "reward")
     assert curve is not None and study.smoothing == 5
     raw = np.array([[s["reward"] for s in read_lines(run / "metrics.jsonl")] for run in runs])
     smooth = np.stack([[row[max(0, t - 2) : t + 3].mean() for t in range(40)] for row in raw])
@@ -514,8 +509,8 @@ def test_a_cluster_without_rollouts_is_a_gap_not_a_zero(tmp_path: Path) -> None:
             record["clusters"].pop("0")
 
     edit_lines(run / "metrics.jsonl", leave_out)
-    study = Study.of([read_run(run)])
-    curve = study.curve(study.arms[0], of_cluster("0", "reward"))
+    study = Study.of(read_runs([run]))
+    curve = study.curve(study.arms[0], "clusters/0/reward")
     assert curve is not None
     present = {
         s["step"]: s["clusters"]["0"]["reward"]
@@ -564,15 +559,15 @@ def test_change_is_that_of_a_paired_t_test() -> None:
 def test_held_out_error_is_at_least_that_of_the_prompts(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
     last = [read_lines(run / "evaluations.jsonl")[-1] for run in runs]
-    alone = Study.of([read_run(runs[0])])
+    alone = Study.of(read_runs([runs[0]]))
     p = last[0]["reward"]
     assert alone.held_out(alone.arms[0], 40).se == pytest.approx(np.sqrt(p * (1 - p) / 500))
-    study = Study.of([read_run(run) for run in runs])
+    study = Study.of(read_runs(runs))
     expected = np.sqrt(np.mean([e["reward"] * (1 - e["reward"]) for e in last]) / 500)
     assert stats.sem([e["reward"] for e in last]) < expected
     assert study.held_out(study.arms[0], 40).se == pytest.approx(expected)
     edit_lines(runs[0] / "evaluations.jsonl", lambda e: e.update(reward=0.0))
-    study = Study.of([read_run(run) for run in runs])
+    study = Study.of(read_runs(runs))
     rewards = [0.0, last[1]["reward"], last[2]["reward"]]
     assert study.held_out(study.arms[0], 40).se == pytest.approx(stats.sem(rewards))
 
@@ -586,6 +581,108 @@ def test_held_out_rewards_of_their_own_have_no_chance_line(tmp_path: Path) -> No
     assert page.text.count("chance, 0.250") == 2 and "scored by rewards of their own" in page.text
 
 
+LONG, MANY = 3 * READ_STEPS + 7, 60
+
+
+def make_long_run(folder: Path, seed: int) -> Path:
+    """A run of LONG steps and MANY clusters whose rewards tell step and cluster."""
+    run = make_run(folder, seed=seed, num_steps=2, evaluate=False)
+    info = json.loads((run / "run.json").read_text())
+    info["clusters"] = {f"c{c}": {"share": (MANY - c) / 2000} for c in range(MANY)}
+    (run / "run.json").write_text(json.dumps(info))
+    with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for step in range(1, LONG + 1):
+            # The worst ones are neither the largest nor the smallest.
+            clusters = {
+                f"c{c}": {
+                    "reward": step + seed + (-1e6 if 20 <= c < 28 else c),
+                    "mean": 1.0,
+                    "std": 0.5,
+                }
+                for c in range(MANY)
+            }
+            record = {"step": step, "reward": step**2 + seed, "clusters": clusters}
+            file.write(json.dumps(record) + "\n")
+    return run
+
+
+def unpacked(values: Any) -> np.ndarray:
+    """A column of a figure, packed or not."""
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), "<f4").astype(float)
+    return np.array(values, float)
+
+
+def test_long_runs_of_many_clusters_give_a_bounded_page_that_says_so(tmp_path: Path) -> None:
+    runs = [make_long_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    page = report(runs, tmp_path)
+    size = (tmp_path / "report.html").stat().st_size - len(page.scripts[1])
+    assert size < 1_000_000
+    lengths = [len(unpacked(t["y"])) for f in page.figures.values() for t in f["data"]]
+    # A band has its points twice.
+    assert figures.POINTS / 2 < max(lengths) <= 2 * figures.POINTS
+    assert "one in 4 was read, and all of the first and the last ten." in page.text
+    assert "moving mean over 51 steps of those read" in page.text
+    assert f"at most {figures.POINTS} points" in page.text
+    shown = [f"c{c}" for c in (*range(8), *range(20, 28), *range(52, 60))]
+    assert [name for name in (f"c{c}" for c in range(MANY)) if f"{name} " in page.text] == shown
+    assert (
+        f"Of {MANY} clusters {3 * EACH} are drawn: the 8 largest, the 8 smallest and the 8 with the "
+        "lowest reward at the end." in page.text
+    )
+    # The first and the last steps are all there, and the ones between at their places.
+    study = Study.of(read_runs(runs))
+    (arm,) = study.arms
+    assert study.first(arm, "reward").mean == np.mean(np.arange(1, 11) ** 2) + 0.5
+    assert study.last(arm, "reward").mean == np.mean(np.arange(LONG - 9, LONG + 1) ** 2) + 0.5
+    curve = study.curve(arm, "reward")
+    assert curve is not None
+    np.testing.assert_array_equal(curve.steps, np.arange(4, LONG + 1, 4))
+    np.testing.assert_array_equal(curve.raw, curve.steps**2 + 0.5)
+    panel = next(f for f in page.figures.values() for t in f["data"] if t.get("x0"))
+    line = next(trace for trace in panel["data"] if trace.get("x0"))
+    x = line["x0"] + line["dx"] * np.arange(len(unpacked(line["y"])))
+    assert x[-1] == curve.steps[-1]
+
+
+def test_runs_of_unlike_length_are_read_at_the_same_steps(tmp_path: Path) -> None:
+    long, short = (make_long_run(tmp_path / str(seed), seed) for seed in (0, 1))
+    path = short / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:1001]
+    path.write_text("".join(lines), encoding="utf-8")
+    found = read_runs([long, short])
+    wanted = {*range(4, 1002, 4), *range(1, 11), *range(992, 1002)}
+    assert set(found[1].steps.steps) == wanted
+    assert set(found[0].steps.steps) == wanted | set(range(1004, LONG + 1, 4))
+    study = Study.of(found)
+    assert study.last(study.arms[0], "reward").mean == np.mean(np.arange(992, 1002) ** 2) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "Advantages are read from the history shown."),
+        ({"history": "one"}, "from: one history of all clusters (pgrpo (one history))."),
+        ({"history": "shuffled"}, "from: histories of shuffled users (pgrpo (shuffled clusters))."),
+        (
+            {"prior_count": 16.0, "sigma_floor": 0.1},
+            "from: the history shown, with 16 rewards of all clusters pooled added, with a σ of 0.1 at "
+            "least (pgrpo).",
+        ),
+        ({"min_count": 8.0}, "from: the history shown, once it has 8 rewards (pgrpo)."),
+        ({"name": "grpo"}, "from: no history (grpo)."),
+        ({"name": "grpo", "frequency_weight": 0.5}, "from: no history, but for weights (grpo)."),
+        ({"name": "shrinkage"}, "from: the history shown and the group (shrinkage)."),
+    ],
+)
+def test_it_says_what_advantages_are_read_from(
+    tmp_path: Path, changes: Mapping[str, Any], said: str
+) -> None:
+    settings = {f"estimator.{key}": value for key, value in changes.items()}
+    text = report([make_run(tmp_path / "run", config=settings)], tmp_path).text
+    assert text.count(said) == 2
+
+
 def test_arms_are_estimator_history_and_whatever_else_shapes_training(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", seed=0),
@@ -595,7 +692,7 @@ def test_arms_are_estimator_history_and_whatever_else_shapes_training(tmp_path: 
         make_run(tmp_path / "e", "grpo", seed=0),
         make_run(tmp_path / "f", "grpo", seed=0, config={"generation.group_size": 2}),
     ]
-    study = Study.of([read_run(run) for run in runs])
+    study = Study.of(read_runs(runs))
     assert {arm.name: len(arm.runs) for arm in study.arms} == {
         "pgrpo": 2,
         "pgrpo (one history)": 1,
@@ -649,9 +746,14 @@ def test_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     data = path.read_bytes().replace(b"\\u00e9", "\u00e9".encode())
     torn = data[: data.rindex("\u00e9".encode()) + 1]
     path.write_bytes(torn)
-    assert [step.step for step in read_run(run).steps] == list(range(1, 40))
+    assert read_runs([run])[0].steps.steps.tolist() == list(range(1, 40))
+    # One rule for the report and a resumed run: without its newline a line is not there.
     path.write_bytes(data.rstrip(b"\n"))
-    assert [step.step for step in read_run(run).steps] == list(range(1, 41))
+    assert read_runs([run])[0].steps.steps.tolist() == list(range(1, 40))
+    folder = RunFolder(run)
+    assert [record.step for record in folder.metrics] == list(range(1, 40))
+    folder.rewind(39)
+    assert path.read_bytes() == data[: data.rstrip(b"\n").rindex(b"\n") + 1]
 
 
 @pytest.mark.parametrize(
@@ -663,13 +765,14 @@ def test_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"reward": 1.0}', "line 3 is damaged: step"),
         ("metrics.jsonl", '{"step": 3, "reward": "high"}', "line 3 is damaged: reward is 'high'"),
         ("evaluations.jsonl", '{"step": 3, "clusters": []}', "line 3 is damaged: clusters"),
-        ("samples.jsonl", '{"step": 3}', "line 3 is damaged: prompt"),
+        ("samples.jsonl", '{"step": 1}', "line of step 1 is damaged: prompt"),
     ],
 )
 def test_damaged_line_is_named(tmp_path: Path, name: str, line: str, complaint: str) -> None:
     run = make_run(tmp_path / "run")
     lines = (run / name).read_text(encoding="utf-8").splitlines()
-    lines[2] = line
+    # Of the samples only those of the first and of the last step are read.
+    lines[0 if name == "samples.jsonl" else 2] = line
     (run / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(RunFolderError, match=complaint) as caught:
         write_report([run], tmp_path / "report.html")
@@ -682,7 +785,7 @@ def test_complete_but_damaged_last_line_is_refused(tmp_path: Path) -> None:
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 3, "rew\n')
     with pytest.raises(RunFolderError, match="metrics.jsonl line 3 is damaged"):
-        read_run(run)
+        read_runs([run])
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json"])
@@ -690,7 +793,7 @@ def test_folder_without_an_essential_file(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run", num_steps=1)
     (run / name).unlink()
     with pytest.raises(RunFolderError, match=f"is not a run folder: it has no {name}"):
-        read_run(run)
+        read_runs([run])
 
 
 def test_other_refusals(tmp_path: Path) -> None:

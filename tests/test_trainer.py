@@ -67,7 +67,10 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
         for key in ("reward", "loss", "grad_norm"):
             assert math.isfinite(record[key])
         assert record["grad_norm"] > 0
-        assert record["timing_s"].keys() == {"generate", "reward", "sync", "update", "total"}
+        assert record["timing_s"].keys() == {
+            "generate", "reward", "wait", "sync", "update", "total",
+        }  # fmt: skip
+        assert record["timing_s"]["wait"] is None
         parts = [record["timing_s"][key] for key in ("generate", "reward", "sync", "update")]
         assert 0 < sum(parts) <= record["timing_s"]["total"]
         for cluster in record["clusters"].values():
@@ -375,7 +378,7 @@ def test_accumulation_changes_the_passes_and_not_the_gradient(run: Path, tmp_pat
 def test_learning_happens(tmp_path: Path) -> None:
     """One persona's reward rises, well beyond noise, within a few seconds."""
     changes = {
-        "run": {"num_steps": 60, "prompts_per_step": 16, "num_threads": 1, "tensorboard": False},
+        "run": {"num_steps": 60, "prompts_per_step": 16, "num_threads": 1, "trackers": []},
         "rewards": [{"name": "persona_utility"}],
         "generation.group_size": 4,
         "optimizer.learning_rate": 1e-2,

@@ -105,7 +105,7 @@ def run_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Tree:
         "run": {
             "num_steps": 3,
             "prompts_per_step": 4,
-            "tensorboard": False,
+            "trackers": [],
             "eval_prompts": 8,
             "samples_per_step": 16,
         },

@@ -61,11 +61,18 @@ class RunConfig(Section):
     """Rollouts of each step written to samples.jsonl."""
     num_threads: int = Field(default=0, ge=0)
     """Processor threads of torch; 0: as many as it chooses. A tiny model is faster with one."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files to the run folder."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = ["tensorboard"]
+    """Who is told of the run besides its folder: `tensorboard` as event files in it, `wandb`, `trackio`
+    and `mlflow` where their environment variables say, and without them on this machine
+    ([run_folder.md](run_folder.md#trackers))."""
+    project: str = Field(default="pgrpo", min_length=1)
+    """Project (or experiment) that `wandb`, `trackio` and `mlflow` file the run under."""
     pipeline: Literal["synchronous", "one_step_off"] = "synchronous"
     """`one_step_off` generates and scores the next step's rollouts while this one trains; they come
     from weights one update older, which `loss.importance` corrects for."""
+
+    def inactive(self) -> set[str]:
+        return set() if set(self.trackers) - {"tensorboard"} else {"project"}
 
 
 class LoraConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,3 +97,15 @@ def resolved_tree(config: BaseModel) -> Tree:
 def resolved_toml(config: BaseModel) -> str:
     """`resolved_tree` as a TOML file that `load_config` reads back to an equal config."""
     return tomli_w.dumps(resolved_tree(config))
+
+
+def flat(node: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Leaves of a TOML tree as text with their dotted keys, `generation.group_size` -> `8`; lists of
+    plain values are leaves."""
+    if isinstance(node, dict):
+        children = list(cast(Tree, node).items())
+    elif isinstance(node, list) and any(isinstance(x, dict) for x in cast(list[Any], node)):
+        children = [(str(i), child) for i, child in enumerate(cast(list[Any], node))]
+    else:
+        return [(prefix, node if isinstance(node, str) else json.dumps(node, default=str))]
+    return [leaf for key, child in children for leaf in flat(child, f"{prefix}.{key}".lstrip("."))]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pgrpo.config.checks import suggest
 from pgrpo.config.sections import EstimatorConfig
-from pgrpo.config.toml import resolved_tree
+from pgrpo.config.toml import flat, resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.normalizer import RULES
 from pgrpo.report import Verdict, write_report
 from pgrpo.runs.config import Config, parse_config
+from pgrpo.runs.disk import disk_errors
 from pgrpo.runs.display import Display
-from pgrpo.runs.folder import RunFolder, disk_errors
+from pgrpo.runs.folder import RunFolder
 from pgrpo.train.trainer import train
 
 
@@ -60,7 +61,11 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                 else:
                     with folder, display:
                         train(plans[f"{name}/seed-{seed}"], folder, display)
-                peers[name] = {r["step"]: r["reward"] for r in folder.records("metrics.jsonl")}
+                peers[name] = {
+                    record.step: record.reward
+                    for record in folder.metrics
+                    if record.reward is not None
+                }
     return write_report([out / name for name in plans], out / "report.html")
 
 
@@ -86,20 +91,12 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
 
 def _check_same(found: Config, planned: Config, folder: Path) -> None:
     """Refuse to mix runs of different settings in one comparison."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(cast(dict[str, Any], value), f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
     old, new = dict(flat(resolved_tree(found))), dict(flat(resolved_tree(planned)))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(
-                f"{folder} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; choose "
-                "another --out"
+                f"{folder} holds a run with {key} = {old.get(key, 'none')}, not "
+                f"{new.get(key, 'none')}; choose another --out"
             )
 
 

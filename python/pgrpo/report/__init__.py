@@ -1,6 +1,9 @@
 """One page that shows what a run did, or how several runs compare.
 
-`runs` reads the folders, `study` does the statistics, `figures` and `page` draw them.
+`runs` reads the folders, `study` sorts and compares them, `verdict` says it in words; `results`,
+`learning` and `facts` make the sections of the page of `blocks` and `figures`, and `page` renders them
+with `templates/`. A page is bounded, however long the runs and however many their clusters: what it
+leaves out, it says.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from pathlib import Path
 
 from pgrpo.errors import RunFolderError
 from pgrpo.report.page import render
-from pgrpo.report.runs import read_run
+from pgrpo.report.runs import read_runs
 from pgrpo.report.study import Study
 from pgrpo.report.verdict import Verdict, verdict
-from pgrpo.runs.folder import disk_errors
+from pgrpo.runs.disk import disk_errors
 
 __all__ = ["Verdict", "write_report"]
 
@@ -36,7 +39,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Verdict:
         raise RunFolderError("no run folder was given, a report needs at least one")
     if out.is_dir():
         raise RunFolderError(f"{out} is a folder; the report is written to an HTML file")
-    study = Study.of([read_run(Path(folder)) for folder in runs])
+    study = Study.of(read_runs([Path(folder) for folder in runs]))
     html = render(study)
     draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with disk_errors(f"{out} cannot be written"):

@@ -6,6 +6,7 @@ from data sets and configs, so whatever plotly shows as text is escaped.
 
 from __future__ import annotations
 
+import base64
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pgrpo.report.study import Curve, Estimate
+from pgrpo.report.statistics import Estimate
+from pgrpo.report.study import Curve
 from pgrpo.types import FloatArray
 
 Figure = dict[str, Any]
@@ -26,6 +28,9 @@ ARM_COLORS = (
     "#2f6fde", "#e07b1a", "#1f9d6b", "#a855c7", "#d64550", "#0f9fb5", "#8a8f2a", "#8b5e3c",
 )  # fmt: skip
 """Distinct hues that hold against white and near-black alike."""
+
+POINTS = 200
+"""Most points of a line: a panel is some 300 pixels wide. Of a thousand lines they are 2 MB."""
 
 MINORITY_COLOR = "#e0115f"
 
@@ -101,7 +106,7 @@ def spreads(drawn: Sequence[tuple[Line, Curve]], height: int = 220) -> Figure:
     """Means with dotted lines at mean +- std: (line of the mean, curve of the std)."""
     edges: list[Trace] = []
     for line, std in drawn:
-        mean = np.interp(std.steps, line.curve.steps, line.curve.raw)
+        mean = np.interp(std.steps, line.curve.steps, line.curve.mean)
         low, high = mean - std.raw, mean + std.raw
         edges += [_edge(std.steps, edge, line.color) for edge in (low, high)]
     traces = edges + [_line(line) for line, _ in drawn]
@@ -257,44 +262,43 @@ def translucent(color: str, alpha: float) -> str:
 
 
 def _line(line: Line) -> Trace:
-    finite = np.isfinite(line.curve.mean)
+    steps, mean = _drawn(line.curve.steps, line.curve.mean)
     # A line through one or two points is hardly seen.
-    mode = "lines" if finite.sum() > 2 else "lines+markers"
+    mode = "lines" if len(steps) > 2 else "lines+markers"
     return {
         "type": "scatter",
         "mode": mode,
         "name": escape(line.name),
-        "x": line.curve.steps[finite].tolist(),
-        "y": _values(line.curve.mean[finite].tolist()),
+        **_places(steps),
+        "y": _packed(mean),
         "line": {"color": line.color, "width": 2.2},
         "hovertemplate": "%{y:.3~f}",
     }
 
 
 def _points(line: Line) -> Trace | None:
-    finite = np.isfinite(line.curve.raw)
-    if finite.sum() < 3:
+    steps, raw = _drawn(line.curve.steps, line.curve.raw)
+    if len(steps) < 3:
         return None
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": line.curve.steps[finite].tolist(),
-        "y": _values(line.curve.raw[finite].tolist()),
+        **_places(steps),
+        "y": _packed(raw),
         "marker": {"color": translucent(line.color, 0.28), "size": 4},
         "hoverinfo": "skip",
     }
 
 
 def _band(steps: FloatArray, low: FloatArray, high: FloatArray, color: str) -> Trace | None:
-    finite = np.isfinite(low) & np.isfinite(high)
-    if not finite.any():
+    x, low, high = _drawn(steps, low, high)
+    if not len(x):
         return None
-    x, low, high = steps[finite], low[finite], high[finite]
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": [*x.tolist(), *x[::-1].tolist()],
-        "y": _values([*high.tolist(), *low[::-1].tolist()]),
+        "x": _packed(np.concatenate([x, x[::-1]])),
+        "y": _packed(np.concatenate([high, low[::-1]])),
         "fill": "toself",
         "fillcolor": translucent(color, 0.14),
         "line": {"width": 0},
@@ -303,15 +307,37 @@ def _band(steps: FloatArray, low: FloatArray, high: FloatArray, color: str) -> T
 
 
 def _edge(steps: FloatArray, values: FloatArray, color: str) -> Trace:
-    finite = np.isfinite(values)
+    steps, values = _drawn(steps, values)
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": steps[finite].tolist(),
-        "y": _values(values[finite].tolist()),
+        **_places(steps),
+        "y": _packed(values),
         "line": {"color": translucent(color, 0.7), "width": 1.2, "dash": "dot"},
         "hoverinfo": "skip",
     }
+
+
+def _drawn(steps: FloatArray, *values: FloatArray) -> list[FloatArray]:
+    """The steps at which all values are finite and the values there; of more than POINTS only every
+    second, third, ..., and the last."""
+    where = np.flatnonzero(np.isfinite(values).all(axis=0))
+    where = where[::-1][:: max(1, -(-len(where) // POINTS))][::-1]
+    return [steps[where], *(row[where] for row in values)]
+
+
+def _places(steps: FloatArray) -> dict[str, Any]:
+    """The points' x: two numbers where they are evenly spaced, for each line has them."""
+    gaps = np.unique(np.diff(steps))
+    if len(gaps) == 1:
+        return {"x0": int(steps[0]), "dx": int(gaps[0])}
+    return {"x": _packed(steps)}
+
+
+def _packed(values: FloatArray) -> dict[str, str]:
+    """An array as plotly reads it in half the room of digits: float32 in base64."""
+    data = values.astype("<f4").tobytes()
+    return {"dtype": "f4", "bdata": base64.b64encode(data).decode()}
 
 
 def _errors(dots: Dots) -> dict[str, Any]:

@@ -1,134 +1,98 @@
-"""What the trainer leaves in a run folder, read and checked.
-
-config.toml and run.json describe the run; metrics.jsonl, evaluations.jsonl and samples.jsonl hold
-one record a line. Records may carry keys that are not named here; numbers may be null.
-"""
+"""Run folders in memory: of each step the numbers alone, and of a long run not every step."""
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
 
+from pgrpo.config.toml import flat
 from pgrpo.errors import RunFolderError
+from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.records import (
+    EvaluationRecord,
+    RunInfo,
+    SampleRecord,
+    StepRecord,
+    number_names,
+    parts,
+)
+from pgrpo.runs.sinks import run_name
+from pgrpo.types import FloatArray
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+READ_STEPS = 1000
+"""Most steps that are read of one run, besides its first and last ones: more than a line has points,
+and a thousand lines of 64 clusters are read in well under a second."""
 
-class Record(BaseModel):
-    """A JSON object of a run folder."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-
-class ClusterStep(Record):
-    """One cluster in one step: means over its rollouts, and its history after the step."""
-
-    reward: float | None = None
-    count: float | None = None
-    mean: float | None = None
-    std: float | None = None
-    scale_ratio: float | None = None
-    bias: float | None = None
+LAST_STEPS = 10
+"""Steps whose mean stands for the beginning or the end of a run: enough to calm sampling noise,
+few enough that the policy hardly moves meanwhile."""
 
 
-class Fairness(Record):
-    """Spread of the clusters' rewards in one step."""
+class Table:
+    """The numbers of records by their path, `clusters/0/reward`: each an array over the steps.
 
-    worst: float | None = None
-    gap: float | None = None
-    gini: float | None = None
+    Args:
+        records: in order of the step, each step once.
+        where: names their file in errors.
 
+    Attributes:
+        steps: [T].
+        clusters: every cluster that a record names.
 
-class Timing(Record):
-    """Seconds of one step."""
+    Raises:
+        RunFolderError: a step follows one that is not smaller.
+    """
 
-    generate: float | None = None
-    reward: float | None = None
-    wait: float | None = None
-    sync: float | None = None
-    update: float | None = None
-    total: float | None = None
+    def __init__(self, records: Iterable[StepRecord | EvaluationRecord], where: Path) -> None:
+        steps: list[int] = []
+        # Path of a record -> its rows, and its numbers row by row: most of many clusters have few.
+        self._rows: dict[str, array[int]] = {}
+        self._numbers: dict[str, array[float]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+        self.clusters: dict[str, None] = {}
+        for row, record in enumerate(records):
+            if steps and record.step <= steps[-1]:
+                raise RunFolderError(
+                    f"{where} is damaged: step {record.step} follows step {steps[-1]}"
+                )
+            steps.append(record.step)
+            self.clusters |= dict.fromkeys(record.clusters)
+            for path, part in parts(record):
+                names = number_names(type(part))
+                if path not in self._rows:
+                    self._rows[path], self._numbers[path] = array("q"), array("d")
+                    self._names[path] = names
+                self._rows[path].append(row)
+                self._numbers[path].extend(
+                    [math.nan if (value := getattr(part, n)) is None else value for n in names]
+                )
+        self.steps: FloatArray = np.array(steps, dtype=np.float64)
 
+    def __getitem__(self, path: str) -> FloatArray:
+        """[T], NaN where a record has no such number."""
+        values = np.full(len(self.steps), np.nan)
+        part, _, name = path.rpartition("/")
+        names = self._names.get(part, ())
+        if name in names:
+            found = np.array(self._numbers[part]).reshape(-1, len(names))
+            values[np.array(self._rows[part])] = found[:, names.index(name)]
+        return values
 
-class Step(Record):
-    """A line of metrics.jsonl."""
-
-    step: int
-    reward: float | None = None
-    grad_norm: float | None = None
-    completion_tokens: float | None = None
-    truncated: float | None = None
-    equal_groups: float | None = None
-    entropy: float | None = None
-    kl: float | None = None
-    clipped: float | None = None
-    peak_memory_bytes: float | None = None
-    clusters: dict[str, ClusterStep] = {}
-    fairness: Fairness = Fairness()
-    timing_s: Timing = Timing()
-
-
-class ClusterEvaluation(Record):
-    """One cluster's share of an evaluation; `std` is that of single rewards."""
-
-    reward: float | None = None
-    std: float | None = None
-    num_prompts: int = 0
-
-
-class Evaluation(Record):
-    """A line of evaluations.jsonl: greedy decoding on held-out prompts."""
-
-    step: int
-    reward: float | None = None
-    std: float | None = None
-    num_prompts: int = 0
-    clusters: dict[str, ClusterEvaluation] = {}
-
-
-class Sample(Record):
-    """A line of samples.jsonl: one rollout."""
-
-    step: int
-    prompt: str
-    completion: str
-    reward: float | None = None
-    advantage: float | None = None
-    cluster_id: int | str | None = None
-    user: int | str | None = None
-
-
-class ClusterInfo(Record):
-    """Who a cluster is."""
-
-    num_users: int = 0
-    share: float = 0.0
-    about: str = ""
-
-
-class RunInfo(Record):
-    """run.json."""
-
-    status: str = "running"
-    processor: str = ""
-    num_threads: int | None = None
-    precision: str = ""
-    versions: dict[str, str] = {}
-    num_parameters: int | None = None
-    started: str = ""
-    chance: float | None = None
-    reward_name: str = "reward"
-    clusters: dict[str, ClusterInfo] = {}
-    warnings: list[str] = []
+    def at(self, step: int, path: str) -> float:
+        """The number of one step; NaN where it has none."""
+        found = self[path][self.steps == step]
+        return float(found[0]) if len(found) else float("nan")
 
 
 @dataclass(frozen=True)
@@ -140,10 +104,15 @@ class Run:
     settings: Mapping[str, str]
     """The resolved config, flat: `generation.group_size` -> `8`."""
     info: RunInfo
-    steps: tuple[Step, ...]
-    """In order of the step, each step once, never empty."""
-    evaluations: tuple[Evaluation, ...]
-    samples: tuple[Sample, ...]
+    steps: Table
+    """Never empty."""
+    last_step: int
+    stride: int
+    """Every step that is a multiple of it was read, besides the first and the last LAST_STEPS; 1 where
+    all were."""
+    evaluations: Table
+    samples: tuple[SampleRecord, ...]
+    """Those of the first and of the last step that have some."""
 
     @property
     def seeds(self) -> tuple[tuple[str, str], ...]:
@@ -156,66 +125,57 @@ def is_seed(key: str) -> bool:
     return key.rpartition(".")[2] == "seed"
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder.
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, of all of them the same steps.
 
-    The last line of a `.jsonl` file may be incomplete (the run was killed while writing it) and is
-    then left out. Where a resumed run repeats a step, the later line counts.
+    Where one is longer than READ_STEPS, every second, third, ... step is read, and besides the first
+    LAST_STEPS and the last ones that all runs have taken.
 
     Raises:
-        RunFolderError: the folder or one of config.toml, run.json and metrics.jsonl is missing, a
+        RunFolderError: a folder or one of its config.toml, run.json and metrics.jsonl is missing, a
             file is damaged (named with its line), or no step has been finished.
     """
+    found = [_open(folder) for folder in folders]
+    longest = max(last for _, (_, last) in found)
+    common = min(last for _, (_, last) in found)
+    stride = -(-longest // READ_STEPS)
+    return [_read(folder, first, last, common, stride) for folder, (first, last) in found]
+
+
+def _open(folder: Path) -> tuple[RunFolder, tuple[int, int]]:
+    """The folder, its first and its last step."""
     if not folder.is_dir():
         raise RunFolderError(f"run folder {folder} does not exist or is not a folder")
     for name in ("metrics.jsonl", "config.toml", "run.json"):
         if not (folder / name).is_file():
             raise RunFolderError(f"{folder} is not a run folder: it has no {name}")
-    steps = _read_lines(folder / "metrics.jsonl", Step)
-    if not steps:
-        raise RunFolderError(f"{folder / 'metrics.jsonl'} holds no finished step, expected one")
-    evaluations = _read_lines(folder / "evaluations.jsonl", Evaluation)
+    run = RunFolder(folder)
+    ends = run.metrics.ends()
+    if ends is None:
+        raise RunFolderError(f"{run.metrics.path} holds no finished step, expected one")
+    return run, ends
+
+
+def _read(folder: RunFolder, first: int, last: int, common: int, stride: int) -> Run:
+    records: Iterable[StepRecord] = folder.metrics
+    if stride > 1:
+        wanted = {
+            *range(stride, last + 1, stride),
+            *range(first, first + LAST_STEPS),
+            *range(common - LAST_STEPS + 1, common + 1),
+        }
+        records = folder.metrics.at(sorted(step for step in wanted if first <= step <= last))
+    logged = folder.samples.ends()
     return Run(
-        name="/".join(folder.resolve().parts[-2:]),
-        settings=_read_settings(folder / "config.toml"),
-        info=_read_info(folder / "run.json"),
-        steps=tuple(value for _, value in sorted({s.step: s for s in steps}.items())),
-        evaluations=tuple(value for _, value in sorted({e.step: e for e in evaluations}.items())),
-        samples=tuple(_read_lines(folder / "samples.jsonl", Sample)),
+        name=run_name(folder.path),
+        settings=_read_settings(folder.path / "config.toml"),
+        info=folder.info(),
+        steps=Table(records, folder.metrics.path),
+        last_step=last,
+        stride=stride,
+        evaluations=Table(folder.evaluations, folder.evaluations.path),
+        samples=tuple(folder.samples.at(sorted(set(logged)))) if logged else (),
     )
-
-
-RecordT = TypeVar("RecordT", bound=Record)
-
-
-def _read_lines(path: Path, record: type[RecordT]) -> list[RecordT]:
-    """The records of a `.jsonl` file; none when it does not exist."""
-    if not path.exists():
-        return []
-    # Bytes, because a killed run can tear a character in two.
-    *lines, last = path.read_bytes().split(b"\n")
-    records = [_parse(record, line, f"{path} line {n}") for n, line in enumerate(lines, 1)]
-    if last:
-        try:
-            json.loads(last)
-        except ValueError:
-            return records
-        records.append(_parse(record, last, f"{path} line {len(lines) + 1}"))
-    return records
-
-
-def _read_info(path: Path) -> RunInfo:
-    return _parse(RunInfo, path.read_bytes(), str(path))
-
-
-def _parse(record: type[RecordT], text: bytes, where: str) -> RecordT:
-    try:
-        return record.model_validate_json(text)
-    except ValidationError as error:
-        complaint = error.errors()[0]
-        key = ".".join(map(str, complaint["loc"]))
-        what = f"{key} is {complaint['input']!r:.60}: " if key else ""
-        raise RunFolderError(f"{where} is damaged: {what}{complaint['msg']}") from None
 
 
 def _read_settings(path: Path) -> dict[str, str]:
@@ -223,20 +183,7 @@ def _read_settings(path: Path) -> dict[str, str]:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path} is not valid TOML: {error}") from None
-    settings = dict(_flatten(tree))
+    settings = dict(flat(tree))
     for key, default in (("estimator.name", "pgrpo"), ("estimator.history", "cluster")):
         settings.setdefault(key, default)
     return settings
-
-
-def _flatten(node: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Leaves of a TOML tree with their dotted keys; lists of plain values are leaves."""
-    if isinstance(node, dict):
-        children = list(cast(dict[str, Any], node).items())
-    elif isinstance(node, list) and any(isinstance(x, dict) for x in cast(list[Any], node)):
-        children = [(str(i), child) for i, child in enumerate(cast(list[Any], node))]
-    else:
-        return [(prefix, node if isinstance(node, str) else json.dumps(node, default=str))]
-    return [
-        leaf for key, child in children for leaf in _flatten(child, f"{prefix}.{key}".lstrip("."))
-    ]

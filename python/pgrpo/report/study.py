@@ -1,51 +1,36 @@
-"""The statistics of a report: arms, curves over seeds, differences with their uncertainty."""
+"""What a report compares: runs sorted into arms, their curves and outcomes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
 
 from pgrpo.errors import RunFolderError
-from pgrpo.report.runs import ClusterInfo, Evaluation, Run, Step, is_seed
-from pgrpo.runs.metrics import fairness
+from pgrpo.report.runs import LAST_STEPS, Run, is_seed
+from pgrpo.report.statistics import (
+    Difference,
+    Estimate,
+    mean,
+    mean_and_band,
+    moving_mean,
+    over_seeds,
+    tukey_difference,
+)
+from pgrpo.runs.metrics import extremes, fairness
+from pgrpo.runs.records import ClusterInfo
 from pgrpo.types import FloatArray
 
-LAST_STEPS = 10
-"""Steps whose mean stands for the beginning or the end of a run: enough to calm sampling noise,
-few enough that the policy hardly moves meanwhile."""
+EVALUATIONS = 100
+"""Most evaluations of an arm that are drawn: each is a mark with an error bar."""
 
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its standard error (NaN where it is unknown)."""
-
-    mean: float
-    se: float = math.nan
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of means over seeds, with its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero.
-
-        An interval without width does not count: on the coarse grid of a few held-out prompts two
-        seeds may well differ equally by chance.
-        """
-        return self.high - self.low > 1e-9 and (self.low > 0 or self.high < 0)
+EACH = 8
+"""Clusters of each kind that are drawn, the largest, the smallest and the worst, where there are more
+than all of these: what a page of some dozen arms can hold."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +66,28 @@ class Study:
     """The last step that every run has finished; comparisons end here."""
     window: int
     """Steps averaged for the beginning and the end of a run."""
+    stride: int
+    """Curves go over the steps that are multiples of it."""
     smoothing: int
-    """Odd width, in steps, of the centred moving mean."""
+    """Odd width, in steps of the curves, of the centred moving mean."""
     evaluated: tuple[int, int] | None
     """First and last step at which every run was evaluated; None if that was before step 1."""
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Study:
         """Sort runs into arms and fix what they are compared on."""
-        last_step = min(run.steps[-1].step for run in runs)
-        shortest = min(sum(step.step <= last_step for step in run.steps) for run in runs)
-        longest = max(len(run.steps) for run in runs)
-        common = set[int].intersection(*({e.step for e in run.evaluations} for run in runs))
+        last_step = min(run.last_step for run in runs)
+        shortest = min(int((run.steps.steps <= last_step).sum()) for run in runs)
+        stride = runs[0].stride
+        longest = max(int((run.steps.steps % stride == 0).sum()) for run in runs)
+        evaluated = [set(run.evaluations.steps.astype(int).tolist()) for run in runs]
+        common = set[int].intersection(*evaluated)
         return cls(
             arms=_arms(runs),
             clusters=_clusters(runs),
             last_step=last_step,
             window=max(1, min(LAST_STEPS, shortest // 2)),
+            stride=stride,
             smoothing=min(51, 2 * (longest // 20) + 1),
             evaluated=(min(common), max(common)) if common and max(common) > 0 else None,
         )
@@ -138,35 +128,65 @@ class Study:
     @property
     def cluster_evaluations(self) -> bool:
         """Whether every run's last common evaluation tells clusters apart."""
-        return self.evaluated is not None and all(
-            self.evaluation(run, self.evaluated[1]).clusters for run in self.runs
+        if self.evaluated is None:
+            return False
+        last = self.evaluated[1]
+        return all(
+            any(
+                math.isfinite(run.evaluations.at(last, f"clusters/{name}/num_prompts"))
+                for name in run.evaluations.clusters
+            )
+            for run in self.runs
         )
 
-    def evaluation(self, run: Run, step: int) -> Evaluation:
-        """A run's evaluation at a step at which it has one."""
-        return next(e for e in run.evaluations if e.step == step)
+    @property
+    def num_drawn(self) -> int:
+        """Most steps of a curve."""
+        return max(int((run.steps.steps % self.stride == 0).sum()) for run in self.runs)
 
-    def curve(self, arm: Arm, read: Callable[[Step], float | None]) -> Curve | None:
-        """A quantity of the steps over an arm's runs; None where no run has it."""
-        steps = sorted({step.step for run in arm.runs for step in run.steps})
-        place = {step: i for i, step in enumerate(steps)}
+    def evaluations(self, arm: Arm) -> list[int]:
+        """The steps at which every run of an arm was evaluated; of more than EVALUATIONS an even
+        selection with the last one."""
+        found = [set(run.evaluations.steps.astype(int).tolist()) for run in arm.runs]
+        steps = sorted(set[int].intersection(*found))
+        return steps[::-1][:: max(1, -(-len(steps) // EVALUATIONS))][::-1]
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The clusters that are drawn, by falling share: all, or of more than 3 * EACH the largest, the
+        smallest and those that ended worst, averaged over the arms."""
+        sizes = {name: info.share for name, info in self.clusters.items()}
+        if len(sizes) <= 3 * EACH:
+            return list(sizes)
+        ends = {c: mean([self.achieved(arm, c).mean for arm in self.arms]) for c in sizes}
+        known = {name: end for name, end in ends.items() if math.isfinite(end)}
+        return extremes(sizes, known, EACH)
+
+    def curve(self, arm: Arm, path: str) -> Curve | None:
+        """A number of the steps, by its path, over an arm's runs; None where no run has it."""
+        steps = np.unique(np.concatenate([run.steps.steps for run in arm.runs]))
         values = np.full((len(arm.runs), len(steps)), math.nan)
         for row, run in zip(values, arm.runs, strict=True):
-            for step in run.steps:
-                row[place[step.step]] = _number(read(step))
+            row[np.searchsorted(steps, run.steps.steps)] = run.steps[path]
+        drawn = steps % self.stride == 0
+        steps, values = steps[drawn], values[:, drawn]
         if not np.isfinite(values).any():
             return None
         smooth = np.stack([moving_mean(row, self.smoothing) for row in values])
-        mean, low, high = mean_and_band(smooth)
-        return Curve(np.array(steps, float), mean, low, high, mean_and_band(values)[0])
+        middle, low, high = mean_and_band(smooth)
+        return Curve(steps, middle, low, high, mean_and_band(values)[0])
 
-    def first(self, arm: Arm, read: Callable[[Step], float | None]) -> Estimate:
+    def first(self, arm: Arm, path: str) -> Estimate:
         """Mean over the first `window` steps of each run, over seeds."""
-        return over_seeds([_mean([read(s) for s in run.steps[: self.window]]) for run in arm.runs])
+        return over_seeds([mean(run.steps[path][: self.window]) for run in arm.runs])
 
-    def last(self, arm: Arm, read: Callable[[Step], float | None]) -> Estimate:
+    def last(self, arm: Arm, path: str) -> Estimate:
         """Mean over the last `window` steps up to `last_step` of each run, over seeds."""
-        return over_seeds([self._last(run, read) for run in arm.runs])
+        return over_seeds([self._last(run, path) for run in arm.runs])
+
+    def throughout(self, arm: Arm, path: str) -> float:
+        """Mean over the steps of each run, and over seeds."""
+        return over_seeds([mean(run.steps[path]) for run in arm.runs]).mean
 
     def held_out(self, arm: Arm, step: int, cluster: str | None = None) -> Estimate:
         """Held-out reward at a step, of one cluster or of all, over seeds.
@@ -175,25 +195,25 @@ class Study:
         evaluation (for rewards of 0 and 1 the binomial one): seeds share the held-out prompts, so
         more seeds do not make these more representative.
         """
-        found = [self.evaluation(run, step) for run in arm.runs]
-        parts = found if cluster is None else [e.clusters.get(cluster) for e in found]
-        estimate = over_seeds([_number(part.reward if part else None) for part in parts])
-        variances = [_number(p.std) ** 2 / p.num_prompts for p in parts if p and p.num_prompts]
-        return Estimate(estimate.mean, float(np.fmax(estimate.se, math.sqrt(_mean(variances)))))
+        of = "" if cluster is None else f"clusters/{cluster}/"
+
+        def read(name: str) -> FloatArray:
+            return np.array([run.evaluations.at(step, of + name) for run in arm.runs])
+
+        estimate = over_seeds(read("reward").tolist())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            variance = mean(read("std") ** 2 / read("num_prompts"))
+        return Estimate(estimate.mean, float(np.fmax(estimate.se, math.sqrt(variance))))
 
     def outcome(self, run: Run, cluster: str | None = None) -> float:
         """What a run achieved: held-out reward where every run has it, else that of the last steps.
 
         With a cluster the same for that cluster alone.
         """
-        if cluster is None:
-            if self.evaluated:
-                return _number(self.evaluation(run, self.evaluated[1]).reward)
-            return self._last(run, lambda step: step.reward)
-        if self.evaluated and self.cluster_evaluations:
-            part = self.evaluation(run, self.evaluated[1]).clusters.get(cluster)
-            return _number(part.reward if part else None)
-        return self._last(run, of_cluster(cluster, "reward"))
+        path = "reward" if cluster is None else f"clusters/{cluster}/reward"
+        if self.evaluated and (cluster is None or self.cluster_evaluations):
+            return run.evaluations.at(self.evaluated[1], path)
+        return self._last(run, path)
 
     def achieved(self, arm: Arm, cluster: str | None = None) -> Estimate:
         """`outcome` over an arm's seeds, with the standard error of `held_out` where it is that."""
@@ -234,18 +254,18 @@ class Study:
         if len(means) < 2:
             return None
         worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        gini = fairness(list(means.values())).gini
         return Spread(
             worst=worst,
             reward=rewards[worst],
             gap=Estimate(
                 means[best] - means[worst], math.hypot(rewards[best].se, rewards[worst].se)
             ),
-            gini=_number(fairness(list(means.values()))["gini"]),
+            gini=math.nan if gini is None else gini,
         )
 
-    def _last(self, run: Run, read: Callable[[Step], float | None]) -> float:
-        steps = [step for step in run.steps if step.step <= self.last_step]
-        return _mean([read(step) for step in steps[-self.window :]])
+    def _last(self, run: Run, path: str) -> float:
+        return mean(run.steps[path][run.steps.steps <= self.last_step][-self.window :])
 
 
 @dataclass(frozen=True)
@@ -257,89 +277,6 @@ class Spread:
     gap: Estimate
     """Best cluster minus worst, their errors taken as independent."""
     gini: float
-
-
-def of_cluster(cluster: str, name: str) -> Callable[[Step], float | None]:
-    """Reads one number of one cluster from a step; None where the cluster had no rollout."""
-
-    def read(step: Step) -> float | None:
-        part = step.clusters.get(cluster)
-        return getattr(part, name) if part else None
-
-    return read
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean and sd (ddof 1) / sqrt(n) of the finite values; one value has no standard error."""
-    x = np.array([v for v in values if math.isfinite(v)])
-    if len(x) == 0:
-        return Estimate(math.nan)
-    if len(x) == 1:
-        return Estimate(float(x[0]))
-    return Estimate(float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))))
-
-
-def mean_change(before: Sequence[float], after: Sequence[float]) -> Difference | None:
-    """Mean of after - before with Student's t over the seeds; None with fewer than two of them."""
-    change = np.array(after, float) - np.array(before, float)
-    change = change[np.isfinite(change)]
-    if len(change) < 2:
-        return None
-    estimate = over_seeds(change.tolist())
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(change) - 1)) * estimate.se
-    return Difference(estimate.mean, estimate.mean - reach, estimate.mean + reach)
-
-
-def tukey_difference(outcomes: Mapping[str, Sequence[float]], a: str, b: str) -> Difference:
-    """Mean of arm a minus mean of arm b with the Tukey-Kramer interval.
-
-    It holds for all pairs of arms at once (a report looks at the best of them) and takes the seeds'
-    variance to be the same in every arm, so that a few seeds each suffice to estimate it. Every
-    arm has two outcomes or more.
-    """
-    groups = {name: np.array(xs, float) for name, xs in outcomes.items()}
-    freedom = sum(len(x) - 1 for x in groups.values())
-    variance = sum(float(((x - x.mean()) ** 2).sum()) for x in groups.values()) / freedom
-    x, y = groups[a], groups[b]
-    quantile = float(stats.studentized_range.ppf(CONFIDENCE, len(groups), freedom))
-    reach = quantile * math.sqrt(variance / 2 * (1 / len(x) + 1 / len(y)))
-    mean = float(x.mean() - y.mean())
-    return Difference(mean, mean - reach, mean + reach)
-
-
-def moving_mean(values: FloatArray, window: int) -> FloatArray:
-    """Centred moving mean of [T] values that skips gaps and narrows at the ends.
-
-    Nothing is drawn before the first or after the last finite value.
-    """
-    present = np.isfinite(values)
-    if not present.any():
-        return values
-    kernel, half = np.ones(window), window // 2
-    sums = np.convolve(np.where(present, values, 0.0), kernel)[half : half + len(values)]
-    counts = np.convolve(present, kernel)[half : half + len(values)]
-    where = np.flatnonzero(present)
-    inside = (np.arange(len(values)) >= where[0]) & (np.arange(len(values)) <= where[-1])
-    return np.where(inside & (counts > 0.5), sums / np.maximum(counts, 1), math.nan)
-
-
-def mean_and_band(values: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean and band over the seeds of [S, T] values, gaps skipped.
-
-    The band is the range for two seeds, mean +- 1.96 standard errors for more, NaN for one.
-    """
-    present = np.isfinite(values)
-    n = present.sum(axis=0)
-    filled = np.where(present, values, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(n > 0, filled.sum(axis=0) / n, math.nan)
-        squares = np.where(present, values - mean, 0.0) ** 2
-        reach = 1.96 * np.sqrt(squares.sum(axis=0) / (n - 1) / n)
-    least = np.where(present, values, math.inf).min(axis=0)
-    most = np.where(present, values, -math.inf).max(axis=0)
-    low = np.where(n > 2, mean - reach, np.where(n == 2, least, math.nan))
-    high = np.where(n > 2, mean + reach, np.where(n == 2, most, math.nan))
-    return mean, low, high
 
 
 def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
@@ -391,7 +328,7 @@ def _clusters(runs: Sequence[Run]) -> dict[str, ClusterInfo]:
     for run in runs:
         for name, info in run.info.clusters.items():
             found.setdefault(name, []).append(info)
-    for name in (name for run in runs for step in run.steps for name in step.clusters):
+    for name in (name for run in runs for name in run.steps.clusters):
         found.setdefault(name, [])
     merged = {
         name: infos[0].model_copy(update={"share": sum(i.share for i in infos) / len(infos)})
@@ -400,12 +337,3 @@ def _clusters(runs: Sequence[Run]) -> dict[str, ClusterInfo]:
         for name, infos in found.items()
     }
     return dict(sorted(merged.items(), key=lambda item: -item[1].share))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """Mean of the finite values; NaN where there is none."""
-    return over_seeds([_number(value) for value in values]).mean

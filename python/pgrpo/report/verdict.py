@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pgrpo.report.study import Arm, Difference, Estimate, Study, mean_change
+import numpy as np
+
+from pgrpo.report.statistics import Difference, Estimate, mean_change
+from pgrpo.report.study import Arm, Study
 
 NO_RANKING = "One seed supports no ranking"
 WITHIN_NOISE = "difference within noise"
@@ -27,7 +30,7 @@ def verdict(study: Study) -> Verdict:
     notes: list[str] = []
     if unfinished:
         notes.append(f"{unfinished} of {plural(len(study.runs), 'run')} had not finished.")
-    if len({run.steps[-1].step for run in study.runs}) > 1:
+    if len({run.last_step for run in study.runs}) > 1:
         notes.append(f"Runs differ in length; all are compared up to step {study.last_step}.")
     warned = sum(len(run.info.warnings) for run in study.runs)
     if warned:
@@ -39,17 +42,16 @@ def _single(study: Study, arm: Arm) -> Verdict:
     if study.evaluated and study.evaluated[0] < study.evaluated[1]:
         first, last = study.evaluated
         before, after = study.held_out(arm, first), study.held_out(arm, last)
-        ends = [[study.evaluation(run, step).reward for run in arm.runs] for step in (first, last)]
-        x, y = ([math.nan if r is None else r for r in rewards] for rewards in ends)
+        x, y = ([run.evaluations.at(step, "reward") for run in arm.runs] for step in (first, last))
         where = f"On held-out prompts, from step {first} to step {last}"
-    elif study.last_step - min(run.steps[0].step for run in arm.runs) < 1:
-        reward = value(study.last(arm, lambda step: step.reward))
+    elif study.last_step - min(run.steps.steps[0] for run in arm.runs) < 1:
+        reward = value(study.last(arm, "reward"))
         return Verdict("One step says nothing about learning.", (f"Its mean reward is {reward}.",))
     else:
-        before, after = (f(arm, lambda step: step.reward) for f in (study.first, study.last))
+        before, after = (f(arm, "reward") for f in (study.first, study.last))
         seeds = [Arm(arm.name, (run,)) for run in arm.runs]
-        x = [study.first(seed, lambda step: step.reward).mean for seed in seeds]
-        y = [study.last(seed, lambda step: step.reward).mean for seed in seeds]
+        x = [study.first(seed, "reward").mean for seed in seeds]
+        y = [study.last(seed, "reward").mean for seed in seeds]
         steps = plural(study.window, "step")
         where = f"In training, from the first to the last {steps} up to step {study.last_step}"
     if not (math.isfinite(before.mean) and math.isfinite(after.mean)):
@@ -150,8 +152,9 @@ def _minority(study: Study, ranked: Sequence[Arm], cluster: str) -> str:
     values = [f"{arm.name} {value(study.achieved(arm, cluster))}" for arm in ranked]
     size = f"share {percent(study.clusters[cluster].share)}"
     if study.evaluated and study.cluster_evaluations:
-        part = study.evaluation(ranked[0].runs[0], study.evaluated[1]).clusters.get(cluster)
-        size += f", {plural(part.num_prompts if part else 0, 'held-out prompt')}"
+        table = ranked[0].runs[0].evaluations
+        prompts = table.at(study.evaluated[1], f"clusters/{cluster}/num_prompts")
+        size += f", {plural(int(np.nan_to_num(prompts)), 'held-out prompt')}"
     lead = _lead(study, ranked, cluster)
     return f"In the smallest cluster, “{cluster}” ({size}): {enumerate_words(values)}. {lead}"
 

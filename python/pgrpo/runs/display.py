@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -15,8 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pgrpo.runs.metrics import extremes
+from pgrpo.runs.records import EvaluationRecord, SampleRecord, StepRecord
+
 _AVERAGE_STEPS = 10
 """Steps that the averages shown are taken over."""
+_EXTREMES = 4
+"""Clusters shown of each kind, largest, smallest and worst, where there are more than all of these."""
 _LINE_EVERY_S = 2.0
 """Without a terminal, steps that follow each other faster than this share a line."""
 
@@ -77,23 +81,28 @@ class Display:
         self._console.print(f"[{self._title}] {text}")
         sys.stdout.flush()
 
-    def evaluation(self, record: Mapping[str, Any]) -> None:
+    def evaluation(self, record: EvaluationRecord) -> None:
         """A held-out evaluation was made."""
         self._held_out = (
-            f"held-out reward {record['reward']:.3f} "
-            f"({record['num_prompts']} prompts, greedy, after step {record['step']})"
+            f"held-out reward {_number(record.reward)} "
+            f"({record.num_prompts} prompts, greedy, after step {record.step})"
         )
         self.note(self._held_out)
 
-    def step(self, record: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
+    def step(self, record: StepRecord, samples: Sequence[SampleRecord] = ()) -> None:
         """A step was taken."""
-        step: int = record["step"]
-        self._rewards.append(record["reward"])
-        self._seconds.append(record["timing_s"]["total"])
-        for cluster, values in record["clusters"].items():
-            if values["reward"] is not None:
+        step, seconds = record.step, record.timing_s.total or 0.0
+        self._rewards.append(_known(record.reward))
+        self._seconds.append(seconds)
+        for cluster, values in record.clusters.items():
+            if values.reward is not None:
                 kept = self._cluster_rewards.setdefault(cluster, deque(maxlen=_AVERAGE_STEPS))
-                kept.append(values["reward"])
+                kept.append(values.reward)
+        shown = extremes(
+            {c: _known(values.count) for c, values in record.clusters.items()},
+            {c: _known(values.mean) for c, values in record.clusters.items()},
+            _EXTREMES,
+        )
         left = self._num_steps * (1 + self._runs_after) - step
         left_s = left * _mean(self._seconds)
         peers = "".join(
@@ -102,26 +111,31 @@ class Display:
             if step in rewards
         )
         if self._live is not None:
-            self._live.update(self._table(record, sample, left_s))
+            self._live.update(self._table(record, shown, samples, left_s))
             return
         now = time.monotonic()
         if now - self._last_line < _LINE_EVERY_S and step < self._num_steps:
             return
         self._last_line = now
         clusters = "  ".join(
-            f"{c}: {_mean(r):.2f}" for c, r in sorted(self._cluster_rewards.items())
+            f"{c}: {_mean(self._cluster_rewards[c]):.2f}"
+            for c in sorted(shown)
+            if c in self._cluster_rewards
         )
         self.note(
-            f"step {step}/{self._num_steps}  reward {record['reward']:.3f}{peers}  "
+            f"step {step}/{self._num_steps}  reward {_number(record.reward)}{peers}  "
             f"mean of last {len(self._rewards)} {_mean(self._rewards):.3f}  by cluster {clusters}  "
-            f"{record['timing_s']['total']:.1f} s  left {_clock(left_s)}"
+            f"{seconds:.1f} s  left {_clock(left_s)}"
         )
 
     def _table(
-        self, record: Mapping[str, Any], sample: Mapping[str, Any] | None, left_s: float
+        self,
+        record: StepRecord,
+        shown: Sequence[str],
+        samples: Sequence[SampleRecord],
+        left_s: float,
     ) -> RenderableType:
-        step: int = record["step"]
-        timing = record["timing_s"]
+        step, timing = record.step, record.timing_s
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._title, style="bold"),
@@ -132,19 +146,23 @@ class Display:
         table = Table(expand=False)
         for name in ("cluster", "reward", "rollouts", "history mean", "std", "count", "who"):
             table.add_column(name, justify="left" if name in ("cluster", "who") else "right")
-        for cluster, values in record["clusters"].items():
+        for cluster in shown:
+            values = record.clusters[cluster]
             average = _mean(self._cluster_rewards.get(cluster, ()))
             table.add_row(
                 cluster,
                 f"{average:.3f}",
-                str(values["num_rollouts"]),
-                _number(values["mean"]),
-                _number(values["std"]),
-                f"{values['count']:.0f}",
+                str(values.num_rollouts),
+                _number(values.mean),
+                _number(values.std),
+                f"{_known(values.count):.0f}",
                 self.about.get(cluster, ""),
             )
         table.add_section()
-        table.add_row("all", f"{_mean(self._rewards):.3f}", str(record["num_rollouts"]))
+        hidden = (record.num_clusters or 0) - len(shown)
+        note = f"{hidden} more: not the largest, smallest or worst" if hidden > 0 else ""
+        mean, rollouts = f"{_mean(self._rewards):.3f}", str(record.num_rollouts)
+        table.add_row("all", mean, rollouts, "", "", "", note)
         lines: list[RenderableType] = [head, table]
         for name, rewards in self._peers.items():
             past = [
@@ -154,20 +172,22 @@ class Display:
                 lines.append(Text(f"{name} at this step: {_mean(past):.3f}"))
         lines.append(
             Text(
-                f"rewards are means of the last {len(self._rewards)} steps; loss {record['loss']:.4f}, "
-                f"gradient norm {record['grad_norm']:.3f}; {timing['total']:.1f} s a step "
-                f"(generate {timing['generate']:.1f}, reward {timing['reward']:.1f}, "
-                f"update {timing['update']:.1f})",
+                f"rewards are means of the last {len(self._rewards)} steps; "
+                f"loss {_known(record.loss):.4f}, gradient norm {_number(record.grad_norm)}; "
+                f"{_known(timing.total):.1f} s a step (generate "
+                f"{_known(timing.generate):.1f}, reward {_known(timing.reward):.1f}, update "
+                f"{_known(timing.update):.1f})",
                 style="dim",
             )
         )
         if self._held_out:
             lines.append(Text(self._held_out))
-        if sample is not None:
+        if samples:
+            first = samples[0]
             lines.append(
                 Text(
-                    f"sample: {sample['prompt'][-160:]!r} -> {sample['completion'][:80]!r}  reward "
-                    f"{_number(sample['reward'])}, advantage {_number(sample['advantage'])}",
+                    f"sample: {first.prompt[-160:]!r} -> {first.completion[:80]!r}  reward "
+                    f"{_number(first.reward)}, advantage {_number(first.advantage)}",
                     style="dim",
                 )
             )
@@ -198,6 +218,10 @@ class Stopwatch:
 
 def _mean(values: Sequence[float] | deque[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
+
+
+def _known(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _number(value: float | None) -> str:

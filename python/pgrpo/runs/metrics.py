@@ -1,29 +1,96 @@
-"""What a step tells about itself: one record per step, the same for every log and display.
-
-docs/run_folder.md explains each name.
-"""
+"""What a step tells about itself, computed from its batch: the record that every log gets."""
 
 from __future__ import annotations
 
-import importlib
+import heapq
 import math
-import os
 import platform
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
+from pgrpo.config.sections import EstimatorConfig
 from pgrpo.normalizer import ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
-from pgrpo.runs.folder import disk_errors
-from pgrpo.types import ClusterId, Group
+from pgrpo.rollout.collector import Batch
+from pgrpo.runs.records import (
+    MAX_CLUSTERS,
+    ClusterRecord,
+    FairnessRecord,
+    SampleRecord,
+    StepRecord,
+)
+from pgrpo.types import ClusterId, FloatArray, Group
 
 if sys.platform != "win32":
     import resource
+
+EXTREMES = 8
+"""Clusters of each kind (largest, smallest, worst) that a record lists before all others."""
+
+PAIRS = 1024
+"""Up to so many clusters the Gini coefficient is summed over their pairs, at 8 MB."""
+
+
+def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> StepRecord:
+    """The record of a step.
+
+    Args:
+        batch: what the step learned from.
+        estimator: the section `[estimator]`.
+        update: fields of the record that its update, its engine and its clock tell.
+    """
+    rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+    rewards = np.concatenate([group.rewards for group in batch.groups])
+    rewarded = rewards[np.isfinite(rewards)]
+    clusters, spread = cluster_records(
+        batch.groups,
+        batch.after,
+        batch.before if estimator.order == "normalize_then_update" else batch.after,
+        eps=estimator.eps,
+        ddof=estimator.ddof,
+    )
+    return StepRecord(
+        step=batch.step,
+        reward=float(rewarded.mean()),
+        num_rollouts=len(rollouts),
+        num_unrewarded=len(rollouts) - len(rewarded),
+        completion_tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
+        truncated=float(np.mean([r.truncated for r in rollouts])),
+        equal_groups=equal_groups(batch.groups),
+        entropy=-float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
+        rollout_version=min(r.policy_version for r in rollouts),
+        peak_memory_bytes=peak_memory_bytes(),
+        num_clusters=len(batch.after),
+        clusters=clusters,
+        fairness=spread,
+        **update,
+    )
+
+
+def sample_records(batch: Batch, wanted: int) -> list[SampleRecord]:
+    """So many of the step's rollouts, spread evenly over its groups."""
+    flat = [
+        entry
+        for group in batch.groups
+        for entry in zip(group.rollouts, group.rewards, group.advantages, strict=True)
+    ]
+    places = np.linspace(0, len(flat) - 1, min(wanted, len(flat))).round().astype(int).tolist()
+    return [
+        SampleRecord(
+            step=batch.step,
+            prompt=rollout.prompt.example.text,
+            completion=rollout.completion,
+            reward=_finite(float(reward)),
+            advantage=float(advantage),
+            cluster_id=rollout.prompt.cluster_id,
+            user=rollout.prompt.example.user,
+        )
+        for rollout, reward, advantage in map(flat.__getitem__, places)
+    ]
 
 
 def cluster_records(
@@ -33,52 +100,116 @@ def cluster_records(
     *,
     eps: float,
     ddof: int,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, ClusterRecord], FairnessRecord]:
     """Per cluster with a history: raw reward of this step, history after it, mean advantage and the
-    terms of Corollary 3.1 by the histories that were `read`, before or after the step.
+    terms of Corollary 3.1 by the cluster's own history `read`, before or after the step; and the
+    spread of the rewards over the clusters of this step.
 
     With a group's mean and standard deviation m_G, s_G and its cluster's m_p, s_p, P-GRPO's
     advantage is scale_ratio * (GRPO's advantage) + bias, where
 
         scale_ratio = (s_G + eps) / (s_p + eps)        bias = (m_G - m_p) / (s_p + eps)
 
-    both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1). NaN rewards are
-    left out.
+    both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1). That is what the
+    cluster's own history says, as it stands: `prior_count` and `sigma_floor` are not in it, nor is
+    any other history that advantages may come from. NaN rewards are left out.
+
+    Of more than MAX_CLUSTERS clusters, those are given that `_listed` chooses. O(N + K) for N rollouts
+    and K clusters.
     """
-    records: dict[str, dict[str, Any]] = {}
-    rewards = np.concatenate([group.rewards for group in groups])
-    advantages = np.concatenate([group.advantages for group in groups])
-    cluster_of = [r.prompt.cluster_id for group in groups for r in group.rollouts]
-    for cluster, history in histories.items():
-        members = np.array([i for i, c in enumerate(cluster_of) if c == cluster], dtype=int)
-        members = members[np.isfinite(rewards[members])]
-        record: dict[str, Any] = {
-            "reward": None,
-            "num_rollouts": len(members),
-            "count": history.count,
-            "mean": _finite(history.mean),
-            "std": _finite(history.std),
-            "advantage": None,
-            "scale_ratio": None,
-            "bias": None,
-        }
-        if len(members):
-            record["reward"] = float(rewards[members].mean())
-            record["advantage"] = float(advantages[members].mean())
-        if len(members) and cluster in read:
+    met: dict[ClusterId, list[tuple[FloatArray, FloatArray]]] = {}
+    for group in groups:
+        rewarded = np.isfinite(group.rewards)
+        if rewarded.any():
+            part = (group.rewards[rewarded], group.advantages[rewarded])
+            met.setdefault(group.prompt.cluster_id, []).append(part)
+    means = {
+        cluster: float(np.concatenate([rewards for rewards, _ in parts]).mean())
+        for cluster, parts in met.items()
+    }
+    records: dict[str, ClusterRecord] = {}
+    for cluster in _listed(histories, means):
+        history, parts = histories[cluster], met.get(cluster, [])
+        terms: list[tuple[float, float]] = []
+        if cluster in read:
             scale = read[cluster].std + eps
-            stats: list[tuple[float, float]] = []
-            for group in groups:
-                values = group.rewards[np.isfinite(group.rewards)]
-                if group.prompt.cluster_id == cluster and len(values) > ddof:
-                    std = float(values.std(ddof=ddof))
-                    stats.append(
-                        ((std + eps) / scale, (float(values.mean()) - read[cluster].mean) / scale)
-                    )
-            if stats:
-                record["scale_ratio"], record["bias"] = np.mean(stats, axis=0).tolist()
-        records[str(cluster)] = record
-    return records
+            for rewards, _ in parts:
+                if len(rewards) > ddof:
+                    std, mean = float(rewards.std(ddof=ddof)), float(rewards.mean())
+                    terms.append(((std + eps) / scale, (mean - read[cluster].mean) / scale))
+        scale_ratio, bias = np.mean(terms, axis=0).tolist() if terms else (None, None)
+        records[str(cluster)] = ClusterRecord(
+            reward=means.get(cluster),
+            num_rollouts=sum(len(rewards) for rewards, _ in parts),
+            count=history.count,
+            mean=_finite(history.mean),
+            std=_finite(history.std),
+            advantage=float(np.concatenate([a for _, a in parts]).mean()) if parts else None,
+            scale_ratio=scale_ratio,
+            bias=bias,
+        )
+    return records, fairness([means[cluster] for cluster in histories if cluster in means])
+
+
+def _listed(
+    histories: Mapping[ClusterId, ClusterStats], met: Mapping[ClusterId, float]
+) -> Sequence[ClusterId]:
+    """Clusters of a record, in the order of the histories: all, or, where they are more than
+    MAX_CLUSTERS, the extremes and then those that were met in this step, the worst first."""
+    if len(histories) <= MAX_CLUSTERS:
+        return list(histories)
+    chosen = extremes(
+        {cluster: history.count for cluster, history in histories.items()},
+        {cluster: history.mean for cluster, history in histories.items()},
+        EXTREMES,
+    )
+    changed = heapq.nsmallest(MAX_CLUSTERS, met, key=lambda c: met[c])
+    chosen = set(list(dict.fromkeys([*chosen, *changed]))[:MAX_CLUSTERS])
+    return [cluster for cluster in histories if cluster in chosen]
+
+
+KeyT = TypeVar("KeyT")
+
+
+def extremes(sizes: Mapping[KeyT, float], values: Mapping[KeyT, float], each: int) -> list[KeyT]:
+    """The largest, the smallest and the worst (of least value), `each` of them, in their own order;
+    all where they are no more than 3 * each. Who is several of these leaves no room to others."""
+    if len(sizes) <= 3 * each:
+        return list(sizes)
+    chosen = {
+        *heapq.nlargest(each, sizes, key=lambda key: sizes[key]),
+        *heapq.nsmallest(each, sizes, key=lambda key: sizes[key]),
+        *heapq.nsmallest(each, values, key=lambda key: values[key]),
+    }
+    return [key for key in sizes if key in chosen]
+
+
+def fairness(values: Sequence[float]) -> FairnessRecord:
+    """Spread over clusters: the worst value, best minus worst, and the Gini coefficient.
+
+    Gini = sum_ij |v_i - v_j| / (2 K^2 mean), 0 when all are equal; None unless all values are
+    non-negative and one is positive, where it has no meaning.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if not len(v):
+        return FairnessRecord()
+    gini = None
+    if v.min() >= 0 and v.max() > 0:
+        if len(v) <= PAIRS:
+            difference = np.abs(v[:, None] - v[None, :]).mean()
+        else:
+            # In rising order the i-th of K values is the larger one of i pairs, the smaller one of
+            # K - 1 - i.
+            ranks = np.arange(len(v))
+            difference = 2 * float((2 * ranks - len(v) + 1) @ np.sort(v)) / len(v) ** 2
+        gini = float(difference / (2 * v.mean()))
+    return FairnessRecord(worst=float(v.min()), gap=float(v.max() - v.min()), gini=gini)
+
+
+def equal_groups(groups: Sequence[Group]) -> float:
+    """Share of the groups whose rewards are all equal, in which GRPO has no signal. NaN rewards are
+    left out."""
+    return float(np.mean([len(set(g.rewards[np.isfinite(g.rewards)])) <= 1 for g in groups]))
 
 
 LENGTH_BIAS = 0.1
@@ -107,81 +238,12 @@ def warnings(diagnostics: Diagnostics, aggregation: str) -> list[str]:
     return found
 
 
-def fairness(values: Sequence[float]) -> dict[str, float | None]:
-    """Spread over clusters: the worst value, best minus worst, and the Gini coefficient.
-
-    Gini = sum_ij |v_i - v_j| / (2 K^2 mean), 0 when all are equal; None unless all values are
-    non-negative and one is positive, where it has no meaning.
-    """
-    v = np.asarray(values, dtype=np.float64)
-    if not len(v):
-        return {"worst": None, "gap": None, "gini": None}
-    defined = v.min() >= 0 and v.max() > 0
-    gini = float(np.abs(v[:, None] - v[None, :]).mean() / (2 * v.mean())) if defined else None
-    return {"worst": float(v.min()), "gap": float(v.max() - v.min()), "gini": gini}
-
-
-def equal_groups(groups: Sequence[Group]) -> float:
-    """Share of the groups whose rewards are all equal, in which GRPO has no signal. NaN rewards are
-    left out."""
-    return float(np.mean([len(set(g.rewards[np.isfinite(g.rewards)])) <= 1 for g in groups]))
-
-
 def peak_memory_bytes() -> int | None:
     """Most memory this process has held so far, in bytes; None where the system does not tell."""
     if sys.platform == "win32":
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class EventFile:
-    """A TensorBoard event file, written on the spot.
-
-    torch's SummaryWriter writes from a thread of its own, where a full disk is noticed too late to
-    be told.
-
-    Args:
-        folder: what `tensorboard --logdir` is pointed at.
-        first_step: of what will be written; TensorBoard forgets what earlier files say of it and of
-            later steps, which a resumed run takes again.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        # tensorboard's modules are untyped, and made when they are imported.
-        protocol: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        records: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
-        self._event, self._summary = protocol.Event, summary.Summary
-        self._framed = records.RecordWriter
-        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
-        self._path = folder / name
-        with disk_errors(f"{self._path} cannot be written"):
-            folder.mkdir(exist_ok=True)
-        self._add(file_version="brain.Event:2")
-        start = protocol.SessionLog(status=protocol.SessionLog.START)
-        self._add(step=first_step, session_log=start)
-
-    def write(self, record: Mapping[str, Any], step: int, prefix: str = "") -> None:
-        """Every number of a record, by its path."""
-        values = [
-            self._summary.Value(tag=path, simple_value=value)
-            for path, value in _numbers(record, prefix)
-        ]
-        self._add(step=step, summary=self._summary(value=values))
-
-    def _add(self, **fields: Any) -> None:
-        event = self._event(wall_time=time.time(), **fields)
-        with disk_errors(f"{self._path} cannot be written"), open(self._path, "ab") as file:
-            self._framed(file).write(event.SerializeToString())
-
-
-def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(cast(Mapping[str, Any], value), f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            yield prefix + name, value
 
 
 def processor_name() -> str:

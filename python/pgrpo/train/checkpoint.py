@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pgrpo.errors import CheckpointError, RunFolderError
-from pgrpo.runs.folder import disk_errors
+from pgrpo.runs.disk import disk_errors
 from pgrpo.train.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")

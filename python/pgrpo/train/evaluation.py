@@ -15,9 +15,10 @@ from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import latest_checkpoint
-from pgrpo.types import Dataset, Example, Prompt
+from pgrpo.types import Dataset, Example, FloatArray, Prompt
 
 
 def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
@@ -37,18 +38,16 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
 
 
 def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, token_budget: int
-) -> dict[str, Any]:
+    step: int, engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, token_budget: int
+) -> EvaluationRecord:
     """Mean reward of greedy completions, over all prompts and per cluster.
 
     Args:
+        step: taken before it.
         engine: generates with the policy's current weights.
         prompts: held-out prompts.
         scorer: gives each completion its reward.
         token_budget: most prompt tokens of one call of the engine.
-
-    Returns:
-        `reward`, `std` (of single rewards) and `num_prompts`, and the same by cluster in `clusters`.
     """
     rewards: list[float] = []
     start = 0
@@ -65,20 +64,23 @@ def evaluate(
     values = np.array(rewards)
     if not np.isfinite(values).any():
         raise PluginError("no held-out completion got a reward")
-    clusters = [str(prompt.cluster_id) for prompt in prompts]
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(str(prompt.cluster_id), []).append(place)
 
-    def summary(mask: Any) -> dict[str, Any]:
-        chosen = values[mask & np.isfinite(values)]
-        return {
-            "reward": float(chosen.mean()) if len(chosen) else None,
-            "std": float(chosen.std()) if len(chosen) else None,
-            "num_prompts": len(chosen),
-        }
+    def summary(rewards: FloatArray) -> ClusterEvaluation:
+        chosen = rewards[np.isfinite(rewards)]
+        return ClusterEvaluation(
+            reward=float(chosen.mean()) if len(chosen) else None,
+            std=float(chosen.std()) if len(chosen) else None,
+            num_prompts=len(chosen),
+        )
 
-    per_cluster = {
-        name: summary(np.array([c == name for c in clusters])) for name in sorted(set(clusters))
-    }
-    return {**summary(np.ones(len(values), dtype=bool)), "clusters": per_cluster}
+    return EvaluationRecord(
+        step=step,
+        **vars(summary(values)),
+        clusters={name: summary(values[where]) for name, where in sorted(places.items())},
+    )
 
 
 def evaluate_run(
@@ -113,14 +115,13 @@ def evaluate_run(
             if count is not None:
                 dataset = load_dataset(_with_candidates(config.data, count))
             prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
+            budget = config.optimizer.token_budget
             result = evaluate(
-                parts.engine, prompts, parts.held_out_scorer, config.optimizer.token_budget
-            )
+                checkpoint.step, parts.engine, prompts, parts.held_out_scorer, budget
+            ).model_dump()
             error = result["std"] / result["num_prompts"] ** 0.5
             shown = getattr(config.data, "candidates", None) if count is None else count
-            results.append(
-                {"candidates": shown, "step": checkpoint.step, "standard_error": error, **result}
-            )
+            results.append({"candidates": shown, "standard_error": error, **result})
     return results
 
 

@@ -9,11 +9,11 @@ either pipeline.
 from __future__ import annotations
 
 import re
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from pgrpo.runs import metrics
 from pgrpo.runs.config import Config
 from pgrpo.runs.display import Display, Stopwatch
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
+from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint
 from pgrpo.train.evaluation import evaluate, held_out
@@ -42,6 +44,7 @@ def train(config: Config, folder: RunFolder, display: Display) -> Verdict:
     Returns:
         What the report says first.
     """
+    require_trackers(config.run.trackers)
     discard_partial(folder.checkpoints)
     with Assembly(config, latest_checkpoint(folder.checkpoints), display.note) as parts:
         Trainer(parts, folder, display).run()
@@ -91,28 +94,20 @@ class Trainer:
         if not self.folder.holds_run:
             self.folder.create(config)
         self._write_info("running")
-        tensorboard = (
-            metrics.EventFile(self.folder.path / "tensorboard", self.done + 1)
-            if run.tensorboard
-            else None
-        )
         # OpenMP counts threads per thread, and vLLM's kernels take the count as they find it.
         threads = (torch.get_num_threads(),)
-        with ThreadPoolExecutor(1, "collector", torch.set_num_threads, threads) as self._thread:
+        with (
+            open_sinks(config, self.folder, self.display, self.done + 1) as sinks,
+            ThreadPoolExecutor(1, "collector", torch.set_num_threads, threads) as self._thread,
+        ):
             try:
                 # A run that failed in an evaluation was saved before it.
-                evaluated = {r["step"] for r in self.folder.records("evaluations.jsonl")}
-                if self.done not in evaluated:
-                    self._evaluate_if_due(self.done, tensorboard)
+                if self.done not in {record.step for record in self.folder.evaluations}:
+                    self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
-                    record, samples = self.step(step)
-                    self.folder.append("metrics.jsonl", record)
-                    self.folder.append("samples.jsonl", *samples)
-                    if tensorboard is not None:
-                        tensorboard.write(record, step)
-                    self.display.step(record, samples[0] if samples else None)
+                    sinks.step(*self.step(step))
                     self.done, self._updating = step, False
-                    self._evaluate_if_due(step, tensorboard)
+                    self._evaluate_if_due(step, sinks)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
             except (PgrpoError, KeyboardInterrupt) as error:
@@ -128,52 +123,30 @@ class Trainer:
         self._write_info("finished")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
 
-    def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Take one step: its metrics and samples."""
+    def step(self, step: int) -> tuple[StepRecord, list[SampleRecord]]:
+        """Take one step: its record and samples."""
         config, watch = self.config, Stopwatch()
         batch = self._next_batch(step, watch)
-        rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-        rewards = np.concatenate([group.rewards for group in batch.groups])
-        rewarded = rewards[np.isfinite(rewards)]
         self._updating, self._batch = True, None
         learning_rate = self.policy.learning_rate(step)
         stats = self.policy.update(batch.rewarded(), learning_rate)
         self.policy_version += stats.num_updates
         watch.lap("update")
 
-        clusters = metrics.cluster_records(
-            batch.groups,
-            batch.after,
-            batch.before if config.estimator.order == "normalize_then_update" else batch.after,
-            eps=config.estimator.eps,
-            ddof=config.estimator.ddof,
+        record = metrics.step_record(
+            batch,
+            config.estimator,
+            loss=stats.loss,
+            grad_norm=stats.grad_norm,
+            learning_rate=learning_rate,
+            kl=stats.kl if config.loss.kl_coef else None,
+            clipped=stats.clipped,
+            mismatch=asdict(stats.mismatch),
+            policy_version=self.policy_version,
+            sync=None if self._sync_stats is None else asdict(self._sync_stats),
+            timing_s={**batch.timing_s, **watch.total()},
         )
-        record: dict[str, Any] = {
-            "step": step,
-            "reward": float(rewarded.mean()),
-            "loss": stats.loss,
-            "grad_norm": stats.grad_norm,
-            "learning_rate": learning_rate,
-            "num_rollouts": len(rollouts),
-            "num_unrewarded": len(rollouts) - len(rewarded),
-            "completion_tokens": float(np.mean([len(r.completion_ids) for r in rollouts])),
-            "truncated": float(np.mean([r.truncated for r in rollouts])),
-            "equal_groups": metrics.equal_groups(batch.groups),
-            "entropy": -float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
-            "kl": stats.kl if config.loss.kl_coef else None,
-            "clipped": stats.clipped,
-            "mismatch": asdict(stats.mismatch),
-            "policy_version": self.policy_version,
-            "rollout_version": min(r.policy_version for r in rollouts),
-            "sync": None if self._sync_stats is None else asdict(self._sync_stats),
-            "peak_memory_bytes": metrics.peak_memory_bytes(),
-            "clusters": clusters,
-            "fairness": metrics.fairness(
-                [c["reward"] for c in clusters.values() if c["reward"] is not None]
-            ),
-            "timing_s": {**batch.timing_s, **watch.total()},
-        }
-        return record, self._samples(batch)
+        return record, metrics.sample_records(batch, config.run.samples_per_step)
 
     def _next_batch(self, step: int, watch: Stopwatch) -> Batch:
         """The step's batch; under `one_step_off` the next one's is then under way."""
@@ -207,46 +180,22 @@ class Trainer:
         # What went wrong there is told when the batch is wanted.
         return None if self._ahead.exception() else self._ahead.result()
 
-    def _samples(self, batch: Batch) -> list[dict[str, Any]]:
-        """Rollouts for samples.jsonl, spread over the step's groups."""
-        flat = [
-            entry
-            for group in batch.groups
-            for entry in zip(group.rollouts, group.rewards, group.advantages, strict=True)
-        ]
-        wanted = min(self.config.run.samples_per_step, len(flat))
-        chosen = np.linspace(0, len(flat) - 1, wanted).round().astype(int).tolist()
-        return [
-            {
-                "step": batch.step,
-                "prompt": rollout.prompt.example.text,
-                "completion": rollout.completion,
-                "reward": float(reward) if np.isfinite(reward) else None,
-                "advantage": float(advantage),
-                "cluster_id": rollout.prompt.cluster_id,
-                "user": rollout.prompt.example.user,
-            }
-            for rollout, reward, advantage in map(flat.__getitem__, chosen)
-        ]
-
-    def _evaluate_if_due(self, step: int, tensorboard: metrics.EventFile | None) -> None:
+    def _evaluate_if_due(self, step: int, sinks: Sinks) -> None:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
             return
         self._unused_batch()  # waits until the engine is idle
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
-        result = evaluate(
-            self.engine,
-            self.held_out_prompts,
-            self.held_out_scorer,
-            self.config.optimizer.token_budget,
+        sinks.evaluation(
+            evaluate(
+                step,
+                self.engine,
+                self.held_out_prompts,
+                self.held_out_scorer,
+                self.config.optimizer.token_budget,
+            )
         )
-        record = {"step": step, **result}
-        self.folder.append("evaluations.jsonl", record)
-        if tensorboard is not None:
-            tensorboard.write(result, step, prefix="held_out/")
-        self.display.evaluation(record)
 
     def _save(self, step: int) -> None:
         state = {
@@ -276,23 +225,22 @@ class Trainer:
         """run.json: what the report has to know besides the logs."""
         examples = held_out(self.dataset, 64) if len(self.dataset.evaluation) else []
         lengths = [len(e.choices) for e in examples if e.choices]
-        info = {
-            "status": status,
-            "started": self.folder.info().get("started")
-            or datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "processor": metrics.processor_name(),
-            "num_threads": torch.get_num_threads(),
-            "precision": self.policy.model.precision,
-            "versions": {
-                name: version(name) for name in ("pgrpo", "torch", "transformers", "numpy")
-            },
-            "num_parameters": sum(p.numel() for p in self.policy.model.model.parameters()),
-            "num_trained_parameters": sum(p.numel() for p in self.policy.parameters.values()),
-            "num_train_examples": len(self.dataset.train),
-            "num_held_out_examples": len(self.dataset.evaluation),
-            "chance": float(np.mean([1 / n for n in lengths])) if lengths else None,
-            "reward_name": " + ".join(section.name for section in self.config.rewards),
-            "clusters": self.members.about,
-            "warnings": self._warnings(),
-        }
+        found = self.folder.info()
+        info = RunInfo(
+            status=status,
+            id=found.id or secrets.token_hex(6),
+            started=found.started or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            processor=metrics.processor_name(),
+            num_threads=torch.get_num_threads(),
+            precision=self.policy.model.precision,
+            versions={name: version(name) for name in ("pgrpo", "torch", "transformers", "numpy")},
+            num_parameters=sum(p.numel() for p in self.policy.model.model.parameters()),
+            num_trained_parameters=sum(p.numel() for p in self.policy.parameters.values()),
+            num_train_examples=len(self.dataset.train),
+            num_held_out_examples=len(self.dataset.evaluation),
+            chance=float(np.mean([1 / n for n in lengths])) if lengths else None,
+            reward_name=" + ".join(section.name for section in self.config.rewards),
+            clusters={c: ClusterInfo.model_validate(a) for c, a in self.members.about.items()},
+            warnings=self._warnings(),
+        )
         self.folder.write_info(info)

@@ -1,0 +1,257 @@
+"""Sections that tell what came out: summary, differences, warnings, rewards, fairness."""
+
+from __future__ import annotations
+
+from pgrpo.report import figures
+from pgrpo.report.blocks import Block, Cell, Grid, Section, Table, estimate, legend, section
+from pgrpo.report.context import Context
+from pgrpo.report.figures import Dots
+from pgrpo.report.study import EVALUATIONS, Arm
+from pgrpo.report.verdict import (
+    WITHIN_NOISE,
+    enumerate_words,
+    interval,
+    number,
+)
+
+
+def summary(page: Context) -> Section:
+    """One row per arm."""
+    study, steps = page.study, page.study.window
+    first, last = (f"first {steps}", f"last {steps}") if steps > 1 else ("first step", "last step")
+    header = ["Arm", "Seeds", f"Reward, {first}", last]
+    if study.evaluated:
+        header += [f"Held-out, step {study.evaluated[0]}", f"step {study.evaluated[1]}"]
+    header += ["Worst cluster", "Gap", "Gini", "s per step"]
+    rows: list[list[Cell | str]] = []
+    for arm in study.arms:
+        seeds = [run.settings.get("run.seed", "–") for run in arm.runs]
+        row: list[Cell | str] = [
+            Cell(arm.name, page.arm_colors[arm.name]),
+            Cell(str(len(seeds)), small=[", ".join(seeds)]),
+            estimate(study.first(arm, "reward")),
+            estimate(study.last(arm, "reward")),
+        ]
+        if study.evaluated:
+            row += [estimate(study.held_out(arm, step)) for step in study.evaluated]
+        spread = study.spread(arm)
+        if spread is None:
+            row += ["–"] * 3
+        else:
+            row.append(estimate(spread.reward, figures.shorten(spread.worst, 18)))
+            row += [estimate(spread.gap), number(spread.gini)]
+        rows.append([*row, number(study.throughout(arm, "timing_s/total"))])
+    source = (
+        f"the held-out evaluation at step {study.evaluated[1]}"
+        if study.evaluated and study.cluster_evaluations
+        else f"training, {last}"
+    )
+    when = (
+        f"“First {steps}” and “last {steps}” are means over steps, up to step {study.last_step}."
+        if steps > 1
+        else f"The last step is step {study.last_step}."
+    )
+    error = (
+        "; of held-out rewards that over the prompts of one evaluation where larger."
+        if study.evaluated
+        else ", absent for one seed."
+    )
+    tukey = "The intervals above are Tukey-Kramer intervals over seeds."
+    return section(
+        "Summary",
+        [Table(header, rows, dict.fromkeys(range(2, len(header)), "n"))],
+        when,
+        f"± is the standard error over seeds{error}",
+        f"Worst cluster, gap (best minus worst) and Gini compare clusters in {source}, averaged over "
+        "seeds first.",
+        page.scales(held_out=study.cluster_evaluations),
+        tukey if len(study.ranked) == 2 else "",
+    )
+
+
+def differences(page: Context) -> Section | None:
+    """The best arm against each other one, where the verdict has no room for that."""
+    study = page.study
+    if len(study.ranked) < 3:
+        return None
+    best, *others = study.ranked
+    columns: dict[str, str | None] = {"Reward": None}
+    if study.minority is not None and study.same_clusters:
+        columns[f"Smallest cluster, {figures.shorten(study.minority, 28)}"] = study.minority
+    header = [f"{best.name} minus"]
+    for name in columns:
+        header += [name, "95 % interval"]
+    rows: list[list[Cell | str]] = []
+    for arm in others:
+        row: list[Cell | str] = [Cell(arm.name, page.arm_colors[arm.name])]
+        for cluster in columns.values():
+            lead = study.difference(best, arm, cluster)
+            if lead is None:
+                row += ["–", "–"]
+            else:
+                noise = [] if lead.clear else [WITHIN_NOISE]
+                row += [number(lead.mean, sign=True), Cell(interval(lead), small=noise)]
+        rows.append(row)
+    return section(
+        "Differences",
+        [Table(header, rows, dict.fromkeys(range(1, len(header)), "n"))],
+        "Tukey-Kramer intervals over seeds: they hold for all pairs of arms at once, and take the "
+        "variance between seeds to be the same in every arm.",
+    )
+
+
+def warnings(page: Context) -> Section | None:
+    """What the runs' histories tell that may go wrong."""
+    rows = [
+        [
+            Cell(arm.name, page.arm_colors[arm.name]),
+            run.settings.get("run.seed", "–"),
+            warning[:1].upper() + warning[1:] + ".",
+        ]
+        for arm in page.study.arms
+        for run in arm.runs
+        for warning in run.info.warnings
+    ]
+    if not rows:
+        return None
+    return section(
+        "Warnings",
+        [Table(["Arm", "Seed", ""], rows, {1: "n", 2: "text"})],
+        "From the running sums of each run's histories, as of its end (or of its last start, where it "
+        "has not finished). They tell what to look at, not that a run failed.",
+    )
+
+
+def reward(page: Context) -> Section | None:
+    """Mean raw reward of the rollouts."""
+    drawn = page.arm_lines("reward")
+    if not drawn:
+        return None
+    chance = page.study.chance
+    figure = figures.lines(drawn, reference=chance, raw=page.raw)
+    return section(
+        "Reward in training",
+        [legend(page.arm_colors, chance), page.place(figure, "Reward over the steps")],
+        f"Mean raw reward ({page.reward_name}) of a step's sampled rollouts.",
+        page.drawing(),
+    )
+
+
+def held_out(page: Context) -> Section | None:
+    """Evaluations over the steps."""
+    study = page.study
+    drawn: list[Dots] = []
+    for arm in study.arms:
+        steps = study.evaluations(arm)
+        if steps:
+            estimates = [study.held_out(arm, step) for step in steps]
+            drawn.append(Dots(arm.name, page.arm_colors[arm.name], steps, estimates))
+    if not drawn:
+        return None
+    prompts = sorted({int(n) for run in study.runs for n in run.evaluations["num_prompts"]})
+    count = enumerate_words([f"{n:,}" for n in prompts])
+    chance = None if study.own_evaluation else study.chance
+    own = ", scored by rewards of their own" if study.own_evaluation else ""
+    figure = figures.evaluations(drawn, chance)
+    return section(
+        "Held-out prompts",
+        [legend(page.arm_colors, chance), page.place(figure, "Held-out reward over the steps")],
+        f"Greedy decoding on {count} held-out prompts{own}. Error bars: one standard error, as in "
+        "the summary.",
+        f"At most {EVALUATIONS} evaluations of an arm are drawn, evenly spaced."
+        if max(len(run.evaluations.steps) for run in study.runs) > EVALUATIONS
+        else "",
+    )
+
+
+def held_out_by_cluster(page: Context) -> Section | None:
+    """Evaluations per cluster before and after."""
+    study = page.study
+    if not (study.evaluated and study.cluster_evaluations):
+        return None
+    first, last = study.evaluated
+
+    def dots(arm: Arm, step: int) -> Dots:
+        estimates = [study.held_out(arm, step, name) for name in study.shown]
+        return Dots(arm.name, page.arm_colors[arm.name], range(len(study.shown)), estimates)
+
+    figure = figures.before_and_after(
+        study.shown,
+        [dots(arm, first) for arm in study.arms],
+        [dots(arm, last) for arm in study.arms],
+        None if study.own_evaluation else study.chance,
+    )
+    return section(
+        "Held-out prompts by cluster",
+        [page.place(figure, "Held-out reward of each cluster before and after")],
+        f"Largest share first. Open: step {first}; filled: step {last}, with one standard error.",
+        page.scales(held_out=True),
+        page.selection(),
+    )
+
+
+def clusters(page: Context) -> Section | None:
+    """Reward of each cluster in training, the arms together."""
+    panels = {
+        name: drawn
+        for name in page.study.shown
+        if (drawn := page.arm_lines(f"clusters/{name}/reward"))
+    }
+    if not panels:
+        return None
+    shared = figures.common_range([[line.curve for line in drawn] for drawn in panels.values()])
+    chance = page.study.chance
+    charts = [
+        page.panel(name, figures.lines(drawn, 210, chance, shared, page.raw), "Reward")
+        for name, drawn in panels.items()
+    ]
+    axes = (
+        "All panels share one axis."
+        if shared
+        else "Each panel has an axis of its own, because a common one would flatten some."
+    )
+    return section(
+        "Reward by cluster",
+        [legend(page.arm_colors, chance), Grid(charts)],
+        f"Raw reward in training, ordered by the cluster's share. {axes}",
+        page.drawing(),
+        page.selection(),
+        _shares(page),
+    )
+
+
+def fairness(page: Context) -> Section | None:
+    """Worst cluster, gap and Gini over the steps."""
+    panels = page.small(
+        {
+            "Worst cluster": ("lowest mean reward of a cluster", "fairness/worst"),
+            "Gap": ("best cluster minus worst", "fairness/gap"),
+            "Gini": ("0: all clusters equal", "fairness/gini"),
+        }
+    )
+    if not panels:
+        return None
+    blocks: list[Block] = [legend(page.arm_colors), *panels]
+    return section(
+        "Fairness over time",
+        blocks,
+        "Between the clusters that had rollouts in a step. The few rollouts of one step add noise, "
+        "which widens gap and Gini and lowers the worst cluster; compare arms with each other and "
+        "take levels from the summary.",
+        page.scales(),
+        page.drawing(),
+    )
+
+
+def _shares(page: Context) -> str:
+    """A warning where clusters of one name are not the same in all runs."""
+    shares: dict[str, list[float]] = {}
+    for run in page.study.runs:
+        for name, info in run.info.clusters.items():
+            shares.setdefault(name, []).append(info.share)
+    if any(max(found) - min(found) > 0.02 for found in shares.values()):
+        return (
+            "Shares of clusters differ between the runs: a name need not mean the same users in each, "
+            "and the shares shown are averages."
+        )
+    return ""
