@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_corollary_3_1(ddof: int) -> None:
     rng = np.random.default_rng(0)
     normalizer = ClusterNormalizer("pgrpo", ddof=ddof, nan_policy="zero")
     for _ in range(5):
-        groups = [("a", 4), (7, 2), ("a", 3)]
+        groups: list[tuple[int | str, int]] = [("a", 4), (7, 2), ("a", 3)]
         rollouts = make_rollouts(groups)
         rewards = rng.normal(3, 2, 9)
         rewards[4:6] = 1.5  # equal rewards: a group without a spread
@@ -184,10 +185,8 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["scalars"]
-    }
+    tags: Any = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
 
 
 def test_events_are_read_by_tensorboard(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, IntEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -184,14 +184,14 @@ class ArrayApiArray(Exporter):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dlpack(dtype: type[np.floating[Any]]) -> None:
     rewards = np.array(REWARDS, dtype)
-    ids = Exporter(np.array([5, 5, 7, 7]))
-    advantages = ClusterNormalizer()(Exporter(rewards), ids)
+    ids: Any = Exporter(np.array([5, 5, 7, 7]))
+    advantages: Any = ClusterNormalizer()(Exporter(rewards), ids)
     assert type(advantages) is np.ndarray
     assert advantages.dtype == dtype
     np.testing.assert_allclose(advantages, EXPECTED, atol=1e-7)
-    elsewhere = ArrayApiArray(rewards)
+    elsewhere, weights = ArrayApiArray(rewards), cast(Any, Exporter(np.ones(4)))
     elsewhere.device = "gpu:3"
-    advantages = ClusterNormalizer()(elsewhere, ids, weights=Exporter(np.ones(4)))
+    advantages = ClusterNormalizer()(elsewhere, ids, weights=weights)
     assert (type(advantages), advantages.device) == (ArrayApiArray, "gpu:3")
     np.testing.assert_allclose(advantages.values, EXPECTED, atol=1e-7)
 
@@ -465,12 +465,13 @@ def test_retracting_undoes() -> None:
     with pytest.raises(DataError, match=r'cluster "b" holds 1 samples; cannot retract 2'):
         normalizer.retract([1.0, 8.0, 8.0], ["a", "b", "b"])
     assert normalizer.snapshot() == before
-    for options in (
+    cases: list[dict[str, Any]] = [
         {"estimator": "shrinkage"},
         {"estimator": "auto"},
         {"track_delta": True},
         {"track_diagnostics": True},
-    ):
+    ]
+    for options in cases:
         with pytest.raises(ConfigError, match="retract needs an estimator other than shrinkage"):
             ClusterNormalizer(**options).retract([1.0], ["a"])
 
@@ -517,7 +518,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_options_may_be_numbers_of_numpy() -> None:
-    normalizer = ClusterNormalizer(ddof=np.int64(1), eps=np.float32(0.5), num_threads=np.int8(2))
+    options: Any = {"ddof": np.int64(1), "eps": np.float32(0.5), "num_threads": np.int8(2)}
+    normalizer = ClusterNormalizer(**options)
     assert normalizer([0.0, 1.0], [0, 0])[1] == pytest.approx(0.5 / (math.sqrt(0.5) + 0.5))
 
 
@@ -888,7 +890,8 @@ def test_what_cannot_be_merged() -> None:
     normalizer = ClusterNormalizer()
     with pytest.raises(ConfigError, match="delta needs the option track_delta"):
         normalizer.delta()
-    for other in (None, "delta", {}):
+    others: list[Any] = [None, "delta", {}]
+    for other in others:
         with pytest.raises(DataError, match=f"other is {re.escape(repr(other))}; expected a Clus"):
             normalizer.merge(other)
     with pytest.raises(CheckpointError):

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -307,7 +307,7 @@ def test_rollouts_without_a_reward_are_left_out(
     updated: list[int] = []
     update = Policy.update
 
-    def count(self: Policy, groups: list[Group], *arguments: object):
+    def count(self: Policy, groups: list[Group], *arguments: Any):
         updated.append(sum(len(group.rollouts) for group in groups))
         return update(self, groups, *arguments)
 
