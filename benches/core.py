@@ -441,7 +441,8 @@ def largest_of_constants() -> float:
         for size in (1, 3, 8, 64, 1000, 8192, 65537):
             ids = rng.integers(0, K, size).astype(np.int32)
             rewards = values.astype(dtype)[ids]
-            advantages = normalizer(rewards, ids, out=np.full(size, np.nan, dtype))
+            out: Any = np.full(size, np.nan, dtype)
+            advantages = normalizer(rewards, ids, out=out)
             largest = max(largest, float(np.abs(advantages).max()))
         largest = max(largest, *(stats.std for stats in normalizer.snapshot().values()))
     return largest
@@ -647,7 +648,7 @@ def main() -> None:
     page = markdown(record, result)
     print(page)
     if options.out:
-        ratios = {row.what: row.measured for row in result.rows if row.unit == "x"}
+        ratios = {row.what: row.measured for row in result.rows if row.unit == "x" and row.measured}
         history.write(options.out, "core", record, ratios)
         options.out.with_suffix(".md").write_text(page)
 

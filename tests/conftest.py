@@ -45,7 +45,7 @@ from pgrpo.types import ClusterId, Dataset, Example, Group, Rollout
 torch.set_num_threads(1)
 
 VOCAB = 97
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -58,7 +58,7 @@ SHAPE = {
     "eos_token_id": 1,
     "bos_token_id": None,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # SmolLM2 is a Llama with tied embeddings.
     "smollm2": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),

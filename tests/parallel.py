@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    number = pyfuncitem.funcargs.get("num_threads", 1)
+    number: Any = pyfuncitem.funcargs.get("num_threads", 1)
     if number == 1:
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}

@@ -238,7 +238,7 @@ def test_adapters_are_saved_as_peft_loads_them(tmp_path: Path) -> None:
     tokens = torch.tensor([[5, 9, 4, 33]])
     before = base.model(tokens).logits
     adapted = PeftModel.from_pretrained(base.model, str(folder))
-    assert adapted.peft_config["default"].r == 2
+    assert adapted.peft_config["default"].to_dict()["r"] == 2
     assert not torch.allclose(adapted(tokens).logits, before, atol=1e-3)
     with adapted.disable_adapter():
         assert torch.equal(adapted(tokens).logits, before)

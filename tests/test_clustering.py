@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,8 +278,7 @@ def test_a_careless_clusterer_is_named_before_the_first_step(labels, state, mess
 def test_numpy_labels_become_plain_ones():
     users = {f"u{i}": np.zeros(1) for i in range(3)}
     examples = [Example("x", user) for user in users]
-    clusters = cluster_users(
-        Careless(np.array([2, 0, 2])), Dataset(examples, examples, users, ("f",))
-    )
+    careless: Any = Careless(np.array([2, 0, 2]))
+    clusters = cluster_users(careless, Dataset(examples, examples, users, ("f",)))
     assert clusters == {"u0": 2, "u1": 0, "u2": 2}
     assert {type(cluster) for cluster in clusters.values()} == {int}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -12,16 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-import pgrpo.data as data
 import pgrpo.rollout.engines.vllm.settings as vllm_settings
 import pgrpo.rollout.settings as rollout_settings
-from pgrpo.config import Section, sections, toml
+from pgrpo.config import Section, sections
 from pgrpo.config.checks import check
 from pgrpo.config.sections import EstimatorConfig, PluginSection
 from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
+from pgrpo.data import movielens, personas, table
+from pgrpo.data.table import TableConfig
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES, ClusterNormalizer, Options
 from pgrpo.runs.config import Config, load_config, parse_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [
@@ -32,13 +40,13 @@ SECTIONS = [
     thing
     for thing in {
         **vars(sections),
-        **vars(data.movielens),
-        **vars(data.personas),
-        **vars(data.table),
+        **vars(movielens),
+        **vars(personas),
+        **vars(table),
         **vars(rollout_settings),
         **vars(vllm_settings),
     }.values()
-    if isinstance(thing, type(Section)) and issubclass(thing, Section | PluginSection)
+    if inspect.isclass(thing) and issubclass(thing, Section | PluginSection)
 ]
 
 
@@ -211,7 +219,7 @@ TREES = st.fixed_dictionaries(
 @given(TREES)
 def test_any_config_is_written_back_to_an_equal_one(tree: Tree) -> None:
     config = parse_config(tree)
-    again = parse_config(toml.tomllib.loads(resolved_toml(config)))
+    again = parse_config(tomllib.loads(resolved_toml(config)))
     assert again == config
     assert resolved_toml(again) == resolved_toml(config)
 
@@ -566,6 +574,7 @@ def test_paths_are_relative_to_the_config_then_to_the_working_folder(
     monkeypatch.chdir(here)
     path.write_text(tomli_w.dumps(table_run(path="both.jsonl", evaluation_path="later.jsonl")))
     config = load_config(path)
+    assert isinstance(config.data, TableConfig)
     assert config.data.path == str(beside / "both.jsonl")
     assert config.data.evaluation_path == str(here / "later.jsonl")
     assert config.model.name == str(here / "weights")
@@ -579,8 +588,9 @@ def test_what_does_not_exist_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     path.write_text(tomli_w.dumps(table_run(path="pypi:recbole==1.2.1")))
     config = load_config(path)
+    assert isinstance(config.data, TableConfig)
     assert (config.data.path, config.model.name) == ("pypi:recbole==1.2.1", "weights")
     path.write_text(tomli_w.dumps(tiny_run()))
     assert load_config(path).model.name == "tiny", "a folder of that name does not take its place"
     path.write_text(tomli_w.dumps(table_run(path="")))
-    assert load_config(path).data.path == ""
+    assert load_config(path).data == config.data.model_copy(update={"path": ""})

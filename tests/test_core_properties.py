@@ -79,11 +79,12 @@ def test_bound(many: list[Batch], ddof: int) -> None:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("reward", [0.1, 1e8 + 0.1, -1e15 / 3, 1e30 / 7])
 def test_equal_rewards_give_exactly_zero(reward: float, estimator: str, dtype: Any) -> None:
-    for options in (
+    cases: list[dict[str, Any]] = [
         {"order": ORDERS[0]},
         {"order": ORDERS[1]},
         {"prior_count": 3.0, "forgetting": 0.7},
-    ):
+    ]
+    for options in cases:
         normalizer = ClusterNormalizer(estimator, **options)
         for size in (1, 3, 7, 1000, 5000):
             ids = (np.arange(size) * 7919) % 5

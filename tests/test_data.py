@@ -357,6 +357,7 @@ def test_texts_to_choose_from_differ(folder: Path) -> None:
     dataset = load_dataset(movielens(folder, answer="text", candidates=8))
     for example in dataset.train[:300]:
         assert example.choices == tuple(f" {text}" for text in example.columns["options"])  # type: ignore[union-attr]
+        assert example.choices is not None
         assert len(set(example.choices)) == 8
         assert example.columns["answer"] == example.choices[example.columns["position"]]  # type: ignore[call-overload]
     # With letters, equal descriptions stay: excluding them would change the task.
@@ -487,7 +488,7 @@ def test_few_examples_still_have_all_personas_among_the_users() -> None:
     dataset = load_dataset(PersonasConfig(name="personas", num_examples=1))
     assert (len(dataset.train), len(dataset.evaluation), len(dataset.users)) == (1, 1, 7)
     dataset = load_dataset(PersonasConfig(name="personas", num_examples=28))
-    assert {e.columns["persona"] for e in dataset.train} == set(PERSONAS)
+    assert {str(e.columns["persona"]) for e in dataset.train} == set(PERSONAS)
 
 
 def test_personas_are_the_same_for_the_same_seed() -> None:
@@ -506,7 +507,8 @@ def test_kmeans_finds_the_personas_in_the_users_features() -> None:
     features = np.array([dataset.users[user] for user in persona])
     assert features.shape == (512, len(dataset.feature_names))
     scaled = (features - features.mean(0)) / features.std(0)
-    found = KMeans(7, n_init=10, random_state=0).fit_predict(scaled)
+    kmeans: Any = KMeans
+    found = kmeans(7, n_init=10, random_state=0).fit_predict(scaled)
     assert adjusted_rand_score(list(persona.values()), found) > 0.97
 
 

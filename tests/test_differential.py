@@ -157,7 +157,7 @@ def test_anything(estimator: str, batches: list[list[tuple[Any, ...]]], **option
         rewards, clusters, groups, weights, norms = (
             map(list, zip(*batch, strict=True)) if batch else [[]] * 5
         )
-        arguments = {"weights": weights, "score_norms": norms}
+        arguments: dict[str, Any] = {"weights": weights, "score_norms": norms}
         found = normalizer(rewards, clusters, groups, **arguments)
         expected = reference(rewards, clusters, groups, **arguments)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)

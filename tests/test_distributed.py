@@ -137,7 +137,7 @@ def test_restoring_does_not_multiply_counts(tmp_path: Path) -> None:
 
 
 def subgroup(rank: int, size: int) -> Any:
-    pair = dist.new_group([0, 2])
+    pair: Any = dist.new_group([0, 2])
     normalizer = ClusterNormalizer(track_delta=True)
     normalizer.update([float(rank)], ["x"])
     if rank == 1:

@@ -7,9 +7,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from pgrpo.cli import main
 from pgrpo.config.toml import resolved_tree
@@ -37,6 +40,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 def generate_config(name="generate_config"):
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -162,16 +167,18 @@ def test_examples_are_configs_with_plugins_that_can_be_built(path):
 
 def test_the_row_that_own_data_shows_is_one(tmp_path):
     text = (ROOT / "examples" / "own-data.toml").read_text()
-    comment = re.search(r"^#   (\{.*?\})$", text, re.DOTALL | re.MULTILINE)[1].replace("#", "")
-    row = json.loads(" ".join(comment.split()))
+    comment = re.search(r"^#   (\{.*?\})$", text, re.DOTALL | re.MULTILINE)
+    assert comment
+    row = json.loads(" ".join(comment[1].replace("#", "").split()))
     for name in ("own-train.jsonl", "own-held-out.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
     (tmp_path / "own-data.toml").write_text(text)
     config = load_config(tmp_path / "own-data.toml")
     dataset = load_dataset(config.data)
     clusterer = load_registry().clusterer(config.clustering)
-    clusterer.fit(["u17"], None, [*dataset.train, *dataset.evaluation])
-    assert clusterer.assign(["u17"], None) == ["patient"]
+    none = np.zeros((1, 0))
+    clusterer.fit(["u17"], none, [*dataset.train, *dataset.evaluation])
+    assert clusterer.assign(["u17"], none) == ["patient"]
     assert dataset.train[0].choices == (" yes", " no")
     assert dataset.train[0].columns["answer"] == " no"
 
@@ -183,7 +190,7 @@ CODE_AND_OUTPUT = re.compile(
 
 @pytest.fixture
 def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -238,11 +245,8 @@ def test_the_plugins_of_the_plugins_page_train(my_plugins, tmp_path, capsys):
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
 def test_settings_that_a_page_names_exist(page):
     sections = ["run", "model", "generation", "estimator", "loss", "optimizer"]
-    known = {
-        f"{section}.{key}"
-        for section in sections
-        for key in Config.model_fields[section].annotation.model_fields
-    }
+    classes: dict[str, Any] = {name: Config.model_fields[name].annotation for name in sections}
+    known = {f"{name}.{key}" for name, section in classes.items() for key in section.model_fields}
     pattern = rf"`((?:{'|'.join(sections)})\.(?!json|safetensors)[a-z_]+)"
     assert set(re.findall(pattern, (DOCS / page).read_text())) <= known
 
@@ -262,7 +266,7 @@ def chapter(page: str, title: str) -> str:
     return (DOCS / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def names(record: dict) -> set[str]:
+def names(record: dict[str, Any]) -> set[str]:
     """Every key of a record, and of the records below it; cluster ids and packages are data."""
     found: set[str] = set()
     for key, value in record.items():

@@ -21,7 +21,7 @@ from dataclasses import fields
 from enum import Enum, IntEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -39,6 +39,8 @@ REWARDS = [1.0, 0.0, 4.0, 2.0]
 CLUSTERS = ["ada", "ada", 7, 7]
 EXPECTED = [0.5 / 0.5001, -0.5 / 0.5001, 1 / 1.0001, -1 / 1.0001]
 ESTIMATORS = list(RULES)
+
+plaintext: Any = vars(pydoc)["plaintext"]  # which its stubs leave out
 
 
 def test_importing_needs_numpy_alone() -> None:
@@ -189,14 +191,14 @@ class ArrayApiArray(Exporter):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dlpack(dtype: type[np.floating[Any]]) -> None:
     rewards = np.array(REWARDS, dtype)
-    ids = Exporter(np.array([5, 5, 7, 7]))
-    advantages = ClusterNormalizer()(Exporter(rewards), ids)
+    ids: Any = Exporter(np.array([5, 5, 7, 7]))
+    advantages: Any = ClusterNormalizer()(Exporter(rewards), ids)
     assert type(advantages) is np.ndarray
     assert advantages.dtype == dtype
     np.testing.assert_allclose(advantages, EXPECTED, atol=1e-7)
-    elsewhere = ArrayApiArray(rewards)
+    elsewhere, weights = ArrayApiArray(rewards), cast(Any, Exporter(np.ones(4)))
     elsewhere.device = "gpu:3"
-    advantages = ClusterNormalizer()(elsewhere, ids, weights=Exporter(np.ones(4)))
+    advantages = ClusterNormalizer()(elsewhere, ids, weights=weights)
     assert (type(advantages), advantages.device) == (ArrayApiArray, "gpu:3")
     np.testing.assert_allclose(advantages.values, EXPECTED, atol=1e-7)
 
@@ -470,12 +472,13 @@ def test_retracting_undoes() -> None:
     with pytest.raises(DataError, match=r'cluster "b" holds 1 samples; cannot retract 2'):
         normalizer.retract([1.0, 8.0, 8.0], ["a", "b", "b"])
     assert normalizer.snapshot() == before
-    for options in (
+    cases: list[dict[str, Any]] = [
         {"estimator": "shrinkage"},
         {"estimator": "auto"},
         {"track_delta": True},
         {"track_diagnostics": True},
-    ):
+    ]
+    for options in cases:
         with pytest.raises(ConfigError, match="retract needs an estimator other than shrinkage"):
             ClusterNormalizer(**options).retract([1.0], ["a"])
 
@@ -522,7 +525,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_options_may_be_numbers_of_numpy() -> None:
-    normalizer = ClusterNormalizer(ddof=np.int64(1), eps=np.float32(0.5), num_threads=np.int8(2))
+    options: Any = {"ddof": np.int64(1), "eps": np.float32(0.5), "num_threads": np.int8(2)}
+    normalizer = ClusterNormalizer(**options)
     assert normalizer([0.0, 1.0], [0, 0])[1] == pytest.approx(0.5 / (math.sqrt(0.5) + 0.5))
 
 
@@ -654,7 +658,7 @@ def test_methods_explain_themselves_at_run_time(name: str) -> None:
     assert signature.parameters["self" if name != "shared" else "path_or_name"]
     lines = (inspect.getdoc(method) or "").splitlines()
     assert len(lines) > 0
-    assert lines[0] in pydoc.render_doc(method, renderer=pydoc.plaintext)
+    assert lines[0] in pydoc.render_doc(method, renderer=plaintext)
 
 
 def test_every_public_method_is_looked_at() -> None:
@@ -665,7 +669,7 @@ def test_every_public_method_is_looked_at() -> None:
 def test_the_signature_is_that_of_the_options() -> None:
     signature = inspect.signature(ClusterNormalizer)
     assert signature.parameters == inspect.signature(Options).parameters
-    help_text = pydoc.render_doc(ClusterNormalizer, renderer=pydoc.plaintext)
+    help_text = pydoc.render_doc(ClusterNormalizer, renderer=plaintext)
     for field in fields(Options):
         assert signature.parameters[field.name].default == field.default
         assert meaning(field.name)[:30].lower() in " ".join(help_text.split()).lower()
@@ -938,7 +942,8 @@ def test_what_cannot_be_merged() -> None:
     normalizer = ClusterNormalizer()
     with pytest.raises(ConfigError, match="delta needs the option track_delta"):
         normalizer.delta()
-    for other in (None, "delta", {}):
+    others: list[Any] = [None, "delta", {}]
+    for other in others:
         with pytest.raises(DataError, match=f"other is {re.escape(repr(other))}; expected a Clus"):
             normalizer.merge(other)
     with pytest.raises(CheckpointError):

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from pgrpo.model import attention
 from pgrpo.model.choices import branches
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.train import packing
-from pgrpo.train.policy import Policy, num_trained_tokens
+from pgrpo.train.packing import num_trained_tokens
+from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Prompt, Rollout
 
 TEMPERATURE = 0.7
@@ -301,6 +303,7 @@ def test_the_correction_equals_the_naive_one(
             losses.append(loss.item())
             with torch.no_grad():
                 for parameter in naive.model.parameters():
+                    assert parameter.grad is not None
                     parameter -= 0.05 * parameter.grad
 
     policy = make_policy(
@@ -312,7 +315,8 @@ def test_the_correction_equals_the_naive_one(
         **correction,
     )
     # Plain descent keeps rounding errors small; AdamW turns those of tiny gradients into full steps.
-    policy.optimizer = torch.optim.SGD(policy.parameters.values())
+    descent: Any = torch.optim.SGD(policy.parameters.values())
+    policy.optimizer = descent
     stats = policy.update(grouped(rollouts, advantages), learning_rate=0.05)
 
     assert stats.loss == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)

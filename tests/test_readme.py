@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 
@@ -33,7 +34,7 @@ def test_make_targets_and_files_named_exist() -> None:
 
 def test_commands_shown_parse() -> None:
     """Each command's parameters are read, and nothing is run."""
-    app = get_command(commands())
+    app: Any = get_command(commands())
     block = re.search(r"```\n(pgrpo train.*?)```", README, re.DOTALL)
     assert block
     for line in block[1].splitlines():

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pgrpo.types import Example, Group, Prompt, Rollout
 REGISTRY = load_registry()
 
 
-def rollout(completion: str, text: str = "Why?", **columns: object) -> Rollout:
+def rollout(completion: str, text: str = "Why?", **columns: Any) -> Rollout:
     prompt = Prompt(Example(text, user="u7", columns=columns), 0, (1,))
     return Rollout(prompt, 0, (1,), completion, (0.0,), False)
 
@@ -76,7 +77,7 @@ TITLES = ["Toy Story (1995)", "Plan B (1999)", "A Bug's Life (1998)", "The Shini
 def test_choice_understands_exactly_one_option(completion, options, named):
     choice = build(name="choice")
     for label, text in zip(LABELS, options, strict=True):
-        columns = {"labels": LABELS, "options": options}
+        columns: Any = {"labels": LABELS, "options": options}
         as_label = rollout(completion, answer=f" {label}", **columns)
         assert choice([as_label]) == [float(label == named)]
         # Where the answer is a text, any option that reads the same is right.
@@ -113,11 +114,12 @@ def test_choice_scores_the_movielens_columns_of_every_answer_style(tmp_path):
             name="movielens", path=str(tmp_path), answer=answer, template="titles"
         )
         for example in load_movielens(config).train[:20]:
-            label = example.columns["labels"][example.columns["position"]]
+            columns: Any = example.columns
+            label = columns["labels"][columns["position"]]
             said = [*(example.choices or ()), f"It is {label}."]
-            said += [f"I choose {option}" for option in example.columns["options"]]
+            said += [f"I choose {option}" for option in columns["options"]]
             prompt = Prompt(example, 0, (1,))
-            scores = choice([Rollout(prompt, 0, (1,), text, (0.0,), False) for text in said])
+            scores: Any = choice([Rollout(prompt, 0, (1,), text, (0.0,), False) for text in said])
             num_ways = 2 if example.choices is None else 3
             assert sum(scores) == num_ways
 
@@ -157,7 +159,7 @@ class Server:
     """Answers chat requests by a function of the question and of how often it has been asked."""
 
     def __init__(self, answer: Callable[[str, int], Answer]) -> None:
-        self.requests: list[tuple[str, dict[str, str], dict[str, object]]] = []
+        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.most_at_once = self.at_once = self.num_connections = 0
         lock = threading.Lock()
 
@@ -192,7 +194,7 @@ class Server:
                 handler.end_headers()
                 handler.wfile.write(text.encode())
 
-            def log_message(handler, *_: object) -> None:
+            def log_message(handler, *_: Any, **__: Any) -> None:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -390,13 +392,14 @@ def test_a_judge_is_checked_before_the_run(monkeypatch):
     with pytest.raises(ConfigError, match="SOME_KEY does not hold a key") as caught:
         REGISTRY.reward(judge_section(url, api_key_env="SOME_KEY"))
     assert "secret" not in str(caught.value)
-    for settings, complaint in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"url": "localhost:8000"}, "http://"),
         ({"url": "http://me:sk-secret@host/v1"}, "api_key_env"),
         ({"template": "Rate {prompt}"}, r"\{completion\}"),
         ({"low": 5.0, "high": 5.0}, "expected low < high"),
         ({"max_concurrency": 0}, "max_concurrency"),
-    ):
+    ]
+    for settings, complaint in cases:
         with pytest.raises(ConfigError, match=complaint) as caught:
             REGISTRY.reward(judge_section(**{"url": url, **settings}))
         assert "sk-secret" not in str(caught.value)

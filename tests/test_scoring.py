@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import CancelledError
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,11 +63,11 @@ class Object:
 
 
 @pytest.mark.parametrize("reward", [length, async_length, Object()])
-def test_the_score_is_the_weighted_sum(reward):
+def test_the_score_is_the_weighted_sum(reward: Any):
     def shout(rollouts):
         return np.array([r.completion.isupper() for r in rollouts], dtype=np.float32)
 
-    rewards = [(section(weight=0.5), reward), (section(weight=-3.0), shout)]
+    rewards: Any = [(section(weight=0.5), reward), (section(weight=-3.0), shout)]
     with Scorer(rewards) as scorer:
         groups = [group(0, "a", "BB"), group(1, "ccc")]
         rollouts, scores = flat(scorer.score(groups))
@@ -423,7 +424,7 @@ class Patient:
     def __init__(self):
         self.waiting, self.cancelled = threading.Event(), threading.Event()
 
-    async def __call__(self, rollouts):
+    async def __call__(self, rollouts: object) -> Any:
         self.waiting.set()
         try:
             await asyncio.sleep(60)
@@ -468,7 +469,7 @@ def test_a_failure_stops_the_engine_and_the_other_calls():
         raise ValueError("no more")
 
     stream = Stream(1000)
-    rewards = [(section("patient"), patient), (section("culprit"), fails)]
+    rewards: Any = [(section("patient"), patient), (section("culprit"), fails)]
     with Scorer(rewards, max_waiting=2) as scorer:
         with pytest.raises(PluginError, match="'culprit'.*no more"):
             scorer.score(stream)

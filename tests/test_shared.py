@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ NURSERIES = 3
 KILLS = 60
 
 
-def open_table(path: str | Path, **options: float) -> ClusterNormalizer:
+def open_table(path: str | Path, **options: Any) -> ClusterNormalizer:
     return ClusterNormalizer.shared(path, "pgrpo", **{"capacity": 65536, **options})
 
 
@@ -299,7 +300,7 @@ def test_other_sums_are_another_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"eps": -1.0}, {"forgetting": "abc"}, {"capacity": 0}])
-def test_wrong_options_make_no_file(tmp_path: Path, wrong: dict[str, float]) -> None:
+def test_wrong_options_make_no_file(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ClusterNormalizer.shared(tmp_path / "table", **wrong)
     assert not (tmp_path / "table").exists()

@@ -8,7 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import start, train, write_config
@@ -142,10 +142,8 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["scalars"]
-    }
+    tags: Any = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
 
 
 def test_events_are_read_by_tensorboard(tmp_path: Path) -> None:
@@ -223,7 +221,7 @@ def read_wandb(run: Path) -> Iterator[Any]:
             message += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):  # whole, or the last part
-                yield wandb_internal_pb2.Record.FromString(message)
+                yield cast(Any, wandb_internal_pb2).Record.FromString(message)
                 message = b""
 
 
@@ -256,6 +254,7 @@ def mlflow_history(project: str, run: Path) -> dict[str, list[tuple[int, float]]
 
     client = MlflowClient((run / "mlruns").as_uri())
     experiment = client.get_experiment_by_name(project)
+    assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.params["generation.group_size"] == "2"

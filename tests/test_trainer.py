@@ -332,7 +332,7 @@ def test_rollouts_without_a_reward_are_left_out(
     updated: list[int] = []
     update = Policy.update
 
-    def count(self: Policy, groups: list[Group], *arguments: object):
+    def count(self: Policy, groups: list[Group], *arguments: Any):
         updated.append(sum(len(group.rollouts) for group in groups))
         return update(self, groups, *arguments)
 

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def pgrpo_oracle(rewards, clusters, groups, past):
     return by_key(keys, standardized, everything)[len(past[0]) :]
 
 
-ORACLES: dict[str, Callable] = {
+ORACLES: dict[str, Callable[..., np.ndarray]] = {
     "pgrpo": pgrpo_oracle,
     "grpo": lambda r, clusters, groups, past: by_key(groups, standardized, r),
     "dr_grpo": lambda r, clusters, groups, past: by_key(groups, lambda g: g - g.mean(), r),
@@ -142,7 +143,8 @@ def installed_files():
 
 def free_of_the_gil():
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        assert not sys._is_gil_enabled(), "importing pgrpo switched the GIL on"
+        enabled: Any = vars(sys)["_is_gil_enabled"]  # from 3.13 on
+        assert not enabled(), "importing pgrpo switched the GIL on"
 
 
 def three_lines():
@@ -293,7 +295,8 @@ def main(arguments: list[str]) -> None:
     if arguments:
         option, file = arguments
         assert option == "--results", f"{option} is no option; expected --results FILE"
-        np.savez(file, **results())
+        arrays: dict[str, Any] = dict(results())
+        np.savez(file, **arrays)
         return
     for check in (*CHECKS, kernels_agree):
         try:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CHECK = Path(__file__).with_name("check.py")
 PLATFORMS = {
@@ -25,7 +26,7 @@ PLATFORMS = {
 }
 
 
-def uv(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def uv(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "uv", *arguments]
     return subprocess.run(command, env=environment(), text=True, **options)
 
@@ -73,7 +74,7 @@ def check(python: str, wheel: Path, resolution: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dist", type=Path, help="folder with the wheels")
     parser.add_argument("--pythons", nargs="+", required=True, help="versions, such as 3.10 3.14t")
     parser.add_argument("--require-all", action="store_true", help="fail where one is not there")
