@@ -123,3 +123,24 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// The value of a name, or an error that tells the names there are.
+pub(crate) fn choose<T: Copy>(
+    option: &'static str,
+    name: &str,
+    values: &[(&str, T)],
+) -> Result<T, Error> {
+    match values.iter().find(|(known, _)| *known == name) {
+        Some(&(_, value)) => Ok(value),
+        None => {
+            Err(Error::Option { name: option, value: format!("{name:?}"), expected: or(values) })
+        }
+    }
+}
+
+/// `a, b or c`.
+pub(crate) fn or<T>(values: &[(&str, T)]) -> String {
+    let names: Vec<&str> = values.iter().map(|(name, _)| *name).collect();
+    let (last, others) = names.split_last().expect("there is something to choose from");
+    format!("{} or {last}", others.join(", "))
+}

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::str::FromStr;
 
-use crate::error::Error;
+use crate::error::{Error, choose, or};
 use crate::estimators::{RULES, Rule, Scale};
 use crate::state::Kept;
 
@@ -56,27 +56,6 @@ impl FromStr for NanPolicy {
     fn from_str(name: &str) -> Result<Self, Error> {
         choose("nan_policy", name, &Self::NAMES)
     }
-}
-
-/// The value of a name, or an error that tells the names there are.
-pub(crate) fn choose<T: Copy>(
-    option: &'static str,
-    name: &str,
-    values: &[(&str, T)],
-) -> Result<T, Error> {
-    match values.iter().find(|(known, _)| *known == name) {
-        Some(&(_, value)) => Ok(value),
-        None => {
-            Err(Error::Option { name: option, value: format!("{name:?}"), expected: or(values) })
-        }
-    }
-}
-
-/// `a, b or c`.
-fn or<T>(values: &[(&str, T)]) -> String {
-    let names: Vec<&str> = values.iter().map(|(name, _)| *name).collect();
-    let (last, others) = names.split_last().expect("there is something to choose from");
-    format!("{} or {last}", others.join(", "))
 }
 
 /// Everything that can be chosen; `docs/estimators.md` has the formulas. What holds where nothing was

@@ -21,9 +21,8 @@ pub mod two_way;
 use std::fmt;
 
 use crate::elements::Affine;
-use crate::error::Error;
+use crate::error::{Error, choose};
 use crate::moments::Moments;
-use crate::options::choose;
 use crate::table::Triple;
 
 /// How a spread becomes a divisor: `sigma + eps`; eps is never put under the root.
