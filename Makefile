@@ -97,7 +97,7 @@ bench-step-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the same with the vLLM engine, and
 
 # zig links against the old glibc, which the system's linker cannot; both stay out of .venv.
 WHEELS ?= dist
-PYTHONS ?= 3.10 3.11 3.12 3.13
+PYTHONS ?= 3.10 3.11 3.12 3.13 3.14
 TOOL := $(UV) tool run --quiet --constraints constraints.txt
 
 wheel: $(VENV)/uv.stamp  ## a wheel for CPython >= 3.10 and glibc >= 2.17, checked under each of PYTHONS

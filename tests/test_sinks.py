@@ -334,7 +334,8 @@ def test_a_failing_tracker_loses_no_step(
         working = TensorBoard(folder.path / "tensorboard", 1)
         sinks = Sinks(folder, display, {"wandb": failing, "tensorboard": working})
         for step in (1, 2, 3):
-            sinks.step(step_record(step), [])
+            sinks.log(step_record(step), [])
+            sinks.show(step_record(step), [])
         sinks.evaluation(evaluation_record(3))
         sinks.close(finished=True)
         assert [record.step for record in folder.metrics] == [1, 2, 3]
@@ -373,3 +374,11 @@ def test_a_tracker_that_cannot_be_started_is_told_before_the_first_step(
 def test_a_project_needs_a_tracker_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="project has no effect"):
         load_config(write_config(tmp_path, {"run.project": "x"}))
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """JSON can smuggle one into a data set, and UTF-8 cannot hold it."""
+    log = Log(tmp_path / "samples.jsonl", SampleRecord)
+    log.append(SampleRecord(step=1, prompt="a\ud800b", completion="\udc00", user="\ud800"))
+    (found,) = log
+    assert (found.prompt, found.completion, found.user) == ("a?b", "?", "?")

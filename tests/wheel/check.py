@@ -123,7 +123,11 @@ def installed_files():
     assert site in home.parents, f"pgrpo comes from {home}, not from {site}"
     listed = [Path(str(f)) for f in importlib.metadata.files("pgrpo") or []]
     files = [f for f in listed if f.suffix != ".pyc"]
-    for needed in ("pgrpo/py.typed", "pgrpo/normalizer/_core.pyi"):
+    pages = [
+        f"report/templates/{name}" for name in ("page.html", "blocks.html", "page.css", "page.js")
+    ]
+    for name in ("py.typed", "normalizer/_core.pyi", "experiments/demo.toml", *pages):
+        needed = f"pgrpo/{name}"
         assert Path(needed) in files, f"{needed} is missing"
     assert any(f.name == "LICENSE" for f in files), "LICENSE is missing"
     native = [f.name for f in files if f.suffix in {".so", ".pyd", ".dylib", ".dll"}]

@@ -7,6 +7,7 @@ wrong with a config is told at once.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -27,9 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What goes wrong through the input, the environment or a plugin is one sentence on stderr and exit
     code 2; an interrupt is exit code 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Signs that a terminal or a pipe cannot show must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         _quiet_libraries()
         return _run(arguments)
+    except KeyboardInterrupt:
+        return _interrupted()
     except PgrpoError as error:
         sentence = str(error)
     except ModuleNotFoundError as error:
@@ -63,9 +70,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except TyperException as error:
         message = error.format_message().rstrip(".")
         raise PgrpoError(f"{message}; pgrpo --help tells what is expected") from error
-    if code == 130:  # what typer makes of an interrupt
-        print("pgrpo: interrupted; what was saved can be continued", file=sys.stderr)
-    return code
+    return _interrupted() if code == 130 else code  # what typer makes of an interrupt
+
+
+def _interrupted() -> int:
+    print("pgrpo: interrupted; what was saved can be continued", file=sys.stderr)
+    return 130
 
 
 def _quiet_libraries() -> None:

@@ -33,6 +33,7 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
     Raises:
         ConfigError: an arm is unknown, or a folder holds a run with other settings.
     """
+    arms, seeds = list(dict.fromkeys(arms)), list(dict.fromkeys(seeds))
     plans = {
         arm_folder(arm) + f"/seed-{seed}": arm_config(config, arm, seed)
         for arm in arms

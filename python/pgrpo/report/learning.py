@@ -109,6 +109,9 @@ def reads(arm: Arm) -> str:
     def of(option: str) -> float:
         return float(settings.get(f"estimator.{option}", getattr(Options, option)))
 
+    if settings["estimator.name"] not in RULES:
+        return "what this version of pgrpo does not know"
+
     if not RULES[settings["estimator.name"]].reads_histories:
         return "no history" + (", but for weights" if of("frequency_weight") else "")
     how = {

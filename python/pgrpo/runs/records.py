@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from types import NoneType
-from typing import cast, get_args
+from typing import Annotated, TypeAlias, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_CLUSTERS = 64
 """Clusters of one record of a step; a line then stays below some 16 kB however many there are."""
@@ -213,22 +213,31 @@ class EvaluationRecord(Record):
     """cluster -> `reward`, `std`, `num_prompts`"""
 
 
+def _writable(text: str) -> str:
+    """Text that UTF-8 can hold: half a surrogate pair, which JSON can smuggle in, becomes a `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_writable)]
+"""What people or models wrote."""
+
+
 class SampleRecord(Record):
     """A line of samples.jsonl: one rollout."""
 
     step: int
     """as in metrics.jsonl"""
-    prompt: str
+    prompt: Text
     """the example's text, before a chat template"""
-    completion: str
+    completion: Text
     """the text, without special tokens"""
     reward: float | None = None
     """raw; `null` where there is none"""
     advantage: float | None = None
     """what the update used; 0 for a rollout without a reward"""
-    cluster_id: int | str | None = None
+    cluster_id: int | Text | None = None
     """as it is, a number or a string"""
-    user: int | str | None = None
+    user: int | Text | None = None
     """whose prompt it was"""
 
 

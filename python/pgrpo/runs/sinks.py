@@ -5,6 +5,7 @@ Every sink gets the same objects, the logs first: what a tracker fails on is not
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,14 +54,17 @@ class Sinks:
         self._display = display
         self._trackers = dict(trackers)
 
-    def step(self, record: StepRecord, samples: list[SampleRecord]) -> None:
-        """Write and show a step.
+    def log(self, record: StepRecord, samples: list[SampleRecord]) -> None:
+        """Write a step to the logs of the folder: with that it is done.
 
         Raises:
             RunFolderError: the disk refuses.
         """
         self._folder.metrics.append(record)
         self._folder.samples.append(*samples)
+
+    def show(self, record: StepRecord, samples: list[SampleRecord]) -> None:
+        """Show a step that is logged, and let the trackers know."""
         self._display.step(record, samples)
         self._tell(lambda tracker: tracker.step(record, samples))
 
@@ -90,6 +94,8 @@ class Sinks:
                 send(tracker)
             except Exception as error:
                 del self._trackers[name]
+                with contextlib.suppress(Exception):
+                    tracker.close(finished=False)
                 self._display.note(
                     f"warning: {name} failed and gets no more of this run; all is in "
                     f"{self._folder.path}: {' '.join(str(error).split())}"

@@ -3,7 +3,7 @@
 Each is imported when it is wanted. Nothing leaves the machine unless the library's own environment
 variables say so: WANDB_MODE=online, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL, MLFLOW_TRACKING_URI. A
 resumed run continues the tracker's run; steps that it takes again are told again, with the same
-numbers.
+numbers, times and memory aside.
 """
 
 from __future__ import annotations

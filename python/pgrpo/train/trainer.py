@@ -105,8 +105,11 @@ class Trainer:
                 if self.done not in {record.step for record in self.folder.evaluations}:
                     self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
-                    sinks.step(*self.step(step))
+                    outcome = self.step(step)
+                    sinks.log(*outcome)
+                    # Whoever interrupts what follows loses nothing.
                     self.done, self._updating = step, False
+                    sinks.show(*outcome)
                     self._evaluate_if_due(step, sinks)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
