@@ -636,9 +636,13 @@ def test_long_runs_of_many_clusters_give_a_bounded_page_that_says_so(tmp_path: P
     (arm,) = study.arms
     assert study.first(arm, "reward").mean == np.mean(np.arange(1, 11) ** 2) + 0.5
     assert study.last(arm, "reward").mean == np.mean(np.arange(LONG - 9, LONG + 1) ** 2) + 0.5
+    # They have no more weight than others; a run with none in between is taken as it is.
+    even = np.arange(4, LONG + 1, 4)
+    assert study.throughout(arm, "reward") == np.mean(even**2) + 0.5
+    assert study._even(np.array([1.0, 2.0, 3.0])).all()
     curve = study.curve(arm, "reward")
     assert curve is not None
-    np.testing.assert_array_equal(curve.steps, np.arange(4, LONG + 1, 4))
+    np.testing.assert_array_equal(curve.steps, even)
     np.testing.assert_array_equal(curve.raw, curve.steps**2 + 0.5)
     panel = next(f for f in page.figures.values() for t in f["data"] if t.get("x0"))
     line = next(trace for trace in panel["data"] if trace.get("x0"))

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pgrpo.errors import RunFolderError
 from pgrpo.report.runs import LAST_STEPS, Run, is_seed
@@ -168,7 +169,7 @@ class Study:
         values = np.full((len(arm.runs), len(steps)), math.nan)
         for row, run in zip(values, arm.runs, strict=True):
             row[np.searchsorted(steps, run.steps.steps)] = run.steps[path]
-        drawn = steps % self.stride == 0
+        drawn = self._even(steps)
         steps, values = steps[drawn], values[:, drawn]
         if not np.isfinite(values).any():
             return None
@@ -186,7 +187,14 @@ class Study:
 
     def throughout(self, arm: Arm, path: str) -> float:
         """Mean over the steps of each run, and over seeds."""
-        return over_seeds([mean(run.steps[path]) for run in arm.runs]).mean
+        means = [mean(run.steps[path][self._even(run.steps.steps)]) for run in arm.runs]
+        return over_seeds(means).mean
+
+    def _even(self, steps: FloatArray) -> NDArray[np.bool_]:
+        """Which of the steps that were read lie evenly: the ends of a run are read more closely. All of
+        a run that is too short beside the others to have any."""
+        even = steps % self.stride == 0
+        return even if even.any() else np.ones_like(even)
 
     def held_out(self, arm: Arm, step: int, cluster: str | None = None) -> Estimate:
         """Held-out reward at a step, of one cluster or of all, over seeds.
