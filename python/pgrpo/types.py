@@ -99,7 +99,7 @@ class Group:
     def sampled(cls, rollouts: Sequence[Rollout]) -> Group:
         """Rollouts of which nothing further is known."""
         unknown = np.full(len(rollouts), np.nan)
-        return cls(tuple(rollouts), unknown, unknown)
+        return cls(tuple(rollouts), unknown, unknown.copy())
 
     @property
     def prompt(self) -> Prompt:

@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pgrpo.errors import ConfigError
+from pgrpo.errors import ConfigError, PgrpoError
 from pgrpo.normalizer import _core
 from pgrpo.normalizer.arrays import short
 from pgrpo.normalizer.options import Options
@@ -98,6 +98,8 @@ def mapped(
                     fcntl.flock(file, fcntl.LOCK_SH)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except PgrpoError:
+        raise
     except (OSError, ValueError) as error:
         # Python refuses to map an empty file with a ValueError.
         raise ConfigError(f"{path}: cannot be a shared table: {error}") from None

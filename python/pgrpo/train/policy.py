@@ -230,7 +230,7 @@ class Policy:
         """Add the gradient of a pass; return its sums of (loss, kl, clipped, tokens), and by how much
         the trainer's log-probabilities exceed the engine's, [T] of each rollout."""
         model, device = self.model, self.model.device
-        scored, lengths = packed.rollouts, packed.lengths
+        trained, lengths = packed.rollouts, packed.lengths
 
         def spread(values: Sequence[float]) -> Tensor:
             return torch.tensor(np.repeat(values, lengths), dtype=torch.float32, device=device)
@@ -238,11 +238,11 @@ class Policy:
         def flat(arrays: Sequence[FloatArray]) -> Tensor:
             return torch.tensor(np.concatenate(arrays), dtype=torch.float32, device=device)
 
-        weights = spread([s.weight for s in scored])
-        advantages = spread([s.advantage for s in scored])
-        sampled = flat([_rollout_logprobs(s.rollout) for s in scored])
-        old = [s.old_logprobs for s in scored if s.old_logprobs is not None]
-        ref = [s.ref_logprobs for s in scored if s.ref_logprobs is not None]
+        weights = spread([t.weight for t in trained])
+        advantages = spread([t.advantage for t in trained])
+        sampled = flat([_rollout_logprobs(t.rollout) for t in trained])
+        old = [t.old_logprobs for t in trained if t.old_logprobs is not None]
+        ref = [t.ref_logprobs for t in trained if t.ref_logprobs is not None]
         old_flat, ref_flat = flat(old) if old else None, flat(ref) if ref else None
         sums = torch.zeros(3)
         differences = torch.zeros(packed.num_tokens, dtype=torch.float64)

@@ -113,12 +113,15 @@ class Trainer:
                     self._evaluate_if_due(step, sinks)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
-            except (PgrpoError, KeyboardInterrupt) as error:
-                if isinstance(error, KeyboardInterrupt):
-                    # Nobody who interrupts a run wants to wait for what is being collected.
+            except BaseException as error:
+                if self._updating or not isinstance(error, PgrpoError):
+                    # Nobody waits for what is being collected: it is of no use after half an update,
+                    # and whoever interrupts a run wants it to end.
                     self.collector.interrupt()
-                # Between updates all is in order, and nothing of the steps so far need be lost.
-                if not self._updating and self.done > self.saved:
+                in_order = isinstance(error, PgrpoError | KeyboardInterrupt) and not self._updating
+                # Between updates nothing of the steps so far need be lost.
+                if in_order and self.done > self.saved:
+                    # A batch that is there must be in the histories, and one that failed must not.
                     folded = self.done + (self._unused_batch() is not None)
                     if self.collector.num_folded == folded:
                         self._save(self.done)

@@ -124,9 +124,11 @@ class Servers:
 
     def interrupt(self) -> None:
         """See `Backend.interrupt`."""
-        self._abandoned.set()
+        # Another thread may put a new one in its place meanwhile.
+        abandoned = self._abandoned
+        abandoned.set()
         # Whoever waits for a result is woken.
-        self._results.put((self._abandoned, 0, []))
+        self._results.put((abandoned, 0, []))
 
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
