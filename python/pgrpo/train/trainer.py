@@ -180,7 +180,8 @@ class Trainer:
             watch.lap("sync")
 
     def _unused_batch(self) -> Batch | None:
-        """What was collected and not learned from, once nothing is being collected any more."""
+        """What was collected and not learned from, once nothing is being collected any more; None too
+        where collecting failed, which the collector's `num_folded` tells apart."""
         if self._ahead is None:
             return self._batch
         # What went wrong there is told when the batch is wanted.

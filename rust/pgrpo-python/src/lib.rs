@@ -1,5 +1,5 @@
-//! The Python module `pgrpo.normalizer._core`: conversions only. Each method reads its arguments, detaches from
-//! the interpreter where that pays, calls the core and maps its error.
+//! The Python module `pgrpo.normalizer._core`: conversions only. Each method reads its arguments,
+//! detaches from the interpreter where that pays, calls the core and maps its error.
 #![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 mod arrays;
