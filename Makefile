@@ -17,7 +17,7 @@ UV := $(BIN)/python -m uv
 # have it) every process would compile torch and vLLM anew, 8 seconds each.
 UV_INSTALL := $(UV) pip install --compile-bytecode
 INSTALL := $(UV_INSTALL) --python $(BIN)/python --constraint constraints.txt
-RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/src/*.rs rust/*/src/*/*.rs)
+RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   bench-step bench-step-vllm wheel loom tsan fuzz bench-core constraints clean

@@ -326,10 +326,8 @@ class ClusterNormalizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Replace all that is remembered by a `state_dict`.
 
-        Threads in the middle of a call finish it with what was there before.
-
-        What it replaces takes up memory until the normalizer goes: other threads may be reading it.
-        A shared table must be empty, for it is not this process's alone.
+        It waits for the calls that other threads have begun, and calls that begin meanwhile wait for
+        it. A shared table must be empty, for it is not this process's alone.
 
         Raises:
             CheckpointError: it is not the state of a normalizer; everything stays as it was.

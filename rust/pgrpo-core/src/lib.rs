@@ -20,6 +20,7 @@ pub mod error;
 pub mod estimators;
 #[cfg(not(loom))]
 mod fold;
+mod gate;
 pub mod histories;
 pub mod ids;
 #[cfg(not(loom))]
@@ -49,7 +50,8 @@ pub use moments::Moments;
 pub use {
     batch::{Batch, Ids},
     estimators::{RULES, Rule},
-    normalizer::Normalizer,
+    gate::forked,
+    normalizer::{Alone, Normalizer, Visit},
     options::{NanPolicy, Options, Order},
     snapshot::Snapshot,
     state::Entry,

@@ -1,19 +1,19 @@
 //! Rewards in, advantages out: the one way through all the parts.
 #![allow(unsafe_code, reason = "the state is replaced while other threads read the old one")]
 
-use std::sync::{Mutex, PoisonError};
+use std::cell::UnsafeCell;
 
 use crate::batch::Batch;
 use crate::call::{Call, Halves, with_scratch};
 use crate::elements::Real;
 use crate::error::Error;
 use crate::estimators::{RULES, Scale};
+use crate::gate::Gate;
 use crate::moments::is_finite_reward;
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
 use crate::state::{Entry, State};
-use crate::sync::{AtomicPtr, Ordering};
 use crate::table::Table;
 
 /// An estimator with its options and everything it remembers.
@@ -23,30 +23,46 @@ use crate::table::Table;
 /// and then merges once per cluster it touches.
 ///
 /// # Progress
-/// That of [`Table`](crate::table::Table), once the ids of the clusters are interned.
+/// Every call is a [`Visit`], and visits are lock-free: they wait for none another. What replaces all
+/// that is remembered, an [`Alone`], waits for the visits that have begun, and those that come
+/// meanwhile wait for it.
 #[derive(Debug)]
 pub struct Normalizer {
     options: Options,
     scale: Scale,
-    state: AtomicPtr<State>,
-    /// States that were replaced, which threads may still be reading.
-    retired: Mutex<Vec<*mut State>>,
+    gate: Gate,
+    state: UnsafeCell<State>,
 }
 
-// SAFETY: a State may be used and dropped by any thread; the pointers are to boxes owned by self.
-unsafe impl Send for Normalizer {}
-// SAFETY: as above.
+// SAFETY: the state is changed through atomics by whoever visits, and otherwise by whoever is alone.
 unsafe impl Sync for Normalizer {}
 
-impl Drop for Normalizer {
+/// The right to use what a [`Normalizer`] remembers, as others do at the same time. As long as a thread
+/// holds one, it must not ask for an [`Alone`], for which it would wait for ever.
+#[derive(Debug)]
+pub struct Visit<'a> {
+    normalizer: &'a Normalizer,
+    /// Whether no other visit is going on.
+    is_only: bool,
+}
+
+impl Drop for Visit<'_> {
     fn drop(&mut self) {
-        let mut states =
-            std::mem::take(self.retired.get_mut().unwrap_or_else(PoisonError::into_inner));
-        states.push(self.state.load(Ordering::Acquire));
-        for state in states {
-            // SAFETY: it came from `Box::into_raw` and is in one of the two places only.
-            drop(unsafe { Box::from_raw(state) });
+        if !self.is_only {
+            self.normalizer.gate.leave();
         }
+    }
+}
+
+/// The right to replace what a [`Normalizer`] remembers: nobody enters as long as it lasts.
+#[derive(Debug)]
+pub struct Alone<'a> {
+    normalizer: &'a Normalizer,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.normalizer.gate.open();
     }
 }
 
@@ -73,20 +89,115 @@ impl Normalizer {
     }
 
     fn with_state(options: Options, state: State) -> Self {
-        let state = AtomicPtr::new(Box::into_raw(Box::new(state)));
-        Self { scale: options.scale(), options, state, retired: Mutex::default() }
-    }
-
-    fn state(&self) -> &State {
-        // pairs with: the swap in `restore`.
-        // SAFETY: states are dropped with self only.
-        unsafe { &*self.state.load(Ordering::Acquire) }
+        let (scale, state) = (options.scale(), UnsafeCell::new(state));
+        Self { options, scale, gate: Gate::default(), state }
     }
 
     /// The options it was made with.
     #[must_use]
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Enters, beside others.
+    pub fn visit(&self) -> Visit<'_> {
+        self.gate.enter();
+        Visit { normalizer: self, is_only: false }
+    }
+
+    /// Enters as the only one if nobody is inside, which spares a commit its two atomic exchanges, and
+    /// as by [`visit`](Self::visit) if somebody is.
+    ///
+    /// # Safety
+    /// Until the visit ends no other thread may enter or ask to be alone, and what a thread did before
+    /// must be seen by those who come later: all threads hold one lock when they do either, and this
+    /// one holds it as long as the visit lasts.
+    pub unsafe fn visit_under_lock(&self) -> Visit<'_> {
+        if self.gate.is_empty() {
+            return Visit { normalizer: self, is_only: true };
+        }
+        self.visit()
+    }
+
+    /// Lets nobody in any more. [`Alone`] waits for those who are inside.
+    pub fn alone(&self) -> Alone<'_> {
+        self.gate.close();
+        Alone { normalizer: self }
+    }
+
+    /// [`Visit::advantages`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn advantages<R: Real>(&self, batch: &Batch<'_, R>, out: &mut [R]) -> Result<(), Error> {
+        self.visit().advantages(batch, out)
+    }
+
+    /// [`Visit::update`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn update<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        self.visit().update(batch)
+    }
+
+    /// [`Visit::normalize`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn normalize<R: Real>(&self, batch: &Batch<'_, R>, out: &mut [R]) -> Result<(), Error> {
+        self.visit().normalize(batch, out)
+    }
+
+    /// [`Visit::retract`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        self.visit().retract(batch)
+    }
+
+    /// [`Visit::num_nonfinite`].
+    #[must_use]
+    pub fn num_nonfinite(&self) -> u64 {
+        self.visit().num_nonfinite()
+    }
+
+    /// [`Visit::snapshot`].
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.visit().snapshot()
+    }
+
+    /// [`Visit::delta`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn delta(&self) -> Result<Snapshot, Error> {
+        self.visit().delta()
+    }
+
+    /// [`Visit::merge`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn merge(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.visit().merge(snapshot)
+    }
+
+    /// [`Alone::restore`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.alone().restore(snapshot)
+    }
+}
+
+impl Visit<'_> {
+    fn state(&self) -> &State {
+        // SAFETY: whoever is alone waits for the end of this visit.
+        unsafe { &*self.normalizer.state.get() }
     }
 
     /// Folds a batch into the histories and writes its advantages \[N\].
@@ -120,7 +231,7 @@ impl Normalizer {
     /// Those of [`advantages`](Self::advantages), and [`Error::Retract`] where a history has fewer
     /// samples, [`Error::Unsupported`] where more than histories is kept: nothing was changed then.
     pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
-        let options = &self.options;
+        let options = &self.normalizer.options;
         let tracks = options.track_diagnostics || options.track_delta;
         if options.estimator.keeps_parts || tracks || options.forgetting < 1.0 {
             let kinds = RULES.iter().filter(|rule| rule.keeps_parts).map(|rule| rule.name);
@@ -146,7 +257,8 @@ impl Normalizer {
         }
         let state = self.state();
         let batch = Batch { groups: None, ..*batch };
-        let call = Call { options, scale: self.scale, state, batch };
+        let scale = self.normalizer.scale;
+        let call = Call { options, scale, state, batch };
         with_scratch(|scratch| {
             call.fold(scratch);
             call.find_keys(false, scratch)?;
@@ -220,54 +332,7 @@ impl Normalizer {
     /// [`Error::Snapshot`] where an entry cannot be that of any rewards; nothing was merged then.
     pub fn merge(&self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check()?;
-        Self::merge_into(self.state(), snapshot)
-    }
-
-    fn merge_into(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
-        let keys: Result<Vec<u32>, Error> =
-            snapshot.clusters.iter().map(|entry| state.key_of(entry.id.borrow())).collect();
-        for (entry, id) in snapshot.clusters.iter().zip(keys?) {
-            state.streams.merge(&with_key(entry, id));
-        }
-        state.add_nonfinite(snapshot.num_nonfinite);
-        Ok(())
-    }
-
-    /// Forgets everything and remembers a snapshot instead, bit for bit. Calls of other threads that
-    /// have begun end with what was there before.
-    ///
-    /// # Errors
-    /// [`Error::Snapshot`] as for [`merge`](Self::merge); everything stays as it was then.
-    pub fn restore(&self, snapshot: &Snapshot) -> Result<(), Error> {
-        snapshot.check()?;
-        if self.state().is_shared() {
-            if self.state().histories().next().is_some() {
-                return Err(Error::Unsupported {
-                    what: "restoring into a shared table",
-                    needs: "an empty one, for other processes use it too".to_owned(),
-                });
-            }
-            let state = self.state();
-            Self::merge_into(state, snapshot)?;
-            return Self::restore_pending(state, snapshot);
-        }
-        let state = State::new(self.options.kept(), self.options.track_delta);
-        Self::merge_into(&state, snapshot)?;
-        Self::restore_pending(&state, snapshot)?;
-        // pairs with: the load in `state`.
-        let old = self.state.swap(Box::into_raw(Box::new(state)), Ordering::AcqRel);
-        // A thread may be in the middle of a call: what it uses is kept as long as self.
-        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(old);
-        Ok(())
-    }
-
-    fn restore_pending(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
-        let Some(pending) = &state.pending else { return Ok(()) };
-        pending.take();
-        for entry in &snapshot.pending {
-            pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
-        }
-        Ok(())
+        merge_into(self.state(), snapshot)
     }
 
     fn run<R: Real>(
@@ -276,7 +341,8 @@ impl Normalizer {
         halves: Halves,
         mut out: Option<&mut [R]>,
     ) -> Result<(), Error> {
-        let Options { estimator, track_diagnostics, .. } = self.options;
+        let Normalizer { options, scale, .. } = self.normalizer;
+        let Options { estimator, track_diagnostics, .. } = *options;
         batch.check(out.as_deref().map(<[R]>::len))?;
         let needs_groups = match halves {
             Halves::Update => estimator.keeps_parts,
@@ -287,7 +353,7 @@ impl Normalizer {
         }
         let groups = batch.groups.filter(|_| estimator.needs_groups || track_diagnostics);
         let batch = Batch { groups, ..*batch };
-        let call = Call { options: &self.options, scale: self.scale, state: self.state(), batch };
+        let call = Call { options, scale: *scale, state: self.state(), batch };
         let done = with_scratch(|scratch| {
             call.fold(scratch);
             // A hole of weight 0 does not show in sums.
@@ -319,7 +385,7 @@ impl Normalizer {
         out: Option<&mut [R]>,
     ) -> Result<(), Error> {
         let holes: Vec<usize> = batch.holes().collect();
-        let filling = match self.options.nan_policy {
+        let filling = match self.normalizer.options.nan_policy {
             NanPolicy::Raise => {
                 let index = holes.first().copied().unwrap_or_default();
                 return Err(Error::NonFinite { index, value: batch.rewards[index].to_f64() });
@@ -346,6 +412,59 @@ impl Normalizer {
         }
         Ok(())
     }
+}
+
+impl Alone<'_> {
+    fn state(&mut self) -> &mut State {
+        self.normalizer.gate.wait_for_the_last();
+        // SAFETY: nobody is inside, and nobody enters before this ends.
+        unsafe { &mut *self.normalizer.state.get() }
+    }
+
+    /// Forgets everything and remembers a snapshot instead, bit for bit.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] as for [`merge`](Visit::merge); everything stays as it was then.
+    pub fn restore(mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        snapshot.check()?;
+        let Options { track_delta, .. } = self.normalizer.options;
+        let kept = self.normalizer.options.kept();
+        let state = self.state();
+        if state.is_shared() {
+            if state.histories().next().is_some() {
+                return Err(Error::Unsupported {
+                    what: "restoring into a shared table",
+                    needs: "an empty one, for other processes use it too".to_owned(),
+                });
+            }
+            return fill(state, snapshot);
+        }
+        let new = State::new(kept, track_delta);
+        fill(&new, snapshot)?;
+        *state = new;
+        Ok(())
+    }
+}
+
+fn merge_into(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
+    let keys: Result<Vec<u32>, Error> =
+        snapshot.clusters.iter().map(|entry| state.key_of(entry.id.borrow())).collect();
+    for (entry, id) in snapshot.clusters.iter().zip(keys?) {
+        state.streams.merge(&with_key(entry, id));
+    }
+    state.add_nonfinite(snapshot.num_nonfinite);
+    Ok(())
+}
+
+/// Brings everything of a snapshot into a state without histories.
+fn fill(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
+    merge_into(state, snapshot)?;
+    let Some(pending) = &state.pending else { return Ok(()) };
+    pending.take();
+    for entry in &snapshot.pending {
+        pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
+    }
+    Ok(())
 }
 
 fn with_key(entry: &Entry, id: u32) -> Entry<u32> {

@@ -1,10 +1,16 @@
 //! The one door to atomics: std's, or loom's when its models are built (`--cfg loom`).
 
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
+pub(crate) use std::{
+    sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence},
+    thread::yield_now,
+};
 
 #[cfg(loom)]
-pub(crate) use mortal::{AtomicPtr, AtomicU64, Ordering, fence};
+pub(crate) use {
+    loom::thread::yield_now,
+    mortal::{AtomicPtr, AtomicU64, Ordering, fence},
+};
 
 /// Loom's atomics in the hands of threads that can be killed before any of their steps, a step being
 /// an operation on an atomic or a fence.
@@ -87,6 +93,16 @@ pub(crate) mod mortal {
         pub(crate) fn fetch_and(&self, value: u64, ordering: Ordering) -> u64 {
             step();
             self.0.fetch_and(value, ordering)
+        }
+
+        pub(crate) fn fetch_or(&self, value: u64, ordering: Ordering) -> u64 {
+            step();
+            self.0.fetch_or(value, ordering)
+        }
+
+        pub(crate) fn fetch_sub(&self, value: u64, ordering: Ordering) -> u64 {
+            step();
+            self.0.fetch_sub(value, ordering)
         }
     }
 

@@ -2,7 +2,7 @@
 
 use numpy::{Element, PyArray1};
 use pgrpo_core::elements::Real;
-use pgrpo_core::{Batch, Error, Normalizer};
+use pgrpo_core::{Batch, Error, Normalizer, Visit};
 use pyo3::prelude::*;
 
 use crate::arrays::{Ids, Reals, few, fresh_mut, ids, reals, reals_mut};
@@ -11,14 +11,38 @@ use crate::errors::to_python;
 /// Below this many rewards a call is over before other threads could have used the interpreter.
 const DETACH_FROM: usize = 4096;
 
+/// Whether all threads hold one lock while they are attached to the interpreter.
+const HAS_LOCK: bool = cfg!(not(Py_GIL_DISABLED));
+
 /// Runs `work` on `size` entries, detached from the interpreter if they are many.
-fn run<T: Send>(
+fn run(
     py: Python<'_>,
+    core: &Normalizer,
     size: usize,
-    work: impl FnOnce() -> Result<T, Error> + Send,
-) -> PyResult<T> {
-    let result = if size < DETACH_FROM { work() } else { py.detach(work) };
+    work: impl FnOnce(&Visit<'_>) -> Result<(), Error> + Send,
+) -> PyResult<()> {
+    let result = if size >= DETACH_FROM {
+        detached(py, core.visit(), |visit| work(&visit))
+    } else if HAS_LOCK {
+        // SAFETY: everybody enters, and asks to be alone, with the interpreter's lock, which this thread
+        // keeps to the end.
+        #[allow(unsafe_code, reason = "the lock is the interpreter's")]
+        let visit = unsafe { core.visit_under_lock() };
+        work(&visit)
+    } else {
+        work(&core.visit())
+    };
     result.map_err(to_python)
+}
+
+/// Does work that ends a visit, or the time alone, without the interpreter. Who waits for that end holds
+/// the interpreter perhaps: it must not be needed before.
+pub(crate) fn detached<G: Send, T: Send>(
+    py: Python<'_>,
+    guard: G,
+    work: impl FnOnce(G) -> T + Send,
+) -> T {
+    py.detach(move || work(guard))
 }
 
 /// Which method of the core a call is for.
@@ -33,15 +57,15 @@ pub(crate) enum Method {
 impl Method {
     fn call<R: Real>(
         self,
-        core: &Normalizer,
+        visit: &Visit<'_>,
         batch: &Batch<'_, R>,
         out: &mut [R],
     ) -> Result<(), Error> {
         match self {
-            Self::Advantages => core.advantages(batch, out),
-            Self::Update => core.update(batch),
-            Self::Normalize => core.normalize(batch, out),
-            Self::Retract => core.retract(batch),
+            Self::Advantages => visit.advantages(batch, out),
+            Self::Update => visit.update(batch),
+            Self::Normalize => visit.normalize(batch, out),
+            Self::Retract => visit.retract(batch),
         }
     }
 
@@ -106,7 +130,7 @@ fn call_parts<'py, R: Real + Element>(
     let size = parts.rewards.len();
     parts.with_batch(|batch| {
         if !method.gives_advantages() {
-            run(py, size, || method.call(core, batch, &mut []))?;
+            run(py, core, size, |visit| method.call(visit, batch, &mut []))?;
             return Ok(Some(py.None().into_bound(py)));
         }
         if let Some(given) = arguments.out {
@@ -118,13 +142,13 @@ fn call_parts<'py, R: Real + Element>(
                 arguments.score_norms,
             ];
             let Some(out) = reals_mut::<R>(given, &inputs) else { return Ok(None) };
-            run(py, size, || method.call(core, batch, out))?;
+            run(py, core, size, |visit| method.call(visit, batch, out))?;
             return Ok(Some(given.clone()));
         }
         let array =
             if size < DETACH_FROM { few(py, size) } else { PyArray1::zeros(py, size, false) };
         let out = fresh_mut(&array)?;
-        run(py, size, || method.call(core, batch, out))?;
+        run(py, core, size, |visit| method.call(visit, batch, out))?;
         Ok(Some(array.into_any()))
     })
 }

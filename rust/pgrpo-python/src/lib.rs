@@ -26,9 +26,16 @@ fn _noop(
     let _ = (rewards, clusters, groups, weights, score_norms, out);
 }
 
+/// Called by the interpreter in the child of a fork.
+#[pyfunction]
+fn forked() {
+    pgrpo_core::forked();
+}
+
 #[pymodule(gil_used = false)]
 mod _core {
     use pyo3::prelude::*;
+    use pyo3::types::IntoPyDict;
 
     #[pymodule_export]
     use super::_noop;
@@ -45,6 +52,13 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("RULES", super::options::rules(module.py())?)
+        let py = module.py();
+        module.add("RULES", super::options::rules(py)?)?;
+        // Where processes fork, the threads of the parent are not in the child.
+        if let Some(register) = py.import("os")?.getattr_opt("register_at_fork")? {
+            let forked = wrap_pyfunction!(super::forked, py)?;
+            register.call((), Some(&[("after_in_child", forked)].into_py_dict(py)?))?;
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyNotImplemented};
 
 use crate::arrays::bytes_mut;
-use crate::call::{Arguments, Method, call};
+use crate::call::{Arguments, Method, call, detached};
 use crate::errors::{ConfigError, to_python};
 use crate::{options, table};
 
@@ -155,34 +155,36 @@ impl Normalizer {
 
     /// Everything remembered, as ids and columns.
     fn columns<'py>(&self, py: Python<'py>) -> PyResult<table::State<'py>> {
-        let snapshot = py.detach(|| self.core.snapshot());
+        let snapshot = detached(py, self.core.visit(), |visit| visit.snapshot());
         table::to_python(py, &snapshot)
     }
 
     /// Forgets everything and remembers columns instead.
     fn restore_columns(&self, py: Python<'_>, state: table::State<'_>) -> PyResult<()> {
         let snapshot = table::to_core(state)?;
-        py.detach(|| self.core.restore(&snapshot)).map_err(to_python)
+        detached(py, self.core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
     }
 
     /// Everything remembered, in the layout of snapshots.
     fn encode<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &py.detach(|| self.core.snapshot().encode()))
+        PyBytes::new(py, &detached(py, self.core.visit(), |visit| visit.snapshot().encode()))
     }
 
     /// Forgets everything and remembers a snapshot instead.
     fn restore(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
-        py.detach(|| self.core.restore(&Snapshot::decode(snapshot)?)).map_err(to_python)
+        let snapshot = py.detach(|| Snapshot::decode(snapshot)).map_err(to_python)?;
+        detached(py, self.core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
     }
 
     /// Folds in a snapshot of another normalizer, or a delta.
     fn merge(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
-        py.detach(|| self.core.merge(&Snapshot::decode(snapshot)?)).map_err(to_python)
+        let snapshot = py.detach(|| Snapshot::decode(snapshot)).map_err(to_python)?;
+        detached(py, self.core.visit(), |visit| visit.merge(&snapshot)).map_err(to_python)
     }
 
     /// What was folded since the last call, in the layout of snapshots.
     fn delta<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let delta = py.detach(|| self.core.delta()).map_err(to_python)?;
+        let delta = detached(py, self.core.visit(), |visit| visit.delta()).map_err(to_python)?;
         Ok(PyBytes::new(py, &delta.encode()))
     }
 }
