@@ -120,7 +120,7 @@ tsan:  ## the tests with threads of the Rust core under ThreadSanitizer, if ther
 	@if rustc +nightly --version >/dev/null 2>&1; then set -x; \
 	  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan/suppressions.txt halt_on_error=1" \
 	  RUSTFLAGS='-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer' CARGO_TARGET_DIR=target/tsan \
-	  cargo +nightly test --quiet --package pgrpo-core --lib --test concurrency \
+	  cargo +nightly test --quiet --package pgrpo-core --lib \
 	  --target x86_64-unknown-linux-gnu -- --test-threads=1; \
 	else echo "make tsan: skipped, for there is no nightly toolchain (rustup toolchain install nightly)"; fi
 

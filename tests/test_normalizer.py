@@ -647,6 +647,7 @@ def test_groups_are_asked_for(estimator: str) -> None:
 PUBLIC = [
     *["__init__", "__call__", "advantages", "normalize", "update", "retract", "shared"],
     *["snapshot", "diagnostics", "state_dict", "load_state_dict", "save", "load", "merge", "delta"],
+    *["forget", "keep"],
 ]
 
 
@@ -739,17 +740,19 @@ def test_state_round_trips_exactly(batches: list[list[Any]], estimator: str) -> 
         assert repr(made) == repr(source)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"prior_count": 5.0}, {"frequency_weight": 0.5, "forgetting": 0.9}]
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_restored_normalizer_goes_on_bit_for_bit(estimator: str) -> None:
+def test_a_restored_normalizer_goes_on_bit_for_bit(estimator: str, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     batches = [
         (rng.normal(3, 5, 40), rng.integers(0, 4, 40), rng.integers(0, 9, 40)) for _ in range(6)
     ]
-    through, first = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
+    through, first, by_dict, by_file = (ClusterNormalizer(estimator, **options) for _ in range(4))
     expected = [through(*batch) for batch in batches]
     for batch in batches[:3]:
         first(*batch)
-    by_dict, by_file = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
     by_dict.load_state_dict(json.loads(json.dumps(first.state_dict())))
     with tempfile.TemporaryDirectory() as folder:
         first.save(Path(folder) / "histories")
@@ -757,6 +760,61 @@ def test_a_restored_normalizer_goes_on_bit_for_bit(estimator: str) -> None:
     for second in (by_dict, by_file, copy.deepcopy(first)):
         for batch, advantages in zip(batches[3:], expected[3:], strict=True):
             np.testing.assert_array_equal(second(*batch), advantages)
+
+
+NAMES: list[Any] = ["a", 3, "b", -7, 2**40, 70_000, "", 4_194_303, 4_194_304]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, 8), st.floats(-50, 50)), min_size=1),
+        min_size=1,
+        max_size=5,
+    ),
+    dropped=st.sets(st.integers(0, 8)),
+    forgetting=st.sampled_from([1.0, 0.9]),
+)
+def test_what_is_forgotten_was_never_there(
+    batches: list[list[tuple[int, float]]], dropped: set[int], forgetting: float
+) -> None:
+    options: dict[str, Any] = {
+        "prior_count": 3.0,
+        "frequency_weight": 0.5,
+        "forgetting": forgetting,
+    }
+    forgetful, keeping, other = (ClusterNormalizer("pgrpo", **options) for _ in range(3))
+    for batch in batches:
+        clusters, rewards = [NAMES[at] for at, _ in batch], [reward for _, reward in batch]
+        for normalizer in (forgetful, keeping):
+            normalizer.update(rewards, clusters)
+        rest = [(NAMES[at], reward) for at, reward in batch if at not in dropped]
+        other.update([reward for _, reward in rest], [cluster for cluster, _ in rest])
+    seen = forgetful.snapshot()
+    names = [NAMES[at] for at in sorted(dropped)]
+    assert forgetful.forget(names) == len(seen.keys() & set(names))
+    kept = [name for name in NAMES if name not in names]
+    assert keeping.keep(np.array(kept, object)) == len(seen.keys() & set(names))
+    assert keeping.state_dict() == forgetful.state_dict()
+    assert set(forgetful.snapshot()) == seen.keys() - set(names)
+    # Also in what is read of all clusters together: by all that come after.
+    rewards, clusters = [1.0, -4.0, 2.5, 0.0], ["a", 3, 70_000, "new"]
+    expected = other(rewards, clusters)
+    for normalizer in (forgetful, keeping):
+        np.testing.assert_allclose(normalizer(rewards, clusters), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_pending_is_forgotten_too() -> None:
+    normalizer, other = ClusterNormalizer(track_delta=True), ClusterNormalizer()
+    normalizer.update([1.0, 2.0, 3.0], ["a", "b", 5])
+    assert normalizer.forget([5, "unknown"]) == 1
+    other.merge(normalizer.delta())
+    assert list(other.snapshot()) == ["a", "b"]
+    with pytest.raises(DataError, match=r"clusters\[1\] is 2.0; expected an int or a string"):
+        normalizer.forget(["a", 2.0])  # type: ignore[list-item]
+    assert list(normalizer.snapshot()) == ["a", "b"]
+    assert normalizer.keep([]) == 2
+    assert normalizer.snapshot() == {}
 
 
 def test_a_copy_is_another() -> None:
@@ -790,7 +848,7 @@ COLUMNS = [
     ("damage", "message"),
     [
         ({"more": 1}, "it holds version, clusters, count, .*, num_nonfinite, more; expected"),
-        ({"version": 1}, "version is 1; expected 2"),
+        ({"version": 2}, "version is 2; expected 3"),
         ({"offset": 1.0}, "offset is 1.0; expected a list"),
         ({"offset": ["1", 2.0]}, r"offset\[0\] is '1'; expected float"),
         ({"offset": [1.0]}, "clusters has 2 entries, offset has 1"),

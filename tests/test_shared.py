@@ -177,7 +177,7 @@ def test_truncated_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(intact[: len(intact) // 2])
     with pytest.raises(ConfigError, match=f"size {len(intact) // 2}; expected {len(intact)}"):
         open_table(path, capacity=64)
-    for position in range(56):
+    for position in range(80):
         path.write_bytes(
             intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :]
         )

@@ -15,7 +15,14 @@ __version__: str
 RULES: dict[str, Rule]
 """Every estimator, by its name."""
 
-_Columns = tuple[list[ClusterId], NDArray[np.float64], list[ClusterId], NDArray[np.float64], int]
+_Columns = tuple[
+    list[ClusterId],
+    NDArray[np.float64],
+    list[ClusterId],
+    NDArray[np.float64],
+    tuple[float, float, float, float],
+    int,
+]
 
 def check(options: Options, /) -> None:
     """Refuse options out of their ranges, or of other types, with a ConfigError."""
@@ -105,9 +112,11 @@ class Normalizer:
     def num_nonfinite(self) -> int: ...
     def delta(self) -> bytes: ...
     def columns(self) -> _Columns:
-        """Ids [K] and columns [K, 13] of all clusters; the same of what the next delta holds; number of
-        non-finite rewards."""
+        """Ids [K] and columns [K, 13] of all clusters; the same of what the next delta holds; count,
+        origin, offset and m2 of all clusters together, or zeros; number of non-finite rewards."""
     def restore_columns(self, state: _Columns) -> None: ...
+    def forget(self, clusters: Any, /) -> Any: ...
+    def keep(self, clusters: Any, /) -> Any: ...
     def encode(self) -> bytes: ...
     def restore(self, snapshot: bytes) -> None: ...
     def merge(self, snapshot: bytes) -> None: ...

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pgrpo.errors import CheckpointError, DataError
 from pgrpo.normalizer import _core, state
-from pgrpo.normalizer.arrays import call_plainly, read_columns, read_rewards, short
+from pgrpo.normalizer.arrays import call_plainly, read_columns, read_ids, read_rewards, short
 from pgrpo.normalizer.diagnostics import Diagnostics, diagnose
 from pgrpo.normalizer.options import Options, made_of_options
 from pgrpo.normalizer.shared_memory import open_table, shared_path
@@ -66,14 +66,15 @@ class ClusterNormalizer:
 
     **Threads.** Any number may use one normalizer without a lock of their own, and the interpreter is
     not needed by batches from 4096 rewards on; do not write to an array while it is being used. It
-    declares itself free of the interpreter's lock for free-threaded Python. Reading and merging
-    histories is lock-free: a thread stopped anywhere delays no other. Two things are not: a string,
-    or an int outside of [0, 2^22), is looked up under a lock that readers share and a new one takes
-    alone; and memory for new clusters comes from the allocator. Each history is read and updated as a
-    whole; other threads may be between two clusters, or between a history and the other sums that
-    `shrinkage`, `auto` and diagnostics keep of it. Results of racing threads depend on the order of
-    their merges, by rounding; those of one thread, whatever `num_threads`, do not. Threads must not
-    share one `out`.
+    declares itself free of the interpreter's lock for free-threaded Python. Finding, reading and
+    merging histories is lock-free: a thread stopped anywhere delays no other. (Memory for new clusters
+    comes from the allocator, which may lock.) `load`, `load_state_dict`, `forget` and `keep` wait for
+    the calls that have begun, and calls that begin meanwhile wait for them. Each history is read and
+    updated as a whole; other threads may be between two clusters, or between a history and the other
+    sums that `shrinkage`, `auto`, `prior_count` and diagnostics keep. Results of racing threads depend
+    on the order of their merges, by rounding; those of one thread, whatever `num_threads`, do not.
+    Threads must not share one `out`. A child that is forked in the middle of other threads' calls goes
+    on with the histories as they were at that moment.
 
     Its arguments are those of `pgrpo.normalizer.Options`.
     """
@@ -311,7 +312,7 @@ class ClusterNormalizer:
         or `auto`, and groups in every call. Whether groups mix clusters is not told by sums of
         clusters: who has the groups has to look.
         """
-        ids, columns, _, _, num_nonfinite = self._core.columns()
+        ids, columns, *_, num_nonfinite = self._core.columns()
         sums = dict(zip(state.SUMS, columns.T, strict=True))
         return diagnose(ids, sums, num_nonfinite, self._options)
 
@@ -360,6 +361,42 @@ class ClusterNormalizer:
             self._core.restore(snapshot)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+    def forget(self, clusters: Ids) -> int:
+        """Drop the histories of clusters, as if none of their rewards had ever been folded.
+
+        What the next `delta` would hold of them goes too, and what `prior_count` and
+        `frequency_weight` read of all clusters together is that of the clusters that stay. Their
+        memory is given back. It takes as long as a snapshot; it waits for the calls that other threads
+        have begun, and calls that begin meanwhile wait for it.
+
+        In a shared table histories are emptied one by one, beside the calls of other processes, and the
+        room of their names stays taken.
+
+        Args:
+            clusters: ids; those without a history are passed over.
+
+        Returns:
+            Number of histories that were dropped.
+
+        Raises:
+            DataError: an id is not one; nothing was dropped then.
+        """
+        dropped = self._core.forget(clusters)
+        return (
+            self._core.forget(read_ids(clusters, "clusters"))
+            if dropped is NotImplemented
+            else dropped
+        )
+
+    def keep(self, clusters: Ids) -> int:
+        """Drop the histories of all clusters but these; everything else is as for `forget`."""
+        dropped = self._core.keep(clusters)
+        return (
+            self._core.keep(read_ids(clusters, "clusters"))
+            if dropped is NotImplemented
+            else dropped
+        )
 
     def merge(self, other: ClusterNormalizer | bytes) -> None:
         """Fold in the histories of another normalizer, or a `delta`, cluster by cluster.

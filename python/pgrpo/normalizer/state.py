@@ -19,7 +19,7 @@ from pgrpo.errors import CheckpointError
 from pgrpo.normalizer.arrays import MAX_ID, short
 from pgrpo.types import ClusterId, FloatArray
 
-VERSION = 2
+VERSION = 3
 
 SUMS: tuple[str, ...] = (
     "count", "origin", "offset", "m2",
@@ -30,9 +30,14 @@ SUMS: tuple[str, ...] = (
 """What a normalizer keeps of a cluster, in the order of the core's columns."""
 
 
-Columns: TypeAlias = tuple[list[ClusterId], FloatArray, list[ClusterId], FloatArray, int]
-"""Ids [K] and sums [K, 13] of all clusters; the same of what the next delta holds; number of non-finite
-rewards."""
+POOL = SUMS[:4]
+"""What it keeps of all clusters together where an option reads that; zeros where none does."""
+
+Pool: TypeAlias = tuple[float, float, float, float]
+"""Numbers of `POOL`."""
+Columns: TypeAlias = tuple[list[ClusterId], FloatArray, list[ClusterId], FloatArray, Pool, int]
+"""Ids [K] and sums [K, 13] of all clusters; the same of what the next delta holds; the history of all
+clusters together; number of non-finite rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,12 @@ def deviation(count: FloatArray, m2: FloatArray, ddof: int) -> FloatArray:
 
 def to_dict(columns: Columns) -> dict[str, Any]:
     """Columns as plain lists of ints, strings and floats."""
-    ids, sums, pending_ids, pending, num_nonfinite = columns
+    ids, sums, pending_ids, pending, pool, num_nonfinite = columns
     return {
         "version": VERSION,
         **_lists(ids, sums),
         "pending": _lists(pending_ids, pending),
+        "pool": dict(zip(POOL, pool, strict=True)),
         "num_nonfinite": num_nonfinite,
     }
 
@@ -82,7 +88,7 @@ def from_dict(state: Mapping[str, Any]) -> Columns:
     Raises:
         CheckpointError: it lacks a key, or holds something of another type or length.
     """
-    keys = ["version", "clusters", *SUMS, "pending", "num_nonfinite"]
+    keys = ["version", "clusters", *SUMS, "pending", "pool", "num_nonfinite"]
     _expect_keys(state, keys, "")
     version, num_nonfinite = state["version"], state["num_nonfinite"]
     _expect(version == VERSION, f"version is {short(version)}; expected {VERSION}")
@@ -90,7 +96,11 @@ def from_dict(state: Mapping[str, Any]) -> Columns:
     _expect(whole, f"num_nonfinite is {short(num_nonfinite)}; expected an int of at least 0")
     pending = state["pending"]
     _expect_keys(pending, ["clusters", *SUMS], "pending ")
-    return *_read_lists(state, ""), *_read_lists(pending, "pending "), num_nonfinite
+    _expect_keys(state["pool"], POOL, "pool ")
+    for key, value in state["pool"].items():
+        _expect(type(value) is float, f"pool {key} is {short(value)}; expected float")
+    pool = cast(Pool, tuple(state["pool"][key] for key in POOL))
+    return *_read_lists(state, ""), *_read_lists(pending, "pending "), pool, num_nonfinite
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:

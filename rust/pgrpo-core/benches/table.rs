@@ -17,7 +17,7 @@ fn beside(criterion: &mut Criterion, name: &str, others: u32, clusters: u32) {
     let write = || {
         let mut turn = 0_u32;
         while !done.load(Ordering::Relaxed) {
-            histories.merge(turn % clusters, batch, 1.0);
+            histories.merge(turn % clusters, batch, 1.0, false).unwrap();
             turn = turn.wrapping_add(1);
         }
     };
@@ -32,7 +32,7 @@ fn beside(criterion: &mut Criterion, name: &str, others: u32, clusters: u32) {
             scope.spawn(write);
         }
         group.bench_function("merge", |bench| {
-            bench.iter(|| histories.merge(next(), black_box(batch), 1.0));
+            bench.iter(|| histories.merge(next(), black_box(batch), 1.0, false));
         });
         group.bench_function("read", |bench| bench.iter(|| histories.read(next())));
         done.store(true, Ordering::Relaxed);

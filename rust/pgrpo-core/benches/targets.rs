@@ -123,14 +123,14 @@ fn longest_wait() -> [f64; 2] {
             // SAFETY: always.
             sender.send(unsafe { libc::pthread_self() }).expect("a receiver");
             while !done.load(SeqCst) {
-                histories.merge(0, batch, 1.0);
+                histories.merge(0, batch, 1.0, false).unwrap();
             }
         });
         let other = scope.spawn(|| {
             let (mut longest, mut preempted) = ([0.0_f64; 2], num_preemptions());
             while !done.load(SeqCst) {
                 let began = Instant::now();
-                histories.merge(0, batch, 1.0);
+                histories.merge(0, batch, 1.0, false).unwrap();
                 std::hint::black_box(histories.read(0));
                 let took_ms = began.elapsed().as_secs_f64() * 1e3;
                 if !FROZEN.load(SeqCst) || took_ms <= longest[0] {
@@ -173,7 +173,7 @@ fn faults() -> [u64; 3] {
                 for turn in 0..TURNS {
                     // Mostly one cluster, fought over.
                     let key = if turn % 4 == 0 { turn as u32 % CLUSTERS } else { 0 };
-                    let (_, after) = histories.merge(key, batch, 1.0);
+                    let (_, after) = histories.merge(key, batch, 1.0, false).unwrap();
                     torn.fetch_add(u64::from(!sound(after)), SeqCst);
                 }
                 left.fetch_sub(1, SeqCst);

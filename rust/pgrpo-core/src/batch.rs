@@ -43,6 +43,11 @@ impl<'a> Ids<'a> {
         }
     }
 
+    /// Every id in its turn.
+    pub fn iter(self) -> impl Iterator<Item = AnyId<'a>> {
+        (0..self.len()).map(move |entry| self.id(entry))
+    }
+
     fn only(self, kept: &[usize]) -> OwnedIds<'a> {
         match self {
             Self::Any(ids) => OwnedIds::Any(kept.iter().map(|&entry| ids[entry]).collect()),

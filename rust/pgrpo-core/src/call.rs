@@ -29,6 +29,8 @@ pub(crate) struct Call<'a, R> {
     pub(crate) options: &'a Options,
     pub(crate) scale: Scale,
     pub(crate) state: &'a State,
+    /// Whether no other call is going on.
+    pub(crate) is_only: bool,
     pub(crate) batch: Batch<'a, R>,
 }
 
@@ -221,13 +223,15 @@ impl<R: Real> Call<'_, R> {
     }
 
     /// Merges what was folded, unless only the other half is wanted, and reads what is remembered.
-    pub(crate) fn remember(&self, halves: Halves, scratch: &mut Scratch) {
+    pub(crate) fn remember(&self, halves: Halves, scratch: &mut Scratch) -> Result<(), Error> {
         let Options { estimator, order, forgetting, .. } = *self.options;
+        let is_only = self.is_only;
         let (streams, pending) = (&self.state.streams, self.state.pending.as_ref());
         let merging = halves != Halves::Normalize;
         let reads_after = order == Order::UpdateThenNormalize;
-        if !reads_after && halves != Halves::Update {
-            scratch.pool = self.pool();
+        let wants_pool = self.options.reads_pool() && halves != Halves::Update;
+        if wants_pool && !reads_after {
+            scratch.pool = self.state.worked_out_pool();
         }
         let Scratch { keys, folded, before, batch, slots, .. } = scratch;
         let batch: &[Moments] = if batch.is_empty() { &folded.moments } else { batch };
@@ -235,9 +239,9 @@ impl<R: Real> Call<'_, R> {
         for (&key, &moments) in keys.iter().zip(batch) {
             let (old, new) = if merging {
                 if let Some(pending) = pending {
-                    pending.rewards.merge(key, moments, 1.0);
+                    pending.rewards.merge(key, moments, 1.0, is_only)?;
                 }
-                streams.rewards.merge(key, moments, forgetting)
+                streams.rewards.merge(key, moments, forgetting, is_only)?
             } else {
                 let now = streams.rewards.read(key);
                 (now, now)
@@ -247,21 +251,31 @@ impl<R: Real> Call<'_, R> {
             }
             folded.histories.push(if reads_after { new } else { old });
         }
-        if reads_after && halves != Halves::Update {
-            scratch.pool = self.pool();
+        let merged = if merging {
+            self.state.merge_into_pool(batch.iter().copied(), is_only)?
+        } else {
+            None
+        };
+        if wants_pool {
+            let pool = match merged {
+                Some((old, new)) => Some(if reads_after { new } else { old }),
+                None if reads_after || !merging => Some(self.state.pool()),
+                None => scratch.pool,
+            };
+            scratch.pool = pool.filter(|pool| pool.count > 0.0);
         }
         let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple]| {
             let read = keys.iter().zip(batch).zip(added).map(|((&key, batch), &added)| {
                 if !merging || batch.count == 0.0 {
-                    return sums.read(key);
+                    return Ok(sums.read(key));
                 }
                 if let Some(pending) = pending {
-                    pending.add(key, added, 1.0);
+                    pending.add(key, added, 1.0, is_only)?;
                 }
-                let (old, new) = sums.add(key, added, forgetting);
-                if reads_after { new } else { old }
+                let (old, new) = sums.add(key, added, forgetting, is_only)?;
+                Ok(if reads_after { new } else { old })
             });
-            read.collect::<Vec<Triple>>()
+            read.collect::<Result<Vec<Triple>, Error>>()
         };
         if let Some(sums) = &streams.parts
             && self.batch.groups.is_some()
@@ -274,7 +288,7 @@ impl<R: Real> Call<'_, R> {
                 *within += cell.moments.m2;
             }
             let pending = pending.and_then(|pending| pending.parts.as_ref());
-            folded.parts = touched(sums, pending, &added);
+            folded.parts = touched(sums, pending, &added)?;
             folded.own.clone_from(&folded.histories);
         }
         if let Some((sums, evidence)) = streams.regression.as_ref().zip(estimator.evidence) {
@@ -289,15 +303,9 @@ impl<R: Real> Call<'_, R> {
                 }
             }
             let pending = pending.and_then(|pending| pending.regression.as_ref());
-            folded.regressions = touched(sums, pending, &added);
+            folded.regressions = touched(sums, pending, &added)?;
         }
-    }
-
-    /// The history of all clusters together, if it is wanted and there is any.
-    fn pool(&self) -> Option<Moments> {
-        let wanted = self.options.prior_count > 0.0 || self.options.frequency_weight != 0.0;
-        let merged = || self.state.histories().map(|(_, history)| history).reduce(Moments::merge);
-        if wanted { merged() } else { None }
+        Ok(())
     }
 
     /// The rewards of each cell with weights multiplied by their score norms.
@@ -314,7 +322,7 @@ impl<R: Real> Call<'_, R> {
     }
 
     /// Makes the maps of all cells.
-    pub(crate) fn map(&self, halves: Halves, scratch: &mut Scratch) {
+    pub(crate) fn map(&self, halves: Halves, scratch: &mut Scratch) -> Result<(), Error> {
         let Options { estimator, prior_count, frequency_weight, .. } = *self.options;
         let Scratch { keys, folded, maps, factors, .. } = scratch;
         if let Some(pool) = scratch.pool {
@@ -347,10 +355,11 @@ impl<R: Real> Call<'_, R> {
             for (&key, &added) in keys.iter().zip(&added) {
                 // With an eps near 0 advantages can be too large to be summed up.
                 if added[0] > 0.0 && added.iter().all(|sum| sum.is_finite()) {
-                    sums.add(key, added, self.options.forgetting);
+                    sums.add(key, added, self.options.forgetting, self.is_only)?;
                 }
             }
         }
+        Ok(())
     }
 
     /// Writes the advantages.

@@ -79,6 +79,11 @@ pub enum Error {
         /// How much of it there is.
         capacity: u64,
     },
+    /// A shared table that somebody else has written to, or in which too many processes were killed.
+    Damaged {
+        /// What is wrong with it.
+        what: &'static str,
+    },
 }
 
 impl fmt::Display for Error {
@@ -118,6 +123,7 @@ impl fmt::Display for Error {
             Self::Full { what, capacity } => {
                 write!(out, "the shared table is full: it has room for {capacity} {what}")
             }
+            Self::Damaged { what } => write!(out, "the shared table is damaged: {what}"),
         }
     }
 }

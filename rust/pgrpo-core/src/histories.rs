@@ -1,7 +1,8 @@
 //! One stream of running sums per cluster.
 
+use crate::error::Error;
 use crate::moments::Moments;
-use crate::table::{Row, Table, Triple};
+use crate::table::{Refused, Row, Table, Triple};
 
 /// [`Moments`] by cluster key, shared by threads.
 ///
@@ -37,50 +38,66 @@ impl Histories {
 
     /// Merges a batch's moments into one cluster, whose samples so far then count `kept` times as
     /// much, and returns the moments right before and right after. An empty batch changes nothing.
+    /// `is_only`: no other thread merges meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], of a shared table.
     #[inline(always)]
-    pub fn merge(&self, key: u32, batch: Moments, kept: f64) -> (Moments, Moments) {
+    pub fn merge(
+        &self,
+        key: u32,
+        batch: Moments,
+        kept: f64,
+        is_only: bool,
+    ) -> Result<(Moments, Moments), Error> {
         let row = self.table.row(key);
         if batch.count == 0.0 {
             let now = self.read_row(row);
-            return (now, now);
+            return Ok((now, now));
         }
-        let origin = row.origin_or(batch.origin);
+        let origin = self.table.origin_or(key, row, batch.origin);
         let batch = batch.about(origin);
         let change = |old| Some(triple(moments(origin, old).decayed(kept).merge(batch)));
-        let (before, after) = match self.table.commit(row, change) {
-            Ok(both) => both,
-            Err(old) => (old, old),
-        };
-        (moments(origin, before), moments(origin, after))
+        let (before, after) = if is_only {
+            self.table.commit_as_only(row, change)
+        } else {
+            self.table.commit(row, change)
+        }?;
+        Ok((moments(origin, before), moments(origin, after)))
     }
 
-    /// Takes samples out of one cluster again. False, and nothing changed, if it has not as many.
-    pub fn retract(&self, key: u32, batch: Moments) -> bool {
+    /// Takes samples out of one cluster again.
+    ///
+    /// # Errors
+    /// [`Refused::Unchanged`] if it has not as many.
+    pub(crate) fn retract(&self, key: u32, batch: Moments) -> Result<(), Refused> {
         let Some((row, origin)) = self.table.find(key).and_then(|row| Some((row, row.origin()?)))
         else {
-            return batch.count == 0.0;
+            return if batch.count == 0.0 { Ok(()) } else { Err(Refused::Unchanged([0.0; 3])) };
         };
         let batch = batch.about(origin);
-        self.table.commit(row, |old| moments(origin, old).retract(batch).map(triple)).is_ok()
+        self.table.commit(row, |old| moments(origin, old).retract(batch).map(triple)).map(|_| ())
     }
 
     /// Empties one cluster and returns what it had.
-    pub fn take(&self, key: u32) -> Moments {
-        let Some(row) = self.table.find(key) else { return Moments::default() };
-        let Some(origin) = row.origin() else { return Moments::default() };
-        let (Ok((old, _)) | Err(old)) = self.table.commit(row, |_| Some([0.0; 3]));
-        moments(origin, old)
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], of a shared table.
+    pub fn take(&self, key: u32) -> Result<Moments, Error> {
+        let Some(row) = self.table.find(key) else { return Ok(Moments::default()) };
+        let Some(origin) = row.origin() else { return Ok(Moments::default()) };
+        let (old, _) = self.table.commit(row, |_| Some([0.0; 3]))?;
+        Ok(moments(origin, old))
     }
 
-    /// Keys of the clusters that ever had samples: low ones first.
+    /// Keys of the clusters that ever had samples, in ascending order; none of a shared table.
     pub fn keys(&self) -> impl Iterator<Item = u32> {
-        self.table.iter().filter(|(_, row)| row.origin().is_some()).map(|(key, _)| key)
+        self.table.iter().map(|(key, _)| key)
     }
 
-    /// Every cluster with samples, with its key: those of low keys first.
+    /// Every cluster with samples, with its key, in ascending order; none of a shared table.
     pub fn iter(&self) -> impl Iterator<Item = (u32, Moments)> {
-        let present = self.table.iter().filter(|(_, row)| row.origin().is_some());
-        let read = present.map(|(key, row)| (key, self.read_row(row)));
+        let read = self.table.iter().map(|(key, row)| (key, self.read_row(row)));
         read.filter(|(_, moments)| moments.count > 0.0)
     }
 
@@ -102,26 +119,34 @@ impl Sums {
         self.table.find(key).map(|row| self.table.read(row)).unwrap_or_default()
     }
 
-    /// `old * kept + batch`; returns the sums right before and right after.
-    pub fn add(&self, key: u32, batch: Triple, kept: f64) -> (Triple, Triple) {
+    /// `old * kept + batch`; returns the sums right before and right after. `is_only`: no other thread
+    /// adds meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], of a shared table.
+    pub fn add(
+        &self,
+        key: u32,
+        batch: Triple,
+        kept: f64,
+        is_only: bool,
+    ) -> Result<(Triple, Triple), Error> {
         let row = self.table.row(key);
-        row.origin_or(0.0);
         let change = |old: Triple| Some(std::array::from_fn(|i| old[i] * kept + batch[i]));
-        let (Ok(both) | Err(both)) = self.table.commit(row, change).map_err(|old| (old, old));
-        both
+        Ok(if is_only {
+            self.table.commit_as_only(row, change)
+        } else {
+            self.table.commit(row, change)
+        }?)
     }
 
     /// Empties one cluster and returns what it had.
-    pub fn take(&self, key: u32) -> Triple {
-        let Some(row) = self.table.find(key) else { return Triple::default() };
-        let (Ok((old, _)) | Err(old)) = self.table.commit(row, |_| Some(Triple::default()));
-        old
-    }
-
-    /// Every cluster something was ever added to, with its key: those of low keys first.
-    pub fn iter(&self) -> impl Iterator<Item = (u32, Triple)> {
-        let present = self.table.iter().filter(|(_, row)| row.origin().is_some());
-        present.map(|(key, row)| (key, self.table.read(row)))
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], of a shared table.
+    pub fn take(&self, key: u32) -> Result<Triple, Error> {
+        let Some(row) = self.table.find(key) else { return Ok(Triple::default()) };
+        Ok(self.table.commit(row, |_| Some(Triple::default()))?.0)
     }
 }
 
@@ -131,3 +156,6 @@ impl From<Table> for Sums {
         Self { table }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod concurrency;

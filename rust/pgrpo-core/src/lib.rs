@@ -23,6 +23,7 @@ mod fold;
 mod gate;
 pub mod histories;
 pub mod ids;
+mod index;
 #[cfg(not(loom))]
 mod kernels;
 pub mod moments;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "the state is replaced while other threads read the old one")]
 
 use std::cell::UnsafeCell;
+use std::collections::HashSet;
 
 use crate::batch::Batch;
 use crate::call::{Call, Halves, with_scratch};
@@ -9,12 +10,13 @@ use crate::elements::Real;
 use crate::error::Error;
 use crate::estimators::{RULES, Scale};
 use crate::gate::Gate;
-use crate::moments::is_finite_reward;
+use crate::ids::AnyId;
+use crate::moments::{Moments, is_finite_reward};
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
 use crate::state::{Entry, State};
-use crate::table::Table;
+use crate::table::{Refused, Table};
 
 /// An estimator with its options and everything it remembers.
 ///
@@ -31,7 +33,7 @@ pub struct Normalizer {
     options: Options,
     scale: Scale,
     gate: Gate,
-    state: UnsafeCell<State>,
+    state: Box<UnsafeCell<State>>,
 }
 
 // SAFETY: the state is changed through atomics by whoever visits, and otherwise by whoever is alone.
@@ -89,7 +91,7 @@ impl Normalizer {
     }
 
     fn with_state(options: Options, state: State) -> Self {
-        let (scale, state) = (options.scale(), UnsafeCell::new(state));
+        let (scale, state) = (options.scale(), Box::new(UnsafeCell::new(state)));
         Self { options, scale, gate: Gate::default(), state }
     }
 
@@ -258,7 +260,7 @@ impl Visit<'_> {
         let state = self.state();
         let batch = Batch { groups: None, ..*batch };
         let scale = self.normalizer.scale;
-        let call = Call { options, scale, state, batch };
+        let call = Call { options, scale, state, is_only: false, batch };
         with_scratch(|scratch| {
             call.fold(scratch);
             call.find_keys(false, scratch)?;
@@ -277,14 +279,18 @@ impl Visit<'_> {
                 }
             }
             for (at, (&key, &moments)) in parts().enumerate() {
-                if !rewards.retract(key, moments) {
+                if let Err(refused) = rewards.retract(key, moments) {
                     // Another thread retracted meanwhile: what is done is undone, up to rounding.
-                    parts().take(at).for_each(|(&key, &moments)| {
-                        rewards.merge(key, moments, 1.0);
-                    });
-                    return refuse(key, moments.count);
+                    for (&key, &moments) in parts().take(at) {
+                        rewards.merge(key, moments, 1.0, false)?;
+                    }
+                    return match refused {
+                        Refused::Unchanged(_) => refuse(key, moments.count),
+                        Refused::NoBuffer => Err(refused.into()),
+                    };
                 }
             }
+            state.retract_from_pool(parts().map(|(_, &moments)| moments));
             Ok(())
         })
     }
@@ -298,16 +304,7 @@ impl Visit<'_> {
     /// Everything remembered; each cluster's history as it was at one moment.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        let state = self.state();
-        let pending = state.pending.iter().flat_map(|pending| {
-            let entries = pending.rewards.keys().map(|key| pending.entry(key));
-            entries.filter(|entry| !entry.is_empty()).filter_map(|entry| state.named(&entry))
-        });
-        Snapshot {
-            clusters: state.entries(),
-            pending: pending.collect(),
-            num_nonfinite: state.num_nonfinite(),
-        }
+        self.state().snapshot()
     }
 
     /// What was folded since the last call of this method: every sample is in one delta only.
@@ -322,7 +319,8 @@ impl Visit<'_> {
                 needs: "the option track_delta".to_owned(),
             });
         };
-        let clusters = pending.take().into_iter().filter_map(|entry| state.named(&entry)).collect();
+        let taken = pending.take_all()?;
+        let clusters = taken.iter().filter_map(|entry| state.named(entry)).collect();
         Ok(Snapshot { clusters, ..Snapshot::default() })
     }
 
@@ -332,7 +330,7 @@ impl Visit<'_> {
     /// [`Error::Snapshot`] where an entry cannot be that of any rewards; nothing was merged then.
     pub fn merge(&self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check()?;
-        merge_into(self.state(), snapshot)
+        self.state().merge(snapshot, snapshot.pooled())
     }
 
     fn run<R: Real>(
@@ -353,7 +351,9 @@ impl Visit<'_> {
         }
         let groups = batch.groups.filter(|_| estimator.needs_groups || track_diagnostics);
         let batch = Batch { groups, ..*batch };
-        let call = Call { options, scale: *scale, state: self.state(), batch };
+        let (scale, state) = (*scale, self.state());
+        let is_only = self.is_only && !state.is_shared();
+        let call = Call { options, scale, state, is_only, batch };
         let done = with_scratch(|scratch| {
             call.fold(scratch);
             // A hole of weight 0 does not show in sums.
@@ -366,9 +366,9 @@ impl Visit<'_> {
                 }
             }
             call.find_keys(halves != Halves::Normalize, scratch)?;
-            call.remember(halves, scratch);
+            call.remember(halves, scratch)?;
             if let Some(out) = out.as_deref_mut() {
-                call.map(halves, scratch);
+                call.map(halves, scratch)?;
                 call.write(scratch, out);
             }
             Ok(true)
@@ -427,47 +427,83 @@ impl Alone<'_> {
     /// [`Error::Snapshot`] as for [`merge`](Visit::merge); everything stays as it was then.
     pub fn restore(mut self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check()?;
-        let Options { track_delta, .. } = self.normalizer.options;
-        let kept = self.normalizer.options.kept();
         let state = self.state();
-        if state.is_shared() {
+        if let Some(region) = state.region() {
             if state.histories().next().is_some() {
-                return Err(Error::Unsupported {
-                    what: "restoring into a shared table",
-                    needs: "an empty one, for other processes use it too".to_owned(),
-                });
+                return Err(unsupported("an empty one, for other processes use it too"));
             }
-            return fill(state, snapshot);
+            // One step for all processes: two that find it empty must not both bring their snapshot.
+            if !region.claim_restoring() {
+                return Err(unsupported(
+                    "one that no process has restored into before: let one do it for all",
+                ));
+            }
+            let filled = state.fill(snapshot);
+            if filled.is_err() {
+                region.disclaim_restoring();
+            }
+            return filled;
         }
-        let new = State::new(kept, track_delta);
-        fill(&new, snapshot)?;
-        *state = new;
+        self.replace(snapshot)
+    }
+
+    /// Puts a state that holds a snapshot in the place of this process's own.
+    fn replace(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        let options = &self.normalizer.options;
+        let new = State::new(options.kept(), options.track_delta);
+        new.fill(snapshot)?;
+        *self.state() = new;
         Ok(())
     }
-}
 
-fn merge_into(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
-    let keys: Result<Vec<u32>, Error> =
-        snapshot.clusters.iter().map(|entry| state.key_of(entry.id.borrow())).collect();
-    for (entry, id) in snapshot.clusters.iter().zip(keys?) {
-        state.streams.merge(&with_key(entry, id));
+    /// Drops the histories of some clusters and what is pending of them, as if none of their rewards had
+    /// ever been folded. What they took up of memory is given back; of a shared table it stays with
+    /// their names, and calls of other processes may be under way. Returns the number of histories that
+    /// were dropped; clusters without one are passed over.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], of a shared table.
+    pub fn forget<'a>(self, ids: impl IntoIterator<Item = AnyId<'a>>) -> Result<usize, Error> {
+        let ids: HashSet<AnyId<'_>> = ids.into_iter().collect();
+        self.drop_where(|id| ids.contains(&id))
     }
-    state.add_nonfinite(snapshot.num_nonfinite);
-    Ok(())
-}
 
-/// Brings everything of a snapshot into a state without histories.
-fn fill(state: &State, snapshot: &Snapshot) -> Result<(), Error> {
-    merge_into(state, snapshot)?;
-    let Some(pending) = &state.pending else { return Ok(()) };
-    pending.take();
-    for entry in &snapshot.pending {
-        pending.merge(&with_key(entry, state.key_of(entry.id.borrow())?));
+    /// Drops the histories of all other clusters, as [`forget`](Self::forget) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn keep<'a>(self, ids: impl IntoIterator<Item = AnyId<'a>>) -> Result<usize, Error> {
+        let ids: HashSet<AnyId<'_>> = ids.into_iter().collect();
+        self.drop_where(|id| !ids.contains(&id))
     }
-    Ok(())
+
+    fn drop_where(mut self, drops: impl Fn(AnyId<'_>) -> bool) -> Result<usize, Error> {
+        let state = self.state();
+        let mut snapshot = state.snapshot();
+        let keeps = |entry: &Entry| !drops(entry.id.borrow());
+        let before = snapshot.clusters.len();
+        snapshot.pending.retain(keeps);
+        if state.is_shared() {
+            let dropped = snapshot.clusters.iter().filter(|entry| !keeps(entry));
+            for key in dropped.filter_map(|entry| state.find(entry.id.borrow())) {
+                let taken = state.streams.take(key)?;
+                state.retract_from_pool(std::iter::once(taken.rewards));
+                if let Some(pending) = &state.pending {
+                    pending.take(key)?;
+                }
+            }
+            snapshot.clusters.retain(keeps);
+            return Ok(before - snapshot.clusters.len());
+        }
+        snapshot.clusters.retain(keeps);
+        // To be worked out anew: that of the clusters that stay.
+        snapshot.pool = Moments::default();
+        let dropped = before - snapshot.clusters.len();
+        self.replace(&snapshot)?;
+        Ok(dropped)
+    }
 }
 
-fn with_key(entry: &Entry, id: u32) -> Entry<u32> {
-    let Entry { rewards, parts, regression, advantages, .. } = *entry;
-    Entry { id, rewards, parts, regression, advantages }
+fn unsupported(needs: &str) -> Error {
+    Error::Unsupported { what: "restoring into a shared table", needs: needs.to_owned() }
 }

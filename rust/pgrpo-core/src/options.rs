@@ -143,7 +143,15 @@ impl Options {
             parts: self.estimator.keeps_parts || self.track_diagnostics,
             regression: self.estimator.evidence.is_some(),
             advantages: self.track_diagnostics,
+            // What is forgotten of a cluster would have to be taken out of it, with an error that
+            // stays when what it is of is gone.
+            pool: self.reads_pool() && self.forgetting >= 1.0,
         }
+    }
+
+    /// Whether advantages depend on the history of all clusters together.
+    pub(crate) fn reads_pool(&self) -> bool {
+        self.prior_count > 0.0 || self.frequency_weight != 0.0
     }
 
     /// Refuses options out of their ranges.

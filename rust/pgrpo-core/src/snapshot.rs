@@ -16,6 +16,9 @@ pub struct Snapshot {
     pub clusters: Vec<Entry>,
     /// What was folded since the last delta.
     pub pending: Vec<Entry>,
+    /// History of all clusters together, in the sums that were kept of it; without any where it was not
+    /// kept.
+    pub pool: Moments,
     /// Non-finite rewards left out so far.
     pub num_nonfinite: u64,
 }
@@ -29,10 +32,11 @@ const MAX_SUM: f64 = 1e300;
 /// A line feed after a carriage return, and a byte that is not ASCII: whoever took the file for text
 /// has changed its first bytes.
 const MAGIC: [u8; 8] = *b"\x89pgrpo\r\n";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const WORD: usize = 8;
-/// Magic, version, number of non-finite rewards; entries and bytes of names of either table.
-const HEADER: usize = 7 * WORD;
+/// Magic, version, number of non-finite rewards; entries and bytes of names of either table; the four
+/// numbers of the pool.
+const HEADER: usize = 11 * WORD;
 /// Numbers of an entry.
 const COLUMNS: usize = 13;
 /// Bytes of an entry beside its name: its numbers, its integer or length of name, and which of both.
@@ -41,21 +45,38 @@ const PER_ENTRY: usize = COLUMNS * WORD + WORD + 1;
 const INT: u8 = 0;
 const NAME: u8 = 1;
 
+/// Not above what sums may be.
+fn positive(sum: f64) -> bool {
+    (0.0..=MAX_SUM).contains(&sum)
+}
+
+type Check = (f64, bool, &'static str);
+
+fn first_fault(checks: impl IntoIterator<Item = Check>) -> Option<(&'static str, f64)> {
+    let fault = checks.into_iter().find(|&(_, passed, _)| !passed);
+    fault.map(|(value, _, reason)| (reason, value))
+}
+
+/// What cannot be so in the moments of any rewards, and would spoil what they are merged with; and the
+/// number that is so.
+fn fault_of(rewards: &Moments) -> Option<(&'static str, f64)> {
+    let Moments { count, origin, offset, m2 } = *rewards;
+    let mean = origin + offset;
+    first_fault([
+        (count, (0.0..=MAX_COUNT).contains(&count), "has a count outside of 0 to 2^53"),
+        (origin, is_finite_reward(origin), "has an origin that is not finite and below 1e140"),
+        (mean, is_finite_reward(mean), "has a mean that is not finite and below 1e140"),
+        (m2, positive(m2), "has an m2 outside of 0 to 1e300"),
+    ])
+}
+
 impl<I> Entry<I> {
-    /// What cannot be so in the sums of any rewards, and would spoil what they are merged with; and
-    /// the number that is so.
+    /// The same of all its sums.
     fn fault(&self) -> Option<(&'static str, f64)> {
-        let Moments { count, origin, offset, m2 } = self.rewards;
-        let mean = origin + offset;
         let ([parts, squares, within], [xx, xy, yy]) = (self.parts, self.regression);
         let [num_advantages, sum, sum_squares] = self.advantages;
-        let positive = |sum| (0.0..=MAX_SUM).contains(&sum);
         let signed = |sum: f64| sum.abs() <= MAX_SUM;
-        let checks = [
-            (count, (0.0..=MAX_COUNT).contains(&count), "has a count outside of 0 to 2^53"),
-            (origin, is_finite_reward(origin), "has an origin that is not finite and below 1e140"),
-            (mean, is_finite_reward(mean), "has a mean that is not finite and below 1e140"),
-            (m2, positive(m2), "has an m2 outside of 0 to 1e300"),
+        let sums = [
             (parts, positive(parts), "has parts[0] outside of 0 to 1e300"),
             (squares, positive(squares), "has parts[1] outside of 0 to 1e300"),
             (within, positive(within), "has parts[2] outside of 0 to 1e300"),
@@ -66,8 +87,7 @@ impl<I> Entry<I> {
             (sum, signed(sum), "has advantages[1] outside of -1e300 to 1e300"),
             (sum_squares, positive(sum_squares), "has advantages[2] outside of 0 to 1e300"),
         ];
-        let fault = checks.into_iter().find(|&(_, passed, _)| !passed);
-        fault.map(|(value, _, reason)| (reason, value))
+        fault_of(&self.rewards).or_else(|| first_fault(sums))
     }
 }
 
@@ -97,6 +117,9 @@ impl Snapshot {
     /// # Errors
     /// [`Error::Snapshot`] names the cluster and what is wrong with it.
     pub fn check(&self) -> Result<(), Error> {
+        if let Some((reason, value)) = fault_of(&self.pool) {
+            return Err(refused(format!("the history of all clusters {reason}: {value:?}")));
+        }
         for entries in [&self.clusters, &self.pending] {
             let mut seen = HashSet::with_capacity(entries.len());
             for entry in entries {
@@ -112,6 +135,11 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The history of all its clusters together, worked out from them.
+    pub(crate) fn pooled(&self) -> Moments {
+        self.clusters.iter().map(|entry| entry.rewards).fold(Moments::default(), Moments::merge)
+    }
+
     /// The snapshot as bytes, which [`decode`](Self::decode) turns into the same, bit for bit.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -124,6 +152,8 @@ impl Snapshot {
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend(self.num_nonfinite.to_le_bytes());
         bytes.extend(sizes.iter().flat_map(|&size| (size as u64).to_le_bytes()));
+        let Moments { count, origin, offset, m2 } = self.pool;
+        bytes.extend([count, origin, offset, m2].into_iter().flat_map(f64::to_le_bytes));
         for entries in tables {
             encode_table(entries, &mut bytes);
         }
@@ -176,7 +206,9 @@ impl Snapshot {
             )));
         }
         let mut rest = &body[HEADER..];
+        let [count, origin, offset, m2] = [7, 8, 9, 10].map(|at| f64::from_bits(word(body, at)));
         let snapshot = Self {
+            pool: Moments { count, origin, offset, m2 },
             clusters: decode_table(&mut rest, num_clusters, cluster_names)?,
             pending: decode_table(&mut rest, num_pending, pending_names)?,
             num_nonfinite: word(bytes, 2),

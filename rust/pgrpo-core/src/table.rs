@@ -10,6 +10,8 @@
 use std::fmt;
 
 use crate::arena::{Arena, Zeroed};
+use crate::error::Error;
+use crate::index::Word;
 use crate::sync::{AtomicU64, Ordering, fence};
 
 /// Keys from here on are numbers that interning gave out; keys below are what users call a cluster.
@@ -17,6 +19,24 @@ pub const INTERNED: u32 = 1 << 31;
 
 /// What a row holds; what the three numbers mean is up to the user of the table.
 pub type Triple = [f64; 3];
+
+/// Why a commit was not made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Refused {
+    /// The change does not go with this triple.
+    Unchanged(Triple),
+    /// Both inline buffers of the row are claimed, and no spare node is left: that takes as many
+    /// threads, stopped or killed in the middle of a commit, as there are spare nodes, or somebody else
+    /// who has written to the table.
+    NoBuffer,
+}
+
+impl From<Refused> for Error {
+    /// For a commit whose change goes with any triple.
+    fn from(_: Refused) -> Self {
+        Self::Damaged { what: "a cluster's row is claimed by writers that are gone" }
+    }
+}
 
 /// One of the two inline buffers, or a spare node by its index.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -95,6 +115,9 @@ impl Words {
     }
 }
 
+/// Rows that share a bit in [`Table::blocks`]; each segment of an arena has a multiple of so many.
+const BLOCK: u32 = if cfg!(loom) { 2 } else { 64 };
+
 /// A row: 64 bytes, one cache line.
 #[derive(Default)]
 #[repr(C, align(64))]
@@ -118,17 +141,6 @@ impl Row {
             0 => None,
             bits => Some(f64::from_bits(!bits)),
         }
-    }
-
-    /// The same, setting it to a finite number if there is none.
-    #[inline]
-    pub(crate) fn origin_or(&self, first: f64) -> f64 {
-        debug_assert!(first.is_finite());
-        self.origin().unwrap_or_else(|| {
-            let new = !first.to_bits();
-            let set = self.origin.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed);
-            set.map_or_else(|bits| f64::from_bits(!bits), |_| first)
-        })
     }
 }
 
@@ -168,10 +180,13 @@ unsafe impl Zeroed for Stack {}
 ///   row went through meanwhile. What they return was the row's triple at one moment.
 /// - Writers ([`commit`](Self::commit)) are lock-free: whatever threads are stopped and wherever,
 ///   some commit of the others is done within a bounded number of steps. (Were all 2^24 spare nodes
-///   in use, a writer to a row with both buffers claimed would wait.)
+///   in use, a commit to a row with both buffers claimed would be refused.)
 /// - Growth is lock-free as far as the system's allocator is.
 pub struct Table {
     rows: [Arena<Row>; 2],
+    /// A bit for every [`BLOCK`] rows, which is set once one of them has an origin, so that going
+    /// through all rows takes as long as there are such. None where the rows are somebody else's.
+    blocks: Option<[Arena<Word>; 2]>,
     spares: Arena<Spare>,
     /// One element: an arena, because processes share it with the rows.
     stack: Arena<Stack>,
@@ -181,8 +196,13 @@ pub struct Table {
 
 impl Default for Table {
     fn default() -> Self {
-        let rows = [Arena::new(), Arena::new()];
-        Self { rows, spares: Arena::new(), stack: Arena::new(), num_spares: MAX_SPARES }
+        Self {
+            rows: [Arena::new(), Arena::new()],
+            blocks: Some([Arena::new(), Arena::new()]),
+            spares: Arena::new(),
+            stack: Arena::new(),
+            num_spares: MAX_SPARES,
+        }
     }
 }
 
@@ -204,6 +224,7 @@ impl Table {
         unsafe {
             Self {
                 rows: [Arena::over(start, 0), Arena::over(start, num_rows)],
+                blocks: None,
                 spares: Arena::over(start.add(spares_at), num_spares),
                 stack: Arena::over(start.add(stack_at), 1),
                 num_spares,
@@ -252,10 +273,39 @@ impl Table {
         self.rows[(key >> 31) as usize].find(key & !INTERNED)
     }
 
-    /// Every row there is memory for, with its key.
+    /// The origin of a key's row, which is set to a finite number if there is none.
+    #[inline]
+    pub(crate) fn origin_or(&self, key: u32, row: &Row, first: f64) -> f64 {
+        debug_assert!(first.is_finite());
+        row.origin().unwrap_or_else(|| {
+            if let Some(blocks) = &self.blocks {
+                let block = (key & !INTERNED) / BLOCK;
+                let word = &blocks[(key >> 31) as usize].get(block / u64::BITS).0;
+                // Before the origin is set, so that whoever sees that one need not do this. pairs with:
+                // `iter`, which is called by threads that know of a commit.
+                word.fetch_or(1 << (block % u64::BITS), Ordering::Release);
+            }
+            let new = !first.to_bits();
+            let set = row.origin.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed);
+            set.map_or_else(|bits| f64::from_bits(!bits), |_| first)
+        })
+    }
+
+    /// Every row with an origin, with its key, in ascending order of keys. None at all where the rows
+    /// are somebody else's: who knows the keys of such has to ask for them one by one.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &Row)> {
-        let [direct, interned] = &self.rows;
-        direct.iter().chain(interned.iter().map(|(index, row)| (index | INTERNED, row)))
+        let halves = self.blocks.iter().flatten().zip(&self.rows).zip([0, INTERNED]);
+        halves.flat_map(|((blocks, rows), half)| {
+            let blocks = blocks.iter().flat_map(|(at, word)| {
+                // pairs with: `origin_or`.
+                let word = word.0.load(Ordering::Acquire);
+                let set = (0..u64::BITS).filter(move |bit| word & (1 << bit) != 0);
+                set.map(move |bit| at * u64::BITS + bit)
+            });
+            let indices = blocks.flat_map(|block| block * BLOCK..(block + 1) * BLOCK);
+            let present = indices.filter_map(move |index| Some((half | index, rows.find(index)?)));
+            present.filter(|(_, row)| row.origin().is_some())
+        })
     }
 
     /// The triple of a row as it was at one moment.
@@ -276,14 +326,17 @@ impl Table {
     /// Replaces the triple of a row by `change` of it, in one step; returns both, old and new.
     ///
     /// `change` runs again when another commit came first, and may run on a mixture of triples, the
-    /// result of which is thrown away. If it returns None for a triple that was there at one moment,
-    /// nothing is changed and that triple is the error.
+    /// result of which is thrown away.
+    ///
+    /// # Errors
+    /// [`Refused::Unchanged`] if `change` returned None for a triple that was there at one moment;
+    /// [`Refused::NoBuffer`]. Nothing is changed then.
     #[inline(always)]
     pub(crate) fn commit(
         &self,
         row: &Row,
         mut change: impl FnMut(Triple) -> Option<Triple>,
-    ) -> Result<(Triple, Triple), Triple> {
+    ) -> Result<(Triple, Triple), Refused> {
         // pairs with: the exchange in `publish`, whose triple is then seen.
         let mut head = Head(row.head.load(Ordering::Acquire));
         let mut target = None;
@@ -298,7 +351,7 @@ impl Table {
                     if let Some(target) = target {
                         self.disclaim(row, target);
                     }
-                    return Err(old);
+                    return Err(Refused::Unchanged(old));
                 }
                 head = actual;
                 continue;
@@ -306,10 +359,11 @@ impl Table {
             let buffer = match target {
                 Some(buffer) => buffer,
                 None => match self.claim(row, head) {
-                    Ok((claimed, buffer)) => {
+                    Ok(Some((claimed, buffer))) => {
                         head = claimed;
                         *target.insert(buffer)
                     }
+                    Ok(None) => return Err(Refused::NoBuffer),
                     Err(actual) => {
                         head = actual;
                         continue;
@@ -324,6 +378,27 @@ impl Table {
         }
     }
 
+    /// The same without an exchange, as long as no other thread commits; readers may be there. The
+    /// head is what they go by: it is stored last.
+    #[inline(always)]
+    pub(crate) fn commit_as_only(
+        &self,
+        row: &Row,
+        mut change: impl FnMut(Triple) -> Option<Triple>,
+    ) -> Result<(Triple, Triple), Refused> {
+        // Relaxed: whoever committed before has handed over to this thread.
+        let head = Head(row.head.load(Ordering::Relaxed));
+        let (Buffer::Inline(_), Some(free)) = (head.current(), head.free()) else {
+            return self.commit(row, change);
+        };
+        let old = self.words(row, head.current()).load();
+        let new = change(old).ok_or(Refused::Unchanged(old))?;
+        self.words(row, Buffer::Inline(free)).store(new);
+        // Release pairs with: the loads of the head, whoever sees it sees the triple.
+        row.head.store(head.next(Buffer::Inline(free)).0, Ordering::Release);
+        Ok((old, new))
+    }
+
     #[inline]
     fn words<'a>(&'a self, row: &'a Row, buffer: Buffer) -> &'a Words {
         match buffer {
@@ -332,22 +407,18 @@ impl Table {
         }
     }
 
-    /// A buffer that nobody else writes to until it is published, and the head then; or the head that
-    /// has taken the place of the one given.
+    /// A buffer that nobody else writes to until it is published, and the head then; None if there is no
+    /// buffer; or the head that has taken the place of the one given.
     #[inline]
-    fn claim(&self, row: &Row, head: Head) -> Result<(Head, Buffer), Head> {
+    fn claim(&self, row: &Row, head: Head) -> Result<Option<(Head, Buffer)>, Head> {
         let Some(inline) = head.free() else {
-            if let Some(spare) = self.take_spare() {
-                return Ok((head, Buffer::Spare(spare)));
-            }
-            std::thread::yield_now();
-            return Err(Head(row.head.load(Ordering::Acquire)));
+            return Ok(self.take_spare().map(|spare| (head, Buffer::Spare(spare))));
         };
         let claimed = Head(head.0 | Head::claim(inline));
         // Acquire pairs with: `publish`, as above, and claims that were given up. Release: the triple
         // that was read is one that was current until now.
         match row.head.compare_exchange(head.0, claimed.0, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok((claimed, Buffer::Inline(inline))),
+            Ok(_) => Ok(Some((claimed, Buffer::Inline(inline)))),
             Err(actual) => Err(Head(actual)),
         }
     }

@@ -47,6 +47,7 @@ fn small() -> Snapshot {
     Snapshot {
         clusters: vec![entry(name("für")), entry(ClusterId::Int(-7)), entry(name(""))],
         pending: vec![entry(ClusterId::Int(-7))],
+        pool: Moments { count: 12.0, origin: 0.5, offset: -0.125, m2: 6.5 },
         num_nonfinite: 3,
     }
 }
@@ -83,9 +84,13 @@ fn at_least_0(bound: f64) -> impl Strategy<Value = f64> {
     signed(bound).prop_map(|number| if number < 0.0 { -number } else { number })
 }
 
+fn moments() -> impl Strategy<Value = Moments> {
+    (at_least_0(9e15), signed(4e139), signed(4e139), at_least_0(1e300))
+        .prop_map(|(count, origin, offset, m2)| Moments { count, origin, offset, m2 })
+}
+
 fn entries() -> impl Strategy<Value = Vec<Entry>> {
-    let rewards = (at_least_0(9e15), signed(4e139), signed(4e139), at_least_0(1e300))
-        .prop_map(|(count, origin, offset, m2)| Moments { count, origin, offset, m2 });
+    let rewards = moments();
     let positive = || prop::array::uniform3(at_least_0(1e300));
     let mixed = || (at_least_0(1e300), signed(1e300), at_least_0(1e300)).prop_map(<[f64; 3]>::from);
     let rest = (rewards, positive(), mixed(), mixed());
@@ -104,11 +109,14 @@ fn entries() -> impl Strategy<Value = Vec<Entry>> {
 }
 
 fn snapshots() -> impl Strategy<Value = Snapshot> {
-    (entries(), entries(), any::<u64>()).prop_map(|(clusters, pending, num_nonfinite)| Snapshot {
-        clusters,
-        pending,
-        num_nonfinite,
-    })
+    (entries(), entries(), moments(), any::<u64>()).prop_map(
+        |(clusters, pending, pool, num_nonfinite)| Snapshot {
+            clusters,
+            pending,
+            pool,
+            num_nonfinite,
+        },
+    )
 }
 
 proptest! {
@@ -143,9 +151,10 @@ proptest! {
 fn bytes_are_laid_out_as_documented() {
     assert_eq!(crc64(b"123456789"), 0x995D_C9BB_DF19_39FA); // the check value of CRC-64/XZ
     let mut bytes = b"\x89pgrpo\r\n".to_vec();
-    for word in [1_u64, 3, 3, 4, 1, 0] {
+    for word in [2_u64, 3, 3, 4, 1, 0] {
         bytes.extend(word.to_le_bytes());
     }
+    bytes.extend([12.0, 0.5, -0.125, 6.5_f64].iter().flat_map(|number| number.to_le_bytes()));
     let columns = [4.0, 0.5, -0.125, 2.0, 2.0, 8.0, 1.5, 0.75, -0.25, 4.0, 4.0, -1.0, 3.0_f64];
     bytes.extend(columns.iter().flat_map(|number| [number.to_le_bytes(); 3].concat()));
     bytes.extend([4_i64, -7, 0].iter().flat_map(|word| word.to_le_bytes()));
@@ -156,7 +165,7 @@ fn bytes_are_laid_out_as_documented() {
     bytes.extend([0]);
     bytes.extend([0; 8]);
     assert_eq!(small().encode(), sealed(bytes));
-    assert_eq!(Snapshot::default().encode().len(), 64);
+    assert_eq!(Snapshot::default().encode().len(), 96);
 }
 
 #[test]
@@ -166,10 +175,10 @@ fn every_truncation_is_refused() {
         let reason = refusal(&bytes[..length]);
         assert!(reason.starts_with("it is cut off"), "{length}: {reason}");
     }
-    assert_refused(&bytes[..9], "it is cut off at 9 bytes; expected 64 or more");
+    assert_refused(&bytes[..9], "it is cut off at 9 bytes; expected 96 or more");
     assert_refused(
         &bytes[..515],
-        "it is cut off: it has 515 bytes; expected 520, for 3 clusters with names of 4 bytes, and 1 \
+        "it is cut off: it has 515 bytes; expected 552, for 3 clusters with names of 4 bytes, and 1 \
          with 0 pending",
     );
 }
@@ -188,9 +197,9 @@ fn every_flipped_bit_is_refused() {
 fn more_bytes_are_refused() {
     for extra in 1..20 {
         let mut bytes = small().encode();
-        bytes.resize(520 + extra, 0);
+        bytes.resize(552 + extra, 0);
         let reason = refusal(&sealed(bytes));
-        let expected = format!("it goes on: it has {} bytes; expected 520, ", 520 + extra);
+        let expected = format!("it goes on: it has {} bytes; expected 552, ", 552 + extra);
         assert!(reason.starts_with(&expected), "{reason}");
     }
 }
@@ -204,8 +213,8 @@ fn other_formats_and_versions_are_refused() {
         r#"it starts with "\x89pgrpo\n\x01"; expected "\x89pgrpo\r\n""#,
     );
     let bytes = small().encode();
-    assert_refused(&with_word(&bytes, 8, 2), "it is of version 2; expected 1");
-    assert_refused(&with_word(&bytes, 8, 2)[..16], "it is of version 2; expected 1");
+    assert_refused(&with_word(&bytes, 8, 3), "it is of version 3; expected 2");
+    assert_refused(&with_word(&bytes, 8, 3)[..16], "it is of version 3; expected 2");
 }
 
 #[test]
@@ -214,7 +223,7 @@ fn sizes_are_not_believed() {
     for at in [24, 32, 40, 48] {
         for size in [u64::MAX, u64::MAX / 113, 1 << 63, 1 << 32, 5] {
             let reason = refusal(&with_word(&bytes, at, size));
-            assert!(reason.starts_with("it is cut off: it has 520 bytes; expected "), "{reason}");
+            assert!(reason.starts_with("it is cut off: it has 552 bytes; expected "), "{reason}");
         }
     }
     // One entry less and its bytes as names: the length is right.
@@ -225,7 +234,7 @@ fn sizes_are_not_believed() {
 #[test]
 fn bad_ids_are_refused() {
     let bytes = small().encode();
-    let (words, kinds, names) = (368, 392, 395);
+    let (words, kinds, names) = (400, 424, 427);
     assert_eq!(&bytes[kinds..names + 4], b"\x01\0\x01f\xC3\xBCr");
     let changed = |at: usize, byte: u8| {
         let mut bytes = bytes.clone();
@@ -287,6 +296,9 @@ fn impossible_numbers_are_refused() {
         refuse(|entry| &mut entry.rewards.origin, mean, &format!("an origin {expected}"));
         refuse(|entry| &mut entry.rewards.offset, mean, &format!("a mean {expected}"));
     }
+    let snapshot = Snapshot { pool: Moments { m2: -1.0, ..small().pool }, ..small() };
+    let reason = "the history of all clusters has an m2 outside of 0 to 1e300: -1.0";
+    assert_refused(&snapshot.encode(), reason);
     let mut snapshot = small();
     (snapshot.clusters[1].rewards.origin, snapshot.clusters[1].rewards.offset) = (9e139, 9e139);
     let reason = "cluster -7 has a mean that is not finite and below 1e140: 1.8e140";

@@ -19,6 +19,7 @@ pub(crate) fn to_python(error: Error) -> PyErr {
         | Error::NonFinite { .. }
         | Error::Weight { .. }
         | Error::Retract { .. }
-        | Error::Full { .. } => DataError::new_err(message),
+        | Error::Full { .. }
+        | Error::Damaged { .. } => DataError::new_err(message),
     }
 }

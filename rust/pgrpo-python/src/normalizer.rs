@@ -3,11 +3,11 @@
 use numpy::PyArray1;
 use pgrpo_core::shared::{Layout, Region};
 use pgrpo_core::state::Kept;
-use pgrpo_core::{Options, Snapshot};
+use pgrpo_core::{Alone, Options, Snapshot};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyNotImplemented};
 
-use crate::arrays::bytes_mut;
+use crate::arrays::{bytes_mut, ids};
 use crate::call::{Arguments, Method, call, detached};
 use crate::errors::{ConfigError, to_python};
 use crate::{options, table};
@@ -28,8 +28,9 @@ type Memory<'py> = (Bound<'py, PyArray1<u8>>, u64, String, bool);
 
 /// What processes that share a table must agree on: what they say, and which sums are kept.
 fn agreed_on(options: &str, kept: Kept) -> String {
-    let Kept { parts, regression, advantages } = kept;
-    let names = [(parts, "parts"), (regression, "regression"), (advantages, "advantages")];
+    let Kept { parts, regression, advantages, pool } = kept;
+    let names =
+        [(parts, "parts"), (regression, "regression"), (advantages, "advantages"), (pool, "pool")];
     let sums: Vec<&str> = names.iter().filter(|(kept, _)| *kept).map(|(_, name)| *name).collect();
     format!("{options} sums=rewards,{}", sums.join(","))
 }
@@ -75,6 +76,22 @@ impl Normalizer {
         let core = pgrpo_core::Normalizer::shared(options, region, tables).map_err(to_python)?;
         Ok(Self { core, memory: Some(memory.unbind()) })
     }
+}
+
+/// Calls `work` with the ids, and returns the number of histories it dropped.
+fn drop_clusters<'py>(
+    normalizer: &Bound<'py, Normalizer>,
+    clusters: &Bound<'py, PyAny>,
+    work: impl FnOnce(Alone<'_>, pgrpo_core::Ids<'_>) -> Result<usize, pgrpo_core::Error> + Send,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = normalizer.py();
+    let Some(ids) = ids(clusters) else {
+        return Ok(PyNotImplemented::get(py).to_owned().into_any());
+    };
+    let core = &normalizer.get().core;
+    let dropped =
+        ids.with(|ids| detached(py, core.alone(), |alone| work(alone, ids))).map_err(to_python)?;
+    Ok(dropped.into_pyobject(py)?.into_any())
 }
 
 #[pymethods]
@@ -174,6 +191,24 @@ impl Normalizer {
     fn restore(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
         let snapshot = py.detach(|| Snapshot::decode(snapshot)).map_err(to_python)?;
         detached(py, self.core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
+    }
+
+    /// Drops the histories of some clusters.
+    #[pyo3(signature = (clusters, /))]
+    fn forget<'py>(
+        slf: &Bound<'py, Self>,
+        clusters: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        drop_clusters(slf, clusters, |alone, ids| alone.forget(ids.iter()))
+    }
+
+    /// Drops the histories of all other clusters.
+    #[pyo3(signature = (clusters, /))]
+    fn keep<'py>(
+        slf: &Bound<'py, Self>,
+        clusters: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        drop_clusters(slf, clusters, |alone, ids| alone.keep(ids.iter()))
     }
 
     /// Folds in a snapshot of another normalizer, or a delta.

@@ -11,25 +11,33 @@ use crate::errors;
 /// advantages.
 const COLUMNS: usize = 13;
 
-/// Ids \[K\] and columns \[K, 13\] of all clusters; the same of what is pending; number of non-finite
-/// rewards.
+/// Count, origin, offset and m2 of a history.
+type History = (f64, f64, f64, f64);
+
+/// Ids \[K\] and columns \[K, 13\] of all clusters; the same of what is pending; the history of all
+/// clusters together, if it is kept; number of non-finite rewards.
 pub(crate) type State<'py> = (
     Bound<'py, PyList>,
     Bound<'py, PyArray2<f64>>,
     Bound<'py, PyList>,
     Bound<'py, PyArray2<f64>>,
+    History,
     u64,
 );
 
 pub(crate) fn to_python<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<State<'py>> {
     let (ids, columns) = table(py, &snapshot.clusters)?;
     let (pending_ids, pending) = table(py, &snapshot.pending)?;
-    Ok((ids, columns, pending_ids, pending, snapshot.num_nonfinite))
+    let Moments { count, origin, offset, m2 } = snapshot.pool;
+    let pool = (count, origin, offset, m2);
+    Ok((ids, columns, pending_ids, pending, pool, snapshot.num_nonfinite))
 }
 
 pub(crate) fn to_core(state: State<'_>) -> PyResult<Snapshot> {
-    let (ids, columns, pending_ids, pending, num_nonfinite) = state;
+    let (ids, columns, pending_ids, pending, pool, num_nonfinite) = state;
+    let (count, origin, offset, m2) = pool;
     Ok(Snapshot {
+        pool: Moments { count, origin, offset, m2 },
         clusters: entries(&ids, columns.readonly())?,
         pending: entries(&pending_ids, pending.readonly())?,
         num_nonfinite,

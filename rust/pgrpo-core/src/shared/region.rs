@@ -3,34 +3,40 @@
 
 use std::fmt;
 
-use super::index::{Index, Word};
 use crate::arena::Arena;
 use crate::error::Error;
+use crate::index::{Index, Node, Room, Word, random};
+use crate::state::POOL;
 use crate::sync::Ordering;
 use crate::table::Table;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"pgrposhm");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Reads differently where bytes are ordered differently.
 const BYTE_ORDER: u64 = 0x0102_0304_0506_0708;
 
 /// The header: 512 words, one page.
 const HEADER_WORDS: u32 = 512;
 const HEADER: usize = HEADER_WORDS as usize * 8;
-/// Words of the header before the options, which are a string padded by zeros: magic, byte order,
-/// version, capacity, number of streams, length of the region.
-const OPTIONS_AT: u32 = 6;
-/// Counters have cache lines of their own at the header's end: words of names in use
-/// ([`Index::USED`]), and this one.
+/// Words of the header before the keys of hashes: magic, byte order, version, capacity, number of
+/// streams, length of the region.
+const HASH_KEYS_AT: u32 = 6;
+/// From here on are the options, a string padded by zeros. The word before is made of the keys: with
+/// other ones, every cluster would get another key.
+const OPTIONS_AT: u32 = HASH_KEYS_AT + 3;
+/// Counters have cache lines of their own at the header's end: those of the index, that of non-finite
+/// rewards, and a word that whoever restores a snapshot sets.
+const INDEX_COUNTERS: u32 = 448;
 const NUM_NONFINITE: u32 = 456;
-const MAX_OPTIONS: usize = (Index::USED - OPTIONS_AT) as usize * 8;
+const IS_RESTORED: u32 = 464;
+const MAX_OPTIONS: usize = (INDEX_COUNTERS - OPTIONS_AT) as usize * 8;
 
-/// Heads of rows have 24 bits for the index of a spare, and every slot may need one.
+/// Heads of rows have 24 bits for the index of a spare, and every row may need one.
 const MAX_CAPACITY: u32 = 1 << 23;
 const MAX_STREAMS: u32 = 64;
 /// Spares for threads within a commit, running or killed.
 const MIN_SPARES: u32 = 1 << 16;
-const WORDS_PER_SLOT: u32 = 8;
+const WORDS_PER_KEY: u32 = 8;
 
 /// The size of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,24 +70,34 @@ impl Layout {
         Ok(Self { capacity, num_streams })
     }
 
-    fn num_slots(self) -> u32 {
+    fn num_keys(self) -> u32 {
         (2 * self.capacity).next_power_of_two().max(64)
     }
 
-    fn num_words(self) -> u32 {
-        self.num_slots() * WORDS_PER_SLOT
+    /// Of the hashes of n ids, a trie makes n / ln 16 nodes; so many keys may be given out.
+    fn room(self) -> Room {
+        let keys = self.num_keys();
+        Room { nodes: keys, words: keys * WORDS_PER_KEY, keys, capacity: self.capacity }
     }
 
     fn num_spares(self) -> u32 {
-        self.num_slots().max(MIN_SPARES)
+        self.num_keys().max(MIN_SPARES)
+    }
+
+    fn names_at(self) -> usize {
+        HEADER + Arena::<Node>::bytes(self.room().nodes)
+    }
+
+    fn places_at(self) -> usize {
+        self.names_at() + Arena::<Word>::bytes(self.room().words)
     }
 
     fn streams_at(self) -> usize {
-        HEADER + Arena::<Word>::bytes(self.num_slots()) + Arena::<Word>::bytes(self.num_words())
+        self.places_at() + Arena::<Word>::bytes(self.room().keys)
     }
 
     fn stream_bytes(self) -> usize {
-        Table::bytes(self.num_slots(), self.num_spares())
+        Table::bytes(self.num_keys(), self.num_spares())
     }
 
     /// Bytes of the region.
@@ -94,18 +110,19 @@ impl Layout {
     /// users must agree on.
     ///
     /// # Panics
-    /// If `options` are longer than a header has room for, 3536 bytes.
+    /// If `options` are longer than a header has room for, 3512 bytes.
     #[must_use]
     pub fn header(self, options: &str) -> Vec<u8> {
         assert!(options.len() <= MAX_OPTIONS, "options of {} bytes", options.len());
-        let mut bytes: Vec<u8> =
-            self.header_words().into_iter().flat_map(u64::to_ne_bytes).collect();
+        let keys = random();
+        let words = self.header_words().into_iter().chain(keys).chain([seal(keys)]);
+        let mut bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
         bytes.extend(options.as_bytes());
         bytes.resize(HEADER, 0);
         bytes
     }
 
-    fn header_words(self) -> [u64; OPTIONS_AT as usize] {
+    fn header_words(self) -> [u64; HASH_KEYS_AT as usize] {
         let [capacity, streams] = [self.capacity, self.num_streams].map(u64::from);
         [MAGIC, BYTE_ORDER, VERSION, capacity, streams, self.length() as u64]
     }
@@ -162,26 +179,25 @@ impl Region {
         // SAFETY: the header is within the bytes the caller vouches for; any bytes are words.
         let header = unsafe { Arena::<Word>::over(start, HEADER_WORDS) };
         check(&header, length, layout, options)?;
-        let (slots, words) = (layout.num_slots(), layout.num_words());
-        let slots_end = HEADER + Arena::<Word>::bytes(slots);
+        let room = layout.room();
         // SAFETY: as above; the parts follow each other, up to the length that was checked.
-        let arenas = unsafe {
-            [
-                Arena::over(start.add(HEADER), slots),
-                Arena::over(start.add(slots_end), words),
-                Arena::over(start, HEADER_WORDS),
-            ]
+        let (nodes, words) = unsafe {
+            let names = Arena::over(start.add(layout.names_at()), room.words);
+            let places = Arena::over(start.add(layout.places_at()), room.keys);
+            let counters = Arena::over(start, HEADER_WORDS);
+            (Arena::over(start.add(HEADER), room.nodes), [names, places, counters])
         };
-        let index = Index::new(arenas, slots, words, layout.capacity);
+        let hash_keys = hash_keys(&header);
+        let index = Index::over(nodes, words, INDEX_COUNTERS, room, hash_keys);
         let stream = |number: u32| {
             let at = layout.streams_at() + number as usize * layout.stream_bytes();
             // SAFETY: as above; a table uses `stream_bytes` bytes from there, and any bytes do.
-            unsafe { Table::over(start.add(at), slots, layout.num_spares()) }
+            unsafe { Table::over(start.add(at), room.keys, layout.num_spares()) }
         };
         let tables: Vec<Table> = (0..layout.num_streams).map(stream).collect();
         if alone {
             for table in &tables {
-                table.repair(index.keys());
+                table.repair(std::iter::once(POOL).chain(index.keys()));
             }
         }
         Ok((Self { index, header }, tables))
@@ -189,7 +205,7 @@ impl Region {
 
     /// The keys of cluster ids.
     #[must_use]
-    pub fn index(&self) -> &Index {
+    pub(crate) fn index(&self) -> &Index {
         &self.index
     }
 
@@ -197,6 +213,18 @@ impl Region {
     #[must_use]
     pub fn num_nonfinite(&self) -> u64 {
         self.header.get(NUM_NONFINITE).0.load(Ordering::SeqCst)
+    }
+
+    /// Claims the right to restore a snapshot, which one user of the region has once. False if another
+    /// has had it.
+    pub(crate) fn claim_restoring(&self) -> bool {
+        let word = &self.header.get(IS_RESTORED).0;
+        word.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Gives the right back, nothing having been restored.
+    pub(crate) fn disclaim_restoring(&self) {
+        self.header.get(IS_RESTORED).0.store(0, Ordering::SeqCst);
     }
 
     /// Adds to [`num_nonfinite`](Self::num_nonfinite).
@@ -209,6 +237,15 @@ impl fmt::Debug for Region {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.debug_struct("Region").field("index", &self.index).finish_non_exhaustive()
     }
+}
+
+fn hash_keys(header: &Arena<Word>) -> [u64; 2] {
+    [0, 1].map(|key| header.get(HASH_KEYS_AT + key).0.load(Ordering::SeqCst))
+}
+
+/// A number that changes with every bit of the keys.
+fn seal([first, second]: [u64; 2]) -> u64 {
+    first ^ second.rotate_left(32)
 }
 
 /// Compares the header with the one that such a region would have.
@@ -237,7 +274,12 @@ fn check(
     if length as u64 != expected[5] {
         return Err(refused("file size", length, expected[5]));
     }
-    let bytes: Vec<u8> = (OPTIONS_AT..Index::USED).flat_map(|at| word(at).to_ne_bytes()).collect();
+    let (found, expected) = (word(OPTIONS_AT - 1), seal(hash_keys(header)));
+    if found != expected {
+        return Err(refused("keys of hashes sealed with", found, expected));
+    }
+    let bytes: Vec<u8> =
+        (OPTIONS_AT..INDEX_COUNTERS).flat_map(|at| word(at).to_ne_bytes()).collect();
     let found = String::from_utf8_lossy(&bytes);
     if found.trim_end_matches('\0') != options {
         return Err(refused("options", found.trim_end_matches('\0'), options));

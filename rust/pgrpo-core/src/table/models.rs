@@ -5,11 +5,11 @@
 use std::sync::Arc as Shared;
 use std::sync::atomic::{AtomicBool, AtomicU64 as Counter, Ordering::SeqCst};
 
-use loom::sync::Arc;
+use loom::sync::{Arc, Mutex};
 use loom::thread;
 
-use super::{Buffer, Head, Row, Table, Triple};
-use crate::arena::Arena;
+use super::{Buffer, Head, Refused, Row, Table, Triple};
+use crate::gate::Gate;
 use crate::sync::Ordering;
 use crate::sync::mortal::live_for;
 
@@ -58,7 +58,7 @@ fn table(stopped: usize) -> Arc<Table> {
     for _ in 0..stopped {
         let row = table.row(0);
         let head = Head(row.head.load(Ordering::Relaxed));
-        assert!(matches!(table.claim(row, head), Ok((_, Buffer::Inline(_)))));
+        assert!(matches!(table.claim(row, head), Ok(Some((_, Buffer::Inline(_))))));
         // Its first commit goes into a spare, and the other inline buffer is free to be claimed.
         commit(&table, table.row(0));
     }
@@ -172,7 +172,7 @@ fn an_origin_is_set_once() {
         let table = table(0);
         let others = [4.0, 6.0].map(|first| {
             let table = Arc::clone(&table);
-            thread::spawn(move || table.row(0).origin_or(first))
+            thread::spawn(move || table.origin_or(0, table.row(0), first))
         });
         let seen = table.row(0).origin();
         let set = others.map(|other| other.join().unwrap());
@@ -182,22 +182,58 @@ fn an_origin_is_set_once() {
     });
 }
 
-/// Two threads add the same segment, and one of them finds in it what the other wrote.
+/// Two threads add the same segments, of rows and of what tells which of them are used; whoever knows
+/// of a commit finds its row when going through all.
 #[test]
 fn growing_together_loses_nothing() {
     explore("growth", 3, || {
-        let rows: Arc<Arena<Row>> = Arc::new(Arena::new());
-        let others = [2, 3].map(|index| {
-            let rows = Arc::clone(&rows);
-            thread::spawn(move || rows.get(index).origin_or(f64::from(index)))
+        let table: Arc<Table> = Arc::new(Table::default());
+        let others = [2, 3].map(|key| {
+            let table = Arc::clone(&table);
+            thread::spawn(move || table.origin_or(key, table.row(key), f64::from(key)))
         });
-        for (index, row) in rows.iter() {
-            assert!(row.origin().is_none_or(|origin| origin == f64::from(index)));
+        for (key, row) in table.iter() {
+            assert_eq!(row.origin(), Some(f64::from(key)));
         }
         assert_eq!(others.map(|other| other.join().unwrap()), [2.0, 3.0]);
-        for index in [2, 3] {
-            assert_eq!(rows.find(index).unwrap().origin(), Some(f64::from(index)));
-        }
+        let found: Vec<_> = table.iter().map(|(key, row)| (key, row.origin())).collect();
+        assert_eq!(found, [(2, Some(2.0)), (3, Some(3.0))]);
+    });
+}
+
+/// Threads with one lock between them: one commits without an exchange while it holds the lock and
+/// sees nobody inside, the other goes inside under the lock and commits without it, and a reader heeds
+/// neither. (Without the count of those inside, this fails.)
+#[test]
+fn the_only_writer_needs_no_exchange() {
+    explore("only writer", 2, || {
+        let (table, gate, lock) = (table(0), Arc::new(Gate::default()), Arc::new(Mutex::new(())));
+        let reader = thread::spawn({
+            let table = Arc::clone(&table);
+            move || pairs(table.read(table.row(0)))
+        });
+        let other = thread::spawn({
+            let (table, gate, lock) = (Arc::clone(&table), Arc::clone(&gate), Arc::clone(&lock));
+            move || {
+                let held = lock.lock().unwrap();
+                gate.enter();
+                drop(held);
+                commit(&table, table.row(0));
+                gate.leave();
+            }
+        });
+        let held = lock.lock().unwrap();
+        let row = table.row(0);
+        let (old, new) = if gate.is_empty() {
+            table.commit_as_only(row, pair).unwrap()
+        } else {
+            table.commit(row, pair).unwrap()
+        };
+        assert_eq!(pairs(old) + 1.0, pairs(new));
+        drop(held);
+        other.join().unwrap();
+        assert!(reader.join().unwrap() <= 2.0);
+        assert_eq!(pairs(table.read(table.row(0))), 2.0, "an update was lost");
     });
 }
 
@@ -218,7 +254,8 @@ fn a_refusal_gives_its_claim_back() {
             };
             let taken = match table.commit(table.row(0), unpair) {
                 Ok((old, new)) => pairs(old) - pairs(new),
-                Err(old) => {
+                Err(refused) => {
+                    let Refused::Unchanged(old) = refused else { panic!("{refused:?}") };
                     assert!(pairs(old) < (stopped + 2) as f64, "refused without a reason");
                     0.0
                 }

@@ -1,6 +1,5 @@
 //! Processes killed between two instructions of what they do to a region, for real: a child is stepped
 //! through it by `ptrace`, and killed with `SIGKILL` at places spread over all of it.
-#![cfg(all(target_os = "linux", target_pointer_width = "64"))]
 #![allow(unsafe_code, reason = "system calls")]
 #![allow(clippy::float_cmp, reason = "exactly equal is what is claimed")]
 
@@ -11,8 +10,11 @@ use libc::{
     _exit, MAP_ANONYMOUS, MAP_SHARED, PROT_READ, PROT_WRITE, PTRACE_SINGLESTEP, PTRACE_TRACEME,
     SIGKILL, SIGSTOP, WIFEXITED, fork, kill, mmap, munmap, ptrace, raise, waitpid,
 };
-use pgrpo_core::shared::{Layout, Region};
-use pgrpo_core::{AnyId, ClusterId, Histories, Moments};
+
+use super::{Layout, Region};
+use crate::histories::Histories;
+use crate::ids::{AnyId, ClusterId};
+use crate::moments::Moments;
 
 /// Memory that a forked child shares with its parent.
 struct Shared {
@@ -97,7 +99,7 @@ fn killed_within_a_merge() {
     let (region, histories) = shared.open(true);
     let key = region.index().key(AnyId::Name("somebody")).unwrap();
     let merge = || {
-        histories.merge(key, pair(), 1.0);
+        histories.merge(key, pair(), 1.0, false).unwrap();
     };
     let (mut kills, mut completed) = (0, 0);
     for instructions in places(&merge) {
@@ -109,7 +111,7 @@ fn killed_within_a_merge() {
         assert!(seen == expected || seen == expected + 2.0, "{seen} after {expected}");
         kills += 1;
         completed += u32::from(seen != expected);
-        let (before, after) = histories.merge(key, pair(), 1.0);
+        let (before, after) = histories.merge(key, pair(), 1.0, false).unwrap();
         assert_eq!(before.count, seen);
         assert_eq!((after.count, after.mean(), after.m2), (seen + 2.0, 5.0, after.count));
     }
@@ -117,7 +119,7 @@ fn killed_within_a_merge() {
     let seen = histories.read(key);
     let (_, histories) = shared.open(true);
     assert_eq!(histories.read(key), seen);
-    assert_eq!(histories.merge(key, pair(), 1.0).1.count, seen.count + 2.0);
+    assert_eq!(histories.merge(key, pair(), 1.0, false).unwrap().1.count, seen.count + 2.0);
 }
 
 #[test]
@@ -125,7 +127,13 @@ fn killed_within_an_interning() {
     let shared = Shared::new();
     let (region, _) = shared.open(true);
     let index = region.index();
-    let intern = |number: usize| index.key(AnyId::Name(&format!("cluster {number}"))).unwrap();
+    // Twice, for what makes it known to others is the last step but few.
+    let intern = |number: usize| {
+        let name = format!("cluster {number}");
+        let key = index.key(AnyId::Name(&name)).unwrap();
+        assert_eq!(index.find(AnyId::Name(&name)), Some(key));
+        key
+    };
     let (mut kills, mut completed) = (0, 0);
     for instructions in places(&|| _ = intern(0)) {
         kills += 1;
@@ -138,7 +146,7 @@ fn killed_within_an_interning() {
         let key = intern(kills);
         assert!(found.is_none_or(|found| found == key));
         assert_eq!(index.id(key), Some(id));
-        assert_eq!(index.keys().count(), kills + 1);
+        assert!(index.keys().count() > kills);
     }
     assert!(kills > 30 && (1..kills).contains(&completed), "{completed} of {kills} had interned");
 }
