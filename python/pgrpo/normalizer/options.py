@@ -41,16 +41,17 @@ class Options:
             counts rho times as much (n_p and the sums of squares; the mean stays), so that about its
             last 1 / (1 - rho) batches count. At 1 nothing is forgotten.
         prior_count: every history is read as if it held this many more rewards, of all clusters pooled
-            (the variance between their means included). Above 0 and with `forgetting` below 1, every call
-            looks at all clusters.
+            (the variance between their means included). Above 0 and with `forgetting` below 1, every
+            call looks at all clusters.
         sigma_floor: standard deviations of histories are read as this at least, in units of the
             reward.
         clip: bound of |advantage|, applied last of all; None for none.
         min_count: a history of fewer rewards, `prior_count` included, gives advantage 0. The default
             makes a cluster without any give 0.
         frequency_weight: alpha; advantages are multiplied by q_p^-alpha, where q_p = n_p / sum of all
-            n_p is the cluster's share of all rewards; 0.5 helps rare clusters. Other than 0, histories are
-            read under every estimator and, with `forgetting` below 1, every call looks at all clusters.
+            n_p is the cluster's share of all rewards; 0.5 helps rare clusters. Other than 0, histories
+            are read under every estimator and, with `forgetting` below 1, every call looks at all
+            clusters.
         track_diagnostics: keep the sums that `diagnostics` reads beside the histories: of advantages
             and, where groups are given, of groups.
         track_delta: keep what was folded since the last `delta`; not with `forgetting` below 1.
