@@ -143,8 +143,10 @@ fuzz-%:
 	  -artifact_prefix=target/fuzz/artifacts/$*/ -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 \
 	  -verbosity=0 -print_final_stats=1
 
-bench-core: $(VENV)/train.stamp  ## the normalizer against NumPy, numba, torch and a dict; leave the machine alone meanwhile
+# As a whole, verl wants other versions than these; two of its files are read.
+bench-core: $(VENV)/train.stamp  ## the normalizer against NumPy, numba, torch, TRL and verl; leave the machine alone meanwhile
 	$(INSTALL) --editable '.[bench]'
+	$(UV_INSTALL) --python $(BIN)/python --no-deps verl==0.9.1
 	cargo bench --quiet --package pgrpo-core --bench targets -- $(CURDIR)/benches/results/core-native.json
 	$(BIN)/python benches/core.py --native benches/results/core-native.json \
 	  --out benches/results/core.json

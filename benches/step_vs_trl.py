@@ -32,7 +32,8 @@ import history
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
@@ -148,8 +149,8 @@ def trl_trainer(
         seed=0,
     )
 
-    def distinct(completions: Sequence[str], **_: object) -> list[float]:
-        return reward(completions)
+    def distinct(completions: Sequence[str], **_: object) -> list[float | None]:
+        return list(reward(completions))
 
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
