@@ -54,6 +54,14 @@ def output(process: subprocess.Popen[str]) -> list[int]:
     return [int(number) for number in printed.split()]
 
 
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """Files that tests write themselves are their owner's alone, whatever is usual here."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def name() -> Iterator[str]:
     name = f"test-{uuid.uuid4().hex}"
@@ -194,6 +202,57 @@ def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
         open_table(tmp_path)
     with pytest.raises(ConfigError, match="name is empty"):
         open_table("")
+
+
+def test_symbolic_links_are_not_followed(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "target"
+    open_table(target)
+    for link in (tmp_path / "link", shared_path(name)):
+        link.symlink_to(target)
+        with pytest.raises(ConfigError, match=f"{link}: .*is a symbolic link; expected a regular"):
+            open_table(link)
+    shared_path(name).unlink()
+    # Nor is one that leads to nothing, where a file would be made.
+    shared_path(name).symlink_to(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="is a symbolic link"):
+        open_table(name)
+    assert not (tmp_path / "missing").exists()
+    # Folders on the way may be links: people link /tmp, or a home.
+    (tmp_path / "folder").symlink_to(tmp_path)
+    open_table(tmp_path / "folder" / "target")
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
+def test_what_others_may_write_to_is_refused(name: str, mode: int) -> None:
+    open_table(name)
+    shared_path(name).chmod(mode)
+    for table in (name, shared_path(name)):
+        with pytest.raises(ConfigError, match=f"pgrpo-{name}: .*mode {mode:04o}; expected .*0600"):
+            open_table(table)
+    shared_path(name).chmod(0o644)
+    open_table(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_files_of_other_users_are_refused(name: str) -> None:
+    open_table(name)
+    os.chown(shared_path(name), 65534, -1)
+    for table in (name, shared_path(name)):
+        with pytest.raises(ConfigError, match=f"pgrpo-{name}: .*user 65534; expected user 0"):
+            open_table(table)
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: .*expected a regular file"):
+        open_table(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("unusual", [0o000, 0o777])
+def test_new_files_are_their_makers_alone(tmp_path: Path, unusual: int) -> None:
+    os.umask(unusual)
+    open_table(tmp_path / "table")
+    assert (tmp_path / "table").stat().st_mode & 0o7777 == 0o600
 
 
 # A writer is forked, hammers, and is killed; its parent then makes a call of its own, which nothing

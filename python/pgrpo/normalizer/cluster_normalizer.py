@@ -113,7 +113,8 @@ class ClusterNormalizer:
 
         Raises:
             ConfigError: as usual; or the table is of another capacity, other sums or another
-                `forgetting`, or no table.
+                `forgetting`, or no table; or its file is a symbolic link, another user's, or one that
+                others may write to.
         """
         path = shared_path(path_or_name)
         self = cls(estimator, **options)

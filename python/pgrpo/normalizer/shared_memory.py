@@ -3,6 +3,10 @@
 The file comes to its name complete, by a hard link, so that nobody sees a half-made one. Whoever
 has it mapped holds a shared lock on it, which the kernel drops with the process, however that ends.
 Who could lock it alone knows that nobody else is using it, and repairs what killed processes left.
+
+Everybody may make files in the folders of names, so a table is opened only from a file that no other
+user can have put there or can write to. What was opened is checked, not what the path leads to
+before or after.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import contextlib
 import mmap
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Generator
@@ -80,13 +85,17 @@ def mapped(
         false on Windows.
 
     Raises:
-        ConfigError: the file cannot be made or mapped; or, with the path added, one that was raised
-            inside the block.
+        ConfigError: the file cannot be made or mapped, is none, or is not this user's alone to write
+            to; or, with the path added, one that was raised inside the block.
     """
     try:
-        if not path.exists():
+        try:
+            descriptor = _open(path)
+        except FileNotFoundError:
             _make(path, length, header)
-        with path.open("r+b") as file:
+            descriptor = _open(path)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            _check(os.fstat(descriptor))
             alone = _lock(file.fileno())
             # The mapping keeps a descriptor of its own on the same open file: the lock stays.
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
@@ -105,12 +114,49 @@ def mapped(
         raise ConfigError(f"{path}: cannot be a shared table: {error}") from None
 
 
+def _open(path: Path) -> int:
+    if sys.platform == "win32":
+        return os.open(path, os.O_RDWR | os.O_BINARY)
+    try:
+        # Python adds O_CLOEXEC. A device could keep whoever opens it waiting, but for O_NONBLOCK.
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        # Systems have different errors for it.
+        if path.is_symlink():
+            raise ConfigError(
+                "shared table: is a symbolic link; expected a regular file of this user"
+            ) from None
+        raise
+
+
+def _check(met: os.stat_result) -> None:
+    """Refuse a file that is not this user's, or that others may write to."""
+    if not stat.S_ISREG(met.st_mode):
+        kind = stat.filemode(met.st_mode)[0]
+        raise ConfigError(f"shared table: is of kind {kind!r}; expected a regular file")
+    if sys.platform == "win32":
+        return
+    if met.st_uid != os.geteuid():
+        raise ConfigError(
+            f"shared table: belongs to user {met.st_uid}; expected user {os.geteuid()}, "
+            "whose process this is"
+        )
+    if met.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"shared table: others may write to it, by its mode {stat.S_IMODE(met.st_mode):04o}; "
+            "expected one by which only its owner may, such as 0600"
+        )
+
+
 def _make(path: Path, length: int, header: bytes) -> None:
     free = shutil.disk_usage(path.parent).free
     if length > free:
         # The file is sparse; a page that then finds no room would kill its process by SIGBUS.
         raise ConfigError(f"a shared table of {length} bytes finds {free} free; lower its capacity")
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as file:
+        if sys.platform != "win32":
+            # A umask may have taken more than the rights of others.
+            os.fchmod(file.fileno(), 0o600)
         file.write(header)
         file.truncate(length)
         # Where another process was faster, its file is as good.
