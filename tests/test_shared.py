@@ -399,4 +399,128 @@ def test_read_only_memory_is_refused() -> None:
     memory.flags.writeable = False
     for bytes_ in (memory, np.zeros(1 << 26, np.uint8)[::2]):
         with pytest.raises(ConfigError, match="not contiguous, or read-only"):
-            _core.Normalizer(Options(), (bytes_, 65536, "", False))
+            _core.Normalizer(Options(), ("table", bytes_, 65536, "", False))
+
+
+# Threads call, and another process truncates the file meanwhile: every thread must meet the error
+# within a few calls, and so must every other method from then on.
+TRUNCATED = """
+    import os, sys, threading
+    import numpy as np
+    from pgrpo import ClusterNormalizer
+    from pgrpo.errors import DataError
+
+    path, length, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    refused = 0
+
+    def call(normalizer, begun, refusals, number):
+        rng = np.random.default_rng(number)
+        size = [64, 8192, 40_000][number]
+        try:
+            while True:
+                clusters = rng.integers(0, 4000, size)
+                normalizer.advantages(rng.random(size), clusters)
+                begun[number].set()
+        except DataError as error:
+            refusals.append(str(error))
+
+    for round in range(rounds):
+        normalizer = ClusterNormalizer.shared(path, "pgrpo", capacity=5000)
+        normalizer.update(np.arange(4000) % 7, np.arange(4000))
+        begun, refusals = [threading.Event() for _ in range(3)], []
+        threads = [
+            threading.Thread(target=call, args=(normalizer, begun, refusals, number), daemon=True)
+            for number in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for event in begun:
+            event.wait(60)
+        arguments = ["-S", "-c", f"import os; os.truncate({path!r}, {length})"]
+        assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, *arguments) == 0
+        for thread in threads:
+            thread.join(60)
+        assert len(refusals) == 3, refusals
+        methods = [
+            normalizer.snapshot,
+            normalizer.state_dict,
+            lambda: normalizer.num_nonfinite,
+            lambda: normalizer.update([1.0], [1]),
+            lambda: normalizer.normalize([1.0], [1]),
+            lambda: normalizer.retract([1.0], [1]),
+            lambda: normalizer.forget([1]),
+            lambda: normalizer.keep([1]),
+            lambda: normalizer.merge(ClusterNormalizer("pgrpo")),
+            lambda: normalizer.load_state_dict(ClusterNormalizer("pgrpo").state_dict()),
+        ]
+        for method in methods:
+            try:
+                method()
+            except DataError as error:
+                refusals.append(str(error))
+        assert len(refusals) == 3 + len(methods), refusals
+        for refusal in refusals:
+            assert refusal.startswith(path) and "became shorter" in refusal, refusal
+        # Another table in its place is as good as ever.
+        os.unlink(path)
+        refused += 1
+    print(refused)
+"""
+
+
+@pytest.mark.parametrize("length", [0, 4096])
+def test_truncation_is_an_error_and_kills_nobody(tmp_path: Path, length: int) -> None:
+    process = python(TRUNCATED, tmp_path / "table", length, 10)
+    assert output(process) == [10]
+
+
+# A fault that is none of a table's goes on to the handler that was there before, or came after.
+OTHER_FAULT = """
+    import faulthandler, mmap, os, sys
+    from pgrpo import ClusterNormalizer
+
+    path, order = sys.argv[1], sys.argv[2]
+
+    def open_table(name):
+        tables.append(ClusterNormalizer.shared(path + name, "pgrpo", capacity=64))
+        tables[-1].update([1.0, 2.0], [1, 1])
+
+    tables = []
+    for step in order:
+        if step == "f":
+            faulthandler.enable()
+        elif step == "d":
+            faulthandler.disable()
+        elif step == "t":
+            os.truncate(path + "o", 0)
+            try:
+                tables[0].update([1.0], [1])
+            except ValueError:
+                pass
+            else:
+                sys.exit("no error")
+        else:
+            open_table(step)
+    with open(path, "w+b") as file:
+        file.truncate(4096)
+        memory = mmap.mmap(file.fileno(), 4096)
+        file.truncate(0)
+    print("before", flush=True)
+    memory[0]
+"""
+
+
+@pytest.mark.parametrize("order", ["o", "fo", "of", "fot", "ofO", "ofOt", "ofOdf", "ofOd"])
+def test_faults_elsewhere_are_others(tmp_path: Path, order: str) -> None:
+    source = textwrap.dedent(OTHER_FAULT)
+    done = subprocess.run(
+        [sys.executable, "-c", source, tmp_path / "file", order],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.stdout == "before\n", done.stderr
+    assert done.returncode == -signal.SIGBUS
+    is_enabled = order.rfind("f") > order.rfind("d")
+    assert ("Fatal Python error: Bus error" in done.stderr) is is_enabled, done.stderr

@@ -80,10 +80,13 @@ class Normalizer:
     """
 
     def __new__(
-        cls, options: Options, memory: tuple[NDArray[np.uint8], int, str, bool] | None = None, /
+        cls,
+        options: Options,
+        memory: tuple[str, NDArray[np.uint8], int, str, bool] | None = None,
+        /,
     ) -> Normalizer:
-        """`memory` is that of a shared table: its bytes, which are kept, its capacity, the options that
-        all processes must agree on, and whether nobody else has it mapped."""
+        """`memory` is that of a shared table: its path, its bytes, which are kept, its capacity, the
+        options that all processes must agree on, and whether nobody else has it mapped."""
     def advantages(
         self,
         rewards: Any,

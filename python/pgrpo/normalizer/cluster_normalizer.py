@@ -114,7 +114,7 @@ class ClusterNormalizer:
         Raises:
             ConfigError: as usual; or the table is of another capacity, other sums or another
                 `forgetting`, or no table; or its file is a symbolic link, another user's, or one that
-                others may write to.
+                others may write to. Its methods raise a DataError once the file has become shorter.
         """
         path = shared_path(path_or_name)
         self = cls(estimator, **options)

@@ -63,7 +63,7 @@ def open_table(path: Path, options: Options, capacity: int) -> _core.Normalizer:
     except OverflowError:
         raise ConfigError(f"capacity is {capacity}; expected a positive int") from None
     with mapped(path, length, header) as (mapping, alone):
-        return _core.Normalizer(options, (mapping, capacity, agreed, alone))
+        return _core.Normalizer(options, (str(path), mapping, capacity, agreed, alone))
 
 
 @contextlib.contextmanager

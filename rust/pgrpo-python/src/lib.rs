@@ -8,6 +8,7 @@ mod errors;
 mod normalizer;
 mod options;
 mod table;
+mod watch;
 
 use pyo3::prelude::*;
 

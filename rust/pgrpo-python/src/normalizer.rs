@@ -9,8 +9,12 @@ use pyo3::types::{PyBytes, PyNotImplemented};
 
 use crate::arrays::{bytes_mut, ids};
 use crate::call::{Arguments, Method, call, detached};
-use crate::errors::{ConfigError, to_python};
+use crate::errors::{ConfigError, DataError, to_python};
+use crate::watch::Watch;
 use crate::{options, table};
+
+/// The smallest page there is: a mapping begins at a multiple of it.
+const PAGE: usize = 4096;
 
 /// Rewards to advantages, with a history per cluster. Methods that are given an array which is not of
 /// the plainest kind return `NotImplemented`, and have done nothing then.
@@ -18,13 +22,34 @@ use crate::{options, table};
 pub(crate) struct Normalizer {
     // Before `memory`, which it may lie in: fields are dropped in their order.
     core: pgrpo_core::Normalizer,
-    #[expect(dead_code, reason = "keeps the mapping of a shared table")]
-    memory: Option<Py<PyArray1<u8>>>,
+    memory: Option<Mapped>,
 }
 
-/// Mapped bytes of a shared table, its capacity, the options all processes must agree on, and
-/// whether nobody else has it mapped.
-type Memory<'py> = (Bound<'py, PyArray1<u8>>, u64, String, bool);
+/// The mapping of a shared table.
+struct Mapped {
+    path: String,
+    // Before `_array`, with which the mapping goes.
+    watch: Watch,
+    _array: Py<PyArray1<u8>>,
+}
+
+impl Mapped {
+    /// Refuses to go on, or to say what was read, when the file has become shorter than the mapping.
+    fn check(&self) -> PyResult<()> {
+        if self.watch.is_lost() {
+            return Err(DataError::new_err(format!(
+                "{}: shared table: its file became shorter while it was open, and its histories are \
+                 lost; expected nobody to write to it: delete it, and open another",
+                self.path
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Path of a shared table, its mapped bytes, its capacity, the options all processes must agree on,
+/// and whether nobody else has it mapped.
+type Memory<'py> = (String, Bound<'py, PyArray1<u8>>, u64, String, bool);
 
 /// What processes that share a table must agree on: what they say, and which sums are kept.
 fn agreed_on(options: &str, kept: Kept) -> String {
@@ -56,15 +81,33 @@ impl Normalizer {
         method: Method,
         arguments: &Arguments<'_, 'py>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let result = call(&self.core, py, method, arguments)?;
+        let result = self.checked(|core| call(core, py, method, arguments))?;
         Ok(result.unwrap_or_else(|| PyNotImplemented::get(py).to_owned().into_any()))
     }
 
+    /// Does work with the core, which comes to nothing if the file of a shared table has become shorter.
+    fn checked<T>(&self, work: impl FnOnce(&pgrpo_core::Normalizer) -> PyResult<T>) -> PyResult<T> {
+        let Some(memory) = &self.memory else { return work(&self.core) };
+        memory.check()?;
+        let result = work(&self.core);
+        memory.check()?;
+        result
+    }
+
     fn open(options: Options, memory: Memory<'_>) -> PyResult<Self> {
-        let (memory, capacity, agreed, alone) = memory;
+        let (path, memory, capacity, agreed, alone) = memory;
         let layout = Layout::new(capacity, options.kept().num_streams()).map_err(to_python)?;
         let Some((start, length)) = bytes_mut(&memory) else {
             return Err(ConfigError::new_err("memory is not contiguous, or read-only"));
+        };
+        if !start.addr().is_multiple_of(PAGE) {
+            return Err(ConfigError::new_err(
+                "memory does not begin with a page; expected a mapping",
+            ));
+        }
+        let Some(watch) = Watch::new(start, length) else {
+            let message = "too many shared tables are open; expected 1024 at most in one process";
+            return Err(ConfigError::new_err(message));
         };
         let agreed = agreed_on(&agreed, options.kept());
         // SAFETY: the array keeps its bytes as long as the core keeps the array. What others write to
@@ -74,7 +117,9 @@ impl Normalizer {
         let (region, tables) =
             region.map_err(|mismatch| ConfigError::new_err(mismatch.to_string()))?;
         let core = pgrpo_core::Normalizer::shared(options, region, tables).map_err(to_python)?;
-        Ok(Self { core, memory: Some(memory.unbind()) })
+        let mapped = Mapped { path, watch, _array: memory.unbind() };
+        mapped.check()?;
+        Ok(Self { core, memory: Some(mapped) })
     }
 }
 
@@ -88,9 +133,9 @@ fn drop_clusters<'py>(
     let Some(ids) = ids(clusters) else {
         return Ok(PyNotImplemented::get(py).to_owned().into_any());
     };
-    let core = &normalizer.get().core;
-    let dropped =
-        ids.with(|ids| detached(py, core.alone(), |alone| work(alone, ids))).map_err(to_python)?;
+    let dropped = normalizer.get().checked(|core| {
+        ids.with(|ids| detached(py, core.alone(), |alone| work(alone, ids))).map_err(to_python)
+    })?;
     Ok(dropped.into_pyobject(py)?.into_any())
 }
 
@@ -166,31 +211,38 @@ impl Normalizer {
 
     /// Non-finite rewards left out of the histories so far.
     #[getter]
-    fn num_nonfinite(&self) -> u64 {
-        self.core.num_nonfinite()
+    fn num_nonfinite(&self) -> PyResult<u64> {
+        self.checked(|core| Ok(core.num_nonfinite()))
     }
 
     /// Everything remembered, as ids and columns.
     fn columns<'py>(&self, py: Python<'py>) -> PyResult<table::State<'py>> {
-        let snapshot = detached(py, self.core.visit(), |visit| visit.snapshot());
+        let snapshot =
+            self.checked(|core| Ok(detached(py, core.visit(), |visit| visit.snapshot())))?;
         table::to_python(py, &snapshot)
     }
 
     /// Forgets everything and remembers columns instead.
     fn restore_columns(&self, py: Python<'_>, state: table::State<'_>) -> PyResult<()> {
         let snapshot = table::to_core(state)?;
-        detached(py, self.core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
+        self.checked(|core| {
+            detached(py, core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
+        })
     }
 
     /// Everything remembered, in the layout of snapshots.
-    fn encode<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &detached(py, self.core.visit(), |visit| visit.snapshot().encode()))
+    fn encode<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes =
+            self.checked(|core| Ok(detached(py, core.visit(), |visit| visit.snapshot().encode())))?;
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// Forgets everything and remembers a snapshot instead.
     fn restore(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
         let snapshot = py.detach(|| Snapshot::decode(snapshot)).map_err(to_python)?;
-        detached(py, self.core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
+        self.checked(|core| {
+            detached(py, core.alone(), |alone| alone.restore(&snapshot)).map_err(to_python)
+        })
     }
 
     /// Drops the histories of some clusters.
@@ -214,12 +266,15 @@ impl Normalizer {
     /// Folds in a snapshot of another normalizer, or a delta.
     fn merge(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
         let snapshot = py.detach(|| Snapshot::decode(snapshot)).map_err(to_python)?;
-        detached(py, self.core.visit(), |visit| visit.merge(&snapshot)).map_err(to_python)
+        self.checked(|core| {
+            detached(py, core.visit(), |visit| visit.merge(&snapshot)).map_err(to_python)
+        })
     }
 
     /// What was folded since the last call, in the layout of snapshots.
     fn delta<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let delta = detached(py, self.core.visit(), |visit| visit.delta()).map_err(to_python)?;
+        let delta = self
+            .checked(|core| detached(py, core.visit(), |visit| visit.delta()).map_err(to_python))?;
         Ok(PyBytes::new(py, &delta.encode()))
     }
 }
