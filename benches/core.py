@@ -154,10 +154,11 @@ def noop(
     groups: object = None,
     weights: object = None,
     score_norms: object = None,
+    lengths: object = None,
     out: object = None,
 ) -> None:
     """What a call costs before anything is done: the way of `advantages` through Python and Rust."""
-    return _core._noop(rewards, clusters, groups, weights, score_norms, out)
+    return _core._noop(rewards, clusters, groups, weights, score_norms, lengths, out)
 
 
 def check(arrays: Mapping[str, NDArray[Any]], contenders: Mapping[str, Contender]) -> None:

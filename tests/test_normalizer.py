@@ -104,7 +104,7 @@ def odd_layouts(values: Any) -> dict[str, Any]:
 def test_any_layout_is_read(layout: str, dtype: str) -> None:
     rewards = np.array(REWARDS, dtype)
     clusters, weights = np.array([1, 1, 2, 2]), np.array([1.0, 2.0, 3.0, 4.0])
-    arguments = {"weights": weights, "score_norms": weights}
+    arguments = {"weights": weights, "score_norms": weights, "lengths": weights}
     plain = ClusterNormalizer("auto")(rewards, clusters, clusters, **arguments)
     odd = {name: odd_layouts(value)[layout] for name, value in arguments.items()}
     ids = odd_layouts(clusters)[layout]
@@ -609,7 +609,7 @@ def test_bad_batches_change_nothing(rewards: Any, clusters: Any, groups: Any, me
     assert normalizer.state_dict() == before
 
 
-@pytest.mark.parametrize("name", ["weights", "score_norms"])
+@pytest.mark.parametrize("name", ["weights", "score_norms", "lengths"])
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -676,7 +676,7 @@ def test_the_signature_is_that_of_the_options() -> None:
         assert meaning(field.name)[:30].lower() in " ".join(help_text.split()).lower()
     for rule in RULES.values():
         assert rule.formula in help_text
-    for name in ("rewards", "clusters", "groups", "weights", "score_norms"):
+    for name in ("rewards", "clusters", "groups", "weights", "score_norms", "lengths"):
         assert name in inspect.signature(ClusterNormalizer.update).parameters
 
 

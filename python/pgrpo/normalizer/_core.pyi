@@ -34,7 +34,14 @@ def layout(options: Options, capacity: int, agreed: str, /) -> tuple[int, bytes]
     """Bytes of a shared table, and its header."""
 
 def _noop(
-    rewards: Any, clusters: Any, groups: Any, weights: Any, score_norms: Any, out: Any, /
+    rewards: Any,
+    clusters: Any,
+    groups: Any,
+    weights: Any,
+    score_norms: Any,
+    lengths: Any,
+    out: Any,
+    /,
 ) -> None:
     """What calling costs: the arguments of a normalizer's method, and nothing done."""
 
@@ -74,7 +81,7 @@ class Normalizer:
     """What `pgrpo.ClusterNormalizer` holds, and documents.
 
     Rewards and `out` are arrays of float32 or float64, ids arrays of int32 or int64 or lists or tuples
-    of ints and strings, weights and score norms arrays of float64; arrays are [N], contiguous,
+    of ints and strings, weights, score norms and lengths arrays of float64; arrays are [N], contiguous,
     aligned and in native byte order. Given anything else, a method returns `NotImplemented` and has
     done nothing.
     """
@@ -94,11 +101,19 @@ class Normalizer:
         groups: Any,
         weights: Any,
         score_norms: Any,
+        lengths: Any,
         out: Any,
         /,
     ) -> Any: ...
     def update(
-        self, rewards: Any, clusters: Any, groups: Any, weights: Any, score_norms: Any, /
+        self,
+        rewards: Any,
+        clusters: Any,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        lengths: Any,
+        /,
     ) -> Any: ...
     def normalize(
         self,
@@ -107,6 +122,7 @@ class Normalizer:
         groups: Any,
         weights: Any,
         score_norms: Any,
+        lengths: Any,
         out: Any,
         /,
     ) -> Any: ...

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
         weights: Numbers | None
         score_norms: Numbers | None
+        lengths: Numbers | None
 
 
 Plain: TypeAlias = NDArray[Any]
@@ -51,6 +52,7 @@ def call_plainly(
     groups: Any,
     weights: Any,
     score_norms: Any,
+    lengths: Any,
     out: Any,
 ) -> Any:
     """Call a method of the core that gives advantages, of arrays of any kind.
@@ -62,7 +64,7 @@ def call_plainly(
         DataError: an argument is not what is expected of it.
     """
     values, give_back = read_rewards(rewards)
-    inputs = (values, *read_columns(clusters, groups, weights, score_norms))
+    inputs = (values, *read_columns(clusters, groups, weights, score_norms, lengths))
     if out is None:
         return give_back(call(*inputs, None))
     view = read_out(out, values)
@@ -73,7 +75,9 @@ def call_plainly(
     return out
 
 
-def read_columns(clusters: Any, groups: Any, weights: Any, score_norms: Any) -> tuple[Any, ...]:
+def read_columns(
+    clusters: Any, groups: Any, weights: Any, score_norms: Any, lengths: Any
+) -> tuple[Any, ...]:
     """The columns of a batch beside its rewards, as the core reads them.
 
     Raises:
@@ -84,6 +88,7 @@ def read_columns(clusters: Any, groups: Any, weights: Any, score_norms: Any) -> 
         read_ids(groups, "groups"),
         read_numbers(weights, "weights"),
         read_numbers(score_norms, "score_norms"),
+        read_numbers(lengths, "lengths"),
     )
 
 
@@ -102,7 +107,7 @@ def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:
 
 
 def read_numbers(values: Any, name: str) -> NDArray[np.float64] | None:
-    """Weights or score norms [N] as float64.
+    """Weights, score norms or lengths [N] as float64.
 
     Raises:
         DataError: they are not real numbers of one dimension.

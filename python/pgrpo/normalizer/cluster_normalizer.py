@@ -193,6 +193,7 @@ class ClusterNormalizer:
         groups: Any = None,
         weights: Any = None,
         score_norms: Any = None,
+        lengths: Any = None,
         out: Any = None,
     ) -> Any:
         """Fold a batch into the histories and return its advantages. Calling the normalizer is the
@@ -206,6 +207,7 @@ class ClusterNormalizer:
             weights: [N] what each reward counts for, from 0 to below 2^20; 1 by default.
             score_norms: [N] squared norm of each completion's score, in the same range, which weighs
                 it in the regression of `auto`: for tokens sum_t (1 - pi_t)^2; 1 by default.
+            lengths: [N] length of each completion, in the same range, in tokens or any other unit.
             out: [N] where to write the advantages.
 
         Returns:
@@ -215,10 +217,11 @@ class ClusterNormalizer:
             DataError: lengths differ, an id, reward or weight is not one, or groups are missing.
                 Nothing was updated then.
         """
-        found = self._core.advantages(rewards, clusters, groups, weights, score_norms, out)
+        found = self._core.advantages(rewards, clusters, groups, weights, score_norms, lengths, out)
         if found is NotImplemented:
             core = self._core.advantages
-            found = call_plainly(core, rewards, clusters, groups, weights, score_norms, out)
+            columns = weights, score_norms, lengths
+            found = call_plainly(core, rewards, clusters, groups, *columns, out)
         return found
 
     __call__ = advantages
@@ -231,16 +234,18 @@ class ClusterNormalizer:
         groups: Any = None,
         weights: Any = None,
         score_norms: Any = None,
+        lengths: Any = None,
         out: Any = None,
     ) -> Any:
         """Advantages [N] by the histories as they are, which stay so: the other half of a call.
 
         Arguments, result and errors are those of `advantages`.
         """
-        found = self._core.normalize(rewards, clusters, groups, weights, score_norms, out)
+        found = self._core.normalize(rewards, clusters, groups, weights, score_norms, lengths, out)
         if found is NotImplemented:
             core = self._core.normalize
-            found = call_plainly(core, rewards, clusters, groups, weights, score_norms, out)
+            columns = weights, score_norms, lengths
+            found = call_plainly(core, rewards, clusters, groups, *columns, out)
         return found
 
     def update(
@@ -250,6 +255,7 @@ class ClusterNormalizer:
         groups: Ids | None = None,
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
+        lengths: Numbers | None = None,
     ) -> None:
         """Fold rewards [N] of clusters [N] into the histories: the first half of a call.
 
@@ -258,10 +264,11 @@ class ClusterNormalizer:
         Raises:
             DataError: as for `advantages`. Nothing was updated then.
         """
-        done = self._core.update(rewards, clusters, groups, weights, score_norms)
+        done = self._core.update(rewards, clusters, groups, weights, score_norms, lengths)
         if done is NotImplemented:
             values, _ = read_rewards(rewards)
-            self._core.update(values, *read_columns(clusters, groups, weights, score_norms))
+            columns = read_columns(clusters, groups, weights, score_norms, lengths)
+            self._core.update(values, *columns)
 
     def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
         """Take rewards [N] of clusters [N] out of the histories again, which must be in them.
@@ -276,7 +283,7 @@ class ClusterNormalizer:
         """
         if self._core.retract(rewards, clusters, weights) is NotImplemented:
             values, _ = read_rewards(rewards)
-            ids, _, numbers, _ = read_columns(clusters, None, weights, None)
+            ids, _, numbers, *_ = read_columns(clusters, None, weights, None, None)
             self._core.retract(values, ids, numbers)
 
     def delta(self) -> bytes:

@@ -94,12 +94,14 @@ fn call<R: Real + Debug + PartialEq>(
     };
     let weights: Option<Vec<f64>> = any_weights()?;
     let score_norms: Option<Vec<f64>> = any_weights()?;
+    let lengths: Option<Vec<f64>> = any_weights()?;
     let batch = Batch {
         rewards: &rewards,
         clusters: clusters.borrow(),
         groups: groups.as_ref().map(AnyIds::borrow),
         weights: weights.as_deref(),
         score_norms: score_norms.as_deref(),
+        lengths: lengths.as_deref(),
     };
     let mut out = vec![R::from_f64(7.0); any_size(size, bytes)?];
     let result = match bytes.int_in_range(0..=4)? {

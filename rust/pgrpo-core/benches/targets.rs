@@ -54,6 +54,7 @@ fn throughput(normalizer: &Normalizer, threads: u64, size: usize) -> f64 {
             groups: None,
             weights: None,
             score_norms: None,
+            lengths: None,
         };
         start.wait();
         let mut calls = 0;

@@ -83,6 +83,8 @@ pub struct Batch<'a, R> {
     pub weights: Option<&'a [f64]>,
     /// Squared norms of the scores of the completions, at least 0; read by `auto` alone.
     pub score_norms: Option<&'a [f64]>,
+    /// Lengths of the completions, at least 0; read by `opo` alone.
+    pub lengths: Option<&'a [f64]>,
 }
 
 impl<'a, R: Real> Batch<'a, R> {
@@ -92,21 +94,27 @@ impl<'a, R: Real> Batch<'a, R> {
         if u32::try_from(rewards).is_err() {
             return Err(Error::Size { rewards });
         }
-        let lengths = [
+        let sizes = [
             ("clusters", Some(self.clusters.len())),
             ("groups", self.groups.map(|groups| groups.len())),
             ("weights", self.weights.map(<[f64]>::len)),
             ("score_norms", self.score_norms.map(<[f64]>::len)),
+            ("lengths", self.lengths.map(<[f64]>::len)),
             ("out", out),
         ];
-        for (name, length) in lengths {
+        for (name, length) in sizes {
             if let Some(length) = length
                 && length != rewards
             {
                 return Err(Error::Length { rewards, name, length });
             }
         }
-        for (name, values) in [("weights", self.weights), ("score_norms", self.score_norms)] {
+        let columns = [
+            ("weights", self.weights),
+            ("score_norms", self.score_norms),
+            ("lengths", self.lengths),
+        ];
+        for (name, values) in columns {
             let Some(values) = values else { continue };
             if let Some(index) = values.iter().position(|&w| !(0.0..MAX_WEIGHT).contains(&w)) {
                 return Err(Error::Weight { name, index, value: values[index] });
@@ -130,6 +138,7 @@ impl<'a, R: Real> Batch<'a, R> {
             groups: self.groups.map(|groups| groups.only(kept)),
             weights: self.weights.map(only),
             score_norms: self.score_norms.map(only),
+            lengths: self.lengths.map(only),
         }
     }
 }
@@ -141,6 +150,7 @@ pub(crate) struct OwnedBatch<'a, R> {
     groups: Option<OwnedIds<'a>>,
     weights: Option<Vec<f64>>,
     score_norms: Option<Vec<f64>>,
+    lengths: Option<Vec<f64>>,
 }
 
 impl<R> OwnedBatch<'_, R> {
@@ -151,6 +161,7 @@ impl<R> OwnedBatch<'_, R> {
             groups: self.groups.as_ref().map(OwnedIds::borrow),
             weights: self.weights.as_deref(),
             score_norms: self.score_norms.as_deref(),
+            lengths: self.lengths.as_deref(),
         }
     }
 }

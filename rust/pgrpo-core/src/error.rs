@@ -42,9 +42,9 @@ pub enum Error {
         /// The reward.
         value: f64,
     },
-    /// A weight or score norm is negative, not a number, or 2^20 and more.
+    /// A weight, score norm or length is negative, not a number, or 2^20 and more.
     Weight {
-        /// `weights` or `score_norms`.
+        /// `weights`, `score_norms` or `lengths`.
         name: &'static str,
         /// Position of the first such entry.
         index: usize,

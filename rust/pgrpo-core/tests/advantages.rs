@@ -21,6 +21,7 @@ struct Rollout {
     reward: f64,
     weight: f64,
     norm: f64,
+    length: f64,
     cluster: usize,
     group: usize,
 }
@@ -114,6 +115,7 @@ fn with_batch<R: pgrpo_core::elements::Real, T>(
     let groups = Column::new(group_kind, rollouts.iter().map(group_label));
     let weights: Vec<f64> = rollouts.iter().map(|rollout| rollout.weight).collect();
     let norms: Vec<f64> = rollouts.iter().map(|rollout| rollout.norm).collect();
+    let lengths: Vec<f64> = rollouts.iter().map(|rollout| rollout.length).collect();
     clusters.with(|clusters| {
         groups.with(|groups| {
             work(&Batch {
@@ -122,6 +124,7 @@ fn with_batch<R: pgrpo_core::elements::Real, T>(
                 groups: Some(groups),
                 weights: given.weights.then_some(&weights),
                 score_norms: given.norms.then_some(&norms),
+                lengths: Some(&lengths),
             })
         })
     })
@@ -388,13 +391,15 @@ fn batches(
     // Binary rewards make groups and clusters without spread.
     let reward = prop_oneof![2 => prop::sample::select(vec![0.0, 1.0]), 3 => -1.0..1.0];
     let norm = prop::sample::select(vec![0.0, 0.3, 1.0, 2.5]);
-    let rollout = (reward, norm, 0..CLUSTERS, 0..GROUPS);
+    let length = prop::sample::select(vec![0.0, 1.0, 7.0, 40.0]);
+    let rollout = (reward, norm, length, 0..CLUSTERS, 0..GROUPS);
     // Sums of these are exact: counts meet min_count on the same side. Equal within a part.
     let weight = prop::sample::select(vec![0.0, 0.25, 0.5, 1.0, 1.0, 2.0]);
     let weights = prop::collection::vec(weight, CLUSTERS * GROUPS);
     let batch = (prop::collection::vec(rollout, size), weights).prop_map(move |(rows, weights)| {
-        let rollouts = rows.into_iter().map(|(reward, norm, cluster, group)| Rollout {
+        let rollouts = rows.into_iter().map(|(reward, norm, length, cluster, group)| Rollout {
             reward,
+            length,
             cluster,
             group,
             weight: if given.weights { weights[cluster * GROUPS + group] } else { 1.0 },
@@ -823,6 +828,8 @@ proptest! {
                 assert_eq!(normalizer.advantages(&few, &mut out), wrong_length("weights"));
                 let few = Batch { score_norms: Some(short), ..*batch };
                 assert_eq!(normalizer.update(&few), wrong_length("score_norms"));
+                let few = Batch { lengths: Some(short), ..*batch };
+                assert_eq!(normalizer.update(&few), wrong_length("lengths"));
                 let few = Batch { clusters: Ids::I64(&[3][..1]), ..*batch };
                 assert!(matches!(
                     normalizer.normalize(&few, &mut out),
@@ -833,7 +840,10 @@ proptest! {
                 weights[index] = wrong;
                 let bad = Batch { weights: Some(&weights), ..*batch };
                 let bad_norms = Batch { score_norms: Some(&weights), ..*batch };
-                for (name, bad) in [("weights", bad), ("score_norms", bad_norms)] {
+                let bad_lengths = Batch { lengths: Some(&weights), ..*batch };
+                let bad =
+                    [("weights", bad), ("score_norms", bad_norms), ("lengths", bad_lengths)];
+                for (name, bad) in bad {
                     match normalizer.advantages(&bad, &mut out) {
                         Err(Error::Weight { name: met, index: at, .. }) => {
                             assert_eq!((met, at), (name, index));
@@ -988,7 +998,14 @@ proptest! {
 // ------------------------------------------------------------------------------------ examples
 
 fn plain<'a>(rewards: &'a [f64], clusters: &'a [i64]) -> Batch<'a, f64> {
-    Batch { rewards, clusters: Ids::I64(clusters), groups: None, weights: None, score_norms: None }
+    Batch {
+        rewards,
+        clusters: Ids::I64(clusters),
+        groups: None,
+        weights: None,
+        score_norms: None,
+        lengths: None,
+    }
 }
 
 #[test]

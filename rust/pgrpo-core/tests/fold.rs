@@ -108,7 +108,14 @@ fn make(options: &Options) -> Normalizer {
 }
 
 fn batch<'a, R>(rewards: &'a [R], ids: &'a [i32]) -> Batch<'a, R> {
-    Batch { rewards, clusters: Ids::I32(ids), groups: None, weights: None, score_norms: None }
+    Batch {
+        rewards,
+        clusters: Ids::I32(ids),
+        groups: None,
+        weights: None,
+        score_norms: None,
+        lengths: None,
+    }
 }
 
 fn advantages<R: Real>(normalizer: &Normalizer, batch: &Batch<'_, R>) -> Vec<R> {

@@ -81,6 +81,7 @@ pub(crate) struct Arguments<'a, 'py> {
     pub(crate) groups: Option<&'a Bound<'py, PyAny>>,
     pub(crate) weights: Option<&'a Bound<'py, PyAny>>,
     pub(crate) score_norms: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) lengths: Option<&'a Bound<'py, PyAny>>,
     pub(crate) out: Option<&'a Bound<'py, PyAny>>,
 }
 
@@ -99,21 +100,22 @@ pub(crate) fn call<'py>(
             groups => groups,
         },
     };
-    let mut columns = [None, None];
-    for (column, argument) in columns.iter_mut().zip([arguments.weights, arguments.score_norms]) {
+    let Arguments { weights, score_norms, lengths, .. } = *arguments;
+    let mut columns = [None; 3];
+    for (column, argument) in columns.iter_mut().zip([weights, score_norms, lengths]) {
         if let Some(argument) = argument {
             let Some(Reals::F64(values)) = reals(argument) else { return Ok(None) };
             *column = Some(values);
         }
     }
-    let [weights, score_norms] = columns;
+    let [weights, score_norms, lengths] = columns;
     match reals(arguments.rewards) {
         Some(Reals::F32(rewards)) => {
-            let batch = Parts { rewards, clusters, groups, weights, score_norms };
+            let batch = Parts { rewards, clusters, groups, weights, score_norms, lengths };
             call_parts(core, py, method, &batch, arguments)
         }
         Some(Reals::F64(rewards)) => {
-            let batch = Parts { rewards, clusters, groups, weights, score_norms };
+            let batch = Parts { rewards, clusters, groups, weights, score_norms, lengths };
             call_parts(core, py, method, &batch, arguments)
         }
         None => Ok(None),
@@ -140,6 +142,7 @@ fn call_parts<'py, R: Real + Element>(
                 arguments.groups,
                 arguments.weights,
                 arguments.score_norms,
+                arguments.lengths,
             ];
             let Some(out) = reals_mut::<R>(given, &inputs) else { return Ok(None) };
             run(py, core, size, |visit| method.call(visit, batch, out))?;
@@ -160,13 +163,14 @@ struct Parts<'a, 'py, R> {
     groups: Option<Ids<'a, 'py>>,
     weights: Option<&'a [f64]>,
     score_norms: Option<&'a [f64]>,
+    lengths: Option<&'a [f64]>,
 }
 
 impl<R> Parts<'_, '_, R> {
     fn with_batch<T>(&self, work: impl FnOnce(&Batch<'_, R>) -> PyResult<T>) -> PyResult<T> {
-        let Self { rewards, weights, score_norms, .. } = *self;
+        let Self { rewards, weights, score_norms, lengths, .. } = *self;
         self.clusters.with(|clusters| {
-            let batch = Batch { rewards, clusters, groups: None, weights, score_norms };
+            let batch = Batch { rewards, clusters, groups: None, weights, score_norms, lengths };
             match &self.groups {
                 None => work(&batch),
                 Some(groups) => {

@@ -15,16 +15,17 @@ use pyo3::prelude::*;
 /// What calling costs: the arguments of a [`Normalizer`](normalizer::Normalizer)'s method, and nothing
 /// done. For benchmarks.
 #[pyfunction]
-#[pyo3(signature = (rewards, clusters, groups, weights, score_norms, out, /))]
+#[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
 fn _noop(
     rewards: &Bound<'_, PyAny>,
     clusters: &Bound<'_, PyAny>,
     groups: Option<&Bound<'_, PyAny>>,
     weights: Option<&Bound<'_, PyAny>>,
     score_norms: Option<&Bound<'_, PyAny>>,
+    lengths: Option<&Bound<'_, PyAny>>,
     out: Option<&Bound<'_, PyAny>>,
 ) {
-    let _ = (rewards, clusters, groups, weights, score_norms, out);
+    let _ = (rewards, clusters, groups, weights, score_norms, lengths, out);
 }
 
 /// Called by the interpreter in the child of a fork.

@@ -1,4 +1,5 @@
 //! The class that `ClusterNormalizer` holds.
+#![allow(clippy::too_many_arguments, reason = "one for each column of a batch")]
 
 use numpy::PyArray1;
 use pgrpo_core::shared::{Layout, Region};
@@ -153,7 +154,7 @@ impl Normalizer {
     }
 
     /// Fold a batch into the histories and return its advantages [N].
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, out, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
     fn advantages<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -161,14 +162,15 @@ impl Normalizer {
         groups: Option<&Bound<'py, PyAny>>,
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
+        lengths: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
         slf.get().call(slf.py(), Method::Advantages, &arguments)
     }
 
     /// Fold a batch into the histories.
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, /))]
     fn update<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -176,13 +178,15 @@ impl Normalizer {
         groups: Option<&Bound<'py, PyAny>>,
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
+        lengths: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out: None };
+        let arguments =
+            Arguments { rewards, clusters, groups, weights, score_norms, lengths, out: None };
         slf.get().call(slf.py(), Method::Update, &arguments)
     }
 
     /// Advantages [N] by the histories as they are.
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, out, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
     fn normalize<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -190,9 +194,10 @@ impl Normalizer {
         groups: Option<&Bound<'py, PyAny>>,
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
+        lengths: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
         slf.get().call(slf.py(), Method::Normalize, &arguments)
     }
 
@@ -204,8 +209,8 @@ impl Normalizer {
         clusters: &Bound<'py, PyAny>,
         weights: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let (groups, score_norms, out) = (None, None, None);
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, out };
+        let (groups, score_norms, lengths, out) = (None, None, None, None);
+        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
         slf.get().call(slf.py(), Method::Retract, &arguments)
     }
 
