@@ -23,6 +23,8 @@ ESTIMATORS = list(RULES)
 ORDERS = ["update_then_normalize", "normalize_then_update"]
 PRIOR_EVIDENCE = 16
 """Rollouts with which `auto` believes in the cluster's mean to begin with."""
+RAE_DECAY = 0.95
+"""What a reward leaves of the exponential mean of `rae`."""
 
 Ids = Iterable[Hashable]
 Numbers = Iterable[float]
@@ -36,6 +38,7 @@ class Rollout:
     reward: Fraction
     weight: Fraction
     score_norm: Fraction
+    length: Fraction
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Reference:
         self.rewards: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
         self.parts: defaultdict[Hashable, list[Part]] = defaultdict(list)
         self.evidence: defaultdict[Hashable, list[Evidence]] = defaultdict(list)
+        self.in_order: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
 
     def __call__(
         self,
@@ -122,8 +126,9 @@ class Reference:
         *,
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
+        lengths: Numbers | None = None,
     ) -> NDArray[np.float64]:
-        batch = self._rollouts(rewards, clusters, groups, weights, score_norms)
+        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths)
         if self.order == "update_then_normalize":
             self._update(batch)
             return self._normalize(batch)
@@ -139,8 +144,9 @@ class Reference:
         *,
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
+        lengths: Numbers | None = None,
     ) -> None:
-        self._update(self._rollouts(rewards, clusters, groups, weights, score_norms))
+        self._update(self._rollouts(rewards, clusters, groups, weights, score_norms, lengths))
 
     def normalize(
         self,
@@ -150,8 +156,10 @@ class Reference:
         *,
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
+        lengths: Numbers | None = None,
     ) -> NDArray[np.float64]:
-        return self._normalize(self._rollouts(rewards, clusters, groups, weights, score_norms))
+        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths)
+        return self._normalize(batch)
 
     def history(self, cluster: Hashable) -> Moments:
         """A cluster's own history, without the prior."""
@@ -164,6 +172,7 @@ class Reference:
         groups: Ids | None,
         weights: Numbers | None,
         score_norms: Numbers | None,
+        lengths: Numbers | None,
     ) -> list[Rollout]:
         values = [Fraction(float(reward)) for reward in rewards]
         num = len(values)
@@ -174,10 +183,10 @@ class Reference:
             list(clusters),
             list(range(num) if groups is None else groups),
             values,
-            [Fraction(1)] * num if weights is None else [Fraction(float(w)) for w in weights],
-            [Fraction(1)] * num
-            if score_norms is None
-            else [Fraction(float(v)) for v in score_norms],
+            *(
+                [Fraction(1)] * num if column is None else [Fraction(float(v)) for v in column]
+                for column in (weights, score_norms, lengths)
+            ),
             strict=True,
         )
         return list(starmap(Rollout, rows))
@@ -189,6 +198,7 @@ class Reference:
         for cluster, rollouts in by(weighty, "cluster").items():
             before = self.history(cluster)
             self._forget(cluster)
+            self.in_order[cluster] += [(rollout.weight, rollout.reward) for rollout in rollouts]
             self.rewards[cluster] += [(rollout.weight, rollout.reward) for rollout in rollouts]
             for part in by(rollouts, "group").values():
                 self.parts[cluster].append(Part(Fraction(1), part))
@@ -267,6 +277,25 @@ class Reference:
                     weighty = any(rollout.weight > 0 for rollout in group)
                     for rollout in group:
                         yield rollout, float(rollout.reward - mean) if weighty else 0.0
+            case "lite":
+                sigma = moments_of(batch).sigma(self.ddof)
+                for rollout, mean in self._means(batch):
+                    yield rollout, float(rollout.reward - mean) / (sigma + self.eps)
+            case "max_rl":
+                for rollout, mean in self._means(batch):
+                    yield rollout, float((rollout.reward - mean) / mean) if mean > 0 else 0.0
+            case "opo":
+                for group in by(batch, "group").values():
+                    long = moments((r.weight * r.length, r.reward) for r in group)
+                    mean = long.mean if long.count > 0 else moments_of(group).mean
+                    weighty = any(rollout.weight > 0 for rollout in group)
+                    for rollout in group:
+                        yield rollout, float(rollout.reward - mean) if weighty else 0.0
+            case "rae":
+                for rollout in batch:
+                    yield rollout, float(rollout.reward - self._exponential_mean(rollout.cluster))
+            case "gdpo_multi":
+                yield from self._whitened(batch)
             case "rloo":
                 for group in by(batch, "group").values():
                     among = moments_of(group)
@@ -290,6 +319,34 @@ class Reference:
                         yield from self._mixed(rollouts, read, own[cluster])
             case other:
                 raise NotImplementedError(f"the oracle does not know {other}")
+
+    @staticmethod
+    def _means(batch: list[Rollout]) -> Iterable[tuple[Rollout, Fraction]]:
+        """Of the groups that have any weight."""
+        for group in by(batch, "group").values():
+            among = moments_of(group)
+            if among.count > 0:
+                yield from ((rollout, among.mean) for rollout in group)
+
+    def _exponential_mean(self, cluster: Hashable) -> Fraction:
+        """One reward after the other; its decay is as near to a rational number as a float is."""
+        mean = Fraction()
+        for weight, reward in self.in_order.get(cluster, []):
+            left = Fraction(RAE_DECAY ** float(weight))
+            mean = Fraction(float(left * mean + (1 - left) * reward))
+        return mean
+
+    def _whitened(self, batch: list[Rollout]) -> Iterable[tuple[Rollout, float]]:
+        weighty = [
+            found
+            for group in by(batch, "group").values()
+            if moments_of(group).count > 0
+            for found in self._standardized(group)
+        ]
+        among = moments((rollout.weight, Fraction(value)) for rollout, value in weighty)
+        sigma = among.sigma(self.ddof)
+        for rollout, value in weighty:
+            yield rollout, (value - float(among.mean)) / (sigma + self.eps)
 
     def _divisor(self, read: Moments, share: float = 1.0) -> float:
         """Of a history; `share` is that of its variance which a baseline leaves."""

@@ -41,6 +41,7 @@ def random_batch(
         columns["weights"] = rng.choice([0.0, 0.25, 1.0, 1.5, 3.0], size)
     if weighted or rng.random() < 0.3:
         columns["score_norms"] = rng.random(size) + 0.1
+    columns["lengths"] = rng.integers(0, 6, size).astype(np.float64)
     return rewards, columns
 
 
@@ -135,6 +136,7 @@ entry = st.tuples(
     st.integers(-1, 2),
     st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     st.sampled_from([0.0, 0.25, 1.0]),
+    st.sampled_from([0.0, 1.0, 4.0]),
 )
 
 
@@ -154,10 +156,10 @@ def test_anything(estimator: str, batches: list[list[tuple[Any, ...]]], **option
     """Whatever hypothesis thinks of, of rewards and weights whose sums are exact."""
     normalizer, reference = ClusterNormalizer(estimator, **options), Reference(estimator, **options)
     for batch in batches:
-        rewards, clusters, groups, weights, norms = (
-            map(list, zip(*batch, strict=True)) if batch else [[]] * 5
+        rewards, clusters, groups, weights, norms, lengths = (
+            map(list, zip(*batch, strict=True)) if batch else [[]] * 6
         )
-        arguments: dict[str, Any] = {"weights": weights, "score_norms": norms}
+        arguments: dict[str, Any] = {"weights": weights, "score_norms": norms, "lengths": lengths}
         found = normalizer(rewards, clusters, groups, **arguments)
         expected = reference(rewards, clusters, groups, **arguments)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)

@@ -73,6 +73,12 @@ class Rule:
     @property
     def reads_score_norms(self) -> bool:
         """Whether score norms have an effect."""
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether rewards are weighed by the lengths of their completions, which a batch must have then."""
+    @property
+    def whitens(self) -> bool:
+        """Whether it standardises the advantages of the whole call."""
     def without_effect(self, frequency_weight: float) -> list[str]:
         """Options that have no effect on advantages, with this `frequency_weight`."""
 

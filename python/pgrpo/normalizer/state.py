@@ -24,7 +24,7 @@ VERSION = 3
 SUMS: tuple[str, ...] = (
     "count", "origin", "offset", "m2",
     "num_parts", "squared_sizes", "within_squares",
-    "regression_xx", "regression_xy", "regression_yy",
+    "baseline_0", "baseline_1", "baseline_2",
     "num_advantages", "advantage_sum", "advantage_squares",
 )  # fmt: skip
 """What a normalizer keeps of a cluster, in the order of the core's columns."""

@@ -59,7 +59,7 @@ fn any_entry(bytes: &mut Unstructured) -> Result<Entry> {
         _ => Ok(f64::from(bytes.arbitrary::<i8>()?)),
     };
     let mut triple = || Ok([number()?, number()?, number()?]);
-    let (parts, regression, advantages) = (triple()?, triple()?, triple()?);
+    let (parts, baseline, advantages) = (triple()?, triple()?, triple()?);
     let rewards = Moments { count: number()?, origin: number()?, offset: number()?, m2: number()? };
-    Ok(Entry { id, rewards, parts, regression, advantages })
+    Ok(Entry { id, rewards, parts, baseline, advantages })
 }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use crate::batch::{Batch, Ids, number};
 use crate::elements::{Affine, Real, Row};
 use crate::error::Error;
-use crate::estimators::{Folded, Scale};
+use crate::estimators::{Baseline, Folded, Scale, advantages_of};
 use crate::fold::{apply, fold};
 use crate::histories::Sums;
 use crate::ids::DIRECT;
@@ -117,7 +117,10 @@ impl<R: Real> Call<'_, R> {
         let Batch { rewards, groups, weights, .. } = self.batch;
         // A table of keys does not pay for a few rewards.
         let many = rewards.len() >= 32;
-        let plain = many && groups.is_none() && weights.is_none() && !self.state.is_shared();
+        let in_order =
+            matches!(self.options.estimator.baseline, Some(Baseline::ExponentialMean(_)));
+        let plain =
+            many && groups.is_none() && weights.is_none() && !in_order && !self.state.is_shared();
         if !(plain && self.fold_by_index(scratch)) {
             self.fold_by_cell(scratch);
         }
@@ -246,7 +249,7 @@ impl<R: Real> Call<'_, R> {
                 let now = streams.rewards.read(key);
                 (now, now)
             };
-            if estimator.evidence.is_some() {
+            if let Some(Baseline::Regression(_)) = estimator.baseline {
                 before.push(old);
             }
             folded.histories.push(if reads_after { new } else { old });
@@ -264,17 +267,20 @@ impl<R: Real> Call<'_, R> {
             };
             scratch.pool = pool.filter(|pool| pool.count > 0.0);
         }
-        let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple]| {
-            let read = keys.iter().zip(batch).zip(added).map(|((&key, batch), &added)| {
-                if !merging || batch.count == 0.0 {
-                    return Ok(sums.read(key));
-                }
-                if let Some(pending) = pending {
-                    pending.add(key, added, 1.0, is_only)?;
-                }
-                let (old, new) = sums.add(key, added, forgetting, is_only)?;
-                Ok(if reads_after { new } else { old })
-            });
+        let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple], kept: &[f64]| {
+            let kept = kept.iter().copied().chain(std::iter::repeat(forgetting));
+            let changes = added.iter().zip(kept);
+            let read =
+                keys.iter().zip(batch).zip(changes).map(|((&key, batch), (&added, kept))| {
+                    if !merging || batch.count == 0.0 {
+                        return Ok(sums.read(key));
+                    }
+                    if let Some(pending) = pending {
+                        pending.add(key, added, 1.0, is_only)?;
+                    }
+                    let (old, new) = sums.add(key, added, kept, is_only)?;
+                    Ok(if reads_after { new } else { old })
+                });
             read.collect::<Result<Vec<Triple>, Error>>()
         };
         if let Some(sums) = &streams.parts
@@ -288,43 +294,62 @@ impl<R: Real> Call<'_, R> {
                 *within += cell.moments.m2;
             }
             let pending = pending.and_then(|pending| pending.parts.as_ref());
-            folded.parts = touched(sums, pending, &added)?;
+            folded.parts = touched(sums, pending, &added, &[])?;
             folded.own.clone_from(&folded.histories);
         }
-        if let Some((sums, evidence)) = streams.regression.as_ref().zip(estimator.evidence) {
+        if let Some((sums, baseline)) = streams.baseline.as_ref().zip(estimator.baseline) {
             let mut added = vec![Triple::default(); keys.len()];
-            if merging {
-                let scored = self.scored(slots, folded);
-                for (cell, scored) in folded.cells().zip(&scored) {
-                    let terms = evidence(&cell, scored, &before[cell.cluster]);
-                    for (sum, value) in added[cell.cluster].iter_mut().zip(terms) {
-                        *sum += value;
+            let mut kept = Vec::new();
+            match baseline {
+                Baseline::Regression(evidence) if merging => {
+                    let scored = match self.batch.score_norms {
+                        Some(norms) => self.reweighted(norms, slots),
+                        None => folded.moments.clone(),
+                    };
+                    for (cell, scored) in folded.cells().zip(&scored) {
+                        let terms = evidence(&cell, scored, &before[cell.cluster]);
+                        for (sum, value) in added[cell.cluster].iter_mut().zip(terms) {
+                            *sum += value;
+                        }
                     }
                 }
+                Baseline::ExponentialMean(decay) if merging => {
+                    kept.resize(keys.len(), 1.0);
+                    // From the last reward to the first, so that `kept` is what later ones leave of it.
+                    for (entry, &cell) in slots.of.iter().enumerate().rev() {
+                        let cell = cell as usize;
+                        let cluster = folded.cluster_of.get(cell).map_or(cell, |&of| of as usize);
+                        let weight = self.batch.weights.map_or(1.0, |weights| weights[entry]);
+                        let left = decay.powf(weight);
+                        let reward = self.batch.rewards[entry].to_f64();
+                        added[cluster][1] += kept[cluster] * (1.0 - left) * reward;
+                        kept[cluster] *= left;
+                    }
+                }
+                _ => {}
             }
-            let pending = pending.and_then(|pending| pending.regression.as_ref());
-            folded.regressions = touched(sums, pending, &added)?;
+            let pending = pending.and_then(|pending| pending.baseline.as_ref());
+            folded.baselines = touched(sums, pending, &added, &kept)?;
         }
         Ok(())
     }
 
-    /// The rewards of each cell with weights multiplied by their score norms.
-    fn scored(&self, slots: &Slots, folded: &Folded) -> Vec<Moments> {
-        let Batch { rewards, weights, score_norms, .. } = self.batch;
-        let Some(norms) = score_norms else { return folded.moments.clone() };
+    /// The rewards of each cell with weights multiplied by a column.
+    fn reweighted(&self, column: &[f64], slots: &Slots) -> Vec<Moments> {
+        let Batch { rewards, weights, .. } = self.batch;
         let weights: Vec<f64> = match weights {
-            Some(weights) => weights.iter().zip(norms).map(|(w, norm)| w * norm).collect(),
-            None => norms.to_vec(),
+            Some(weights) => weights.iter().zip(column).map(|(w, value)| w * value).collect(),
+            None => column.to_vec(),
         };
-        let (mut rows, mut scored) = (Vec::new(), Vec::new());
-        fold(rewards, &slots.of, Some(&weights), usize::MAX, 1, &mut rows, &mut scored);
-        scored
+        let (mut rows, mut moments) = (Vec::new(), Vec::new());
+        fold(rewards, &slots.of, Some(&weights), usize::MAX, 1, &mut rows, &mut moments);
+        moments
     }
 
     /// Makes the maps of all cells.
     pub(crate) fn map(&self, halves: Halves, scratch: &mut Scratch) -> Result<(), Error> {
         let Options { estimator, prior_count, frequency_weight, .. } = *self.options;
-        let Scratch { keys, folded, maps, factors, .. } = scratch;
+        let Scratch { keys, folded, maps, factors, slots, .. } = scratch;
         if let Some(pool) = scratch.pool {
             let m2 = pool.m2 * (prior_count / pool.count);
             let prior = Moments { count: prior_count, m2, ..pool };
@@ -332,6 +357,17 @@ impl<R: Real> Call<'_, R> {
                 let share = history.count / pool.count;
                 factors.push(if share > 0.0 { share.powf(-frequency_weight) } else { 1.0 });
                 *history = history.merge(prior);
+            }
+        }
+        if estimator.needs_lengths
+            && let Some(lengths) = self.batch.lengths
+        {
+            folded.by_length.resize(folded.groups.len(), Moments::default());
+            for (moments, &group) in
+                self.reweighted(lengths, slots).into_iter().zip(&folded.group_of)
+            {
+                let group = &mut folded.by_length[group as usize];
+                *group = group.merge(moments);
             }
         }
         (estimator.maps)(folded, &self.scale, maps);
@@ -345,12 +381,11 @@ impl<R: Real> Call<'_, R> {
         {
             let mut added = vec![Triple::default(); keys.len()];
             for (cell, map) in folded.cells().zip(maps.iter()) {
-                let Moments { count, origin, offset, m2 } = *cell.moments;
-                let mean = ((origin - map.origin) + (offset - map.offset)) * map.scale;
+                let Moments { count, offset: mean, m2, .. } = advantages_of(cell.moments, map);
                 let [number, sum, squares] = &mut added[cell.cluster];
                 *number += count;
                 *sum += count * mean;
-                *squares += m2 * map.scale * map.scale + count * mean * mean;
+                *squares += m2 + count * mean * mean;
             }
             for (&key, &added) in keys.iter().zip(&added) {
                 // With an eps near 0 advantages can be too large to be summed up.

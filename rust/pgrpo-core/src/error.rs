@@ -35,6 +35,11 @@ pub enum Error {
         /// Name of the estimator.
         estimator: &'static str,
     },
+    /// The estimator weighs by lengths, and no lengths were given.
+    LengthsRequired {
+        /// Name of the estimator.
+        estimator: &'static str,
+    },
     /// A reward is NaN, infinite or too large to be squared, and the policy is to refuse such.
     NonFinite {
         /// Position of the first such reward.
@@ -103,6 +108,9 @@ impl fmt::Display for Error {
             }
             Self::GroupsRequired { estimator } => {
                 write!(out, "estimator {estimator} needs groups: one group id for each reward")
+            }
+            Self::LengthsRequired { estimator } => {
+                write!(out, "estimator {estimator} needs lengths: that of each reward's completion")
             }
             Self::NonFinite { index, value } => write!(
                 out,

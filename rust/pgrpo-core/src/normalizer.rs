@@ -1,6 +1,7 @@
 //! Rewards in, advantages out: the one way through all the parts.
 #![allow(unsafe_code, reason = "the state is replaced while other threads read the old one")]
 
+use std::borrow::Cow;
 use std::cell::UnsafeCell;
 use std::collections::HashSet;
 
@@ -8,7 +9,7 @@ use crate::batch::Batch;
 use crate::call::{Call, Halves, with_scratch};
 use crate::elements::Real;
 use crate::error::Error;
-use crate::estimators::{RULES, Scale};
+use crate::estimators::{Baseline, RULES, Rule, Scale};
 use crate::gate::Gate;
 use crate::ids::AnyId;
 use crate::moments::{Moments, is_finite_reward};
@@ -16,7 +17,7 @@ use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
 use crate::state::{Entry, State};
-use crate::table::{Refused, Table};
+use crate::table::{Refused, Table, Triple};
 
 /// An estimator with its options and everything it remembers.
 ///
@@ -205,8 +206,8 @@ impl Visit<'_> {
     /// Folds a batch into the histories and writes its advantages \[N\].
     ///
     /// # Errors
-    /// [`Error::Length`], [`Error::GroupsRequired`], [`Error::Weight`] or [`Error::NonFinite`];
-    /// nothing was merged then.
+    /// [`Error::Length`], [`Error::GroupsRequired`], [`Error::LengthsRequired`], [`Error::Weight`] or
+    /// [`Error::NonFinite`]; nothing was merged then.
     pub fn advantages<R: Real>(&self, batch: &Batch<'_, R>, out: &mut [R]) -> Result<(), Error> {
         self.run(batch, Halves::Both, Some(out))
     }
@@ -235,9 +236,10 @@ impl Visit<'_> {
     pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
         let options = &self.normalizer.options;
         let tracks = options.track_diagnostics || options.track_delta;
-        if options.estimator.keeps_parts || tracks || options.forgetting < 1.0 {
-            let kinds = RULES.iter().filter(|rule| rule.keeps_parts).map(|rule| rule.name);
-            let others = kinds.collect::<Vec<_>>().join(" and ");
+        let keeps_more = |rule: &Rule| rule.keeps_parts || rule.baseline.is_some();
+        if keeps_more(options.estimator) || tracks || options.forgetting < 1.0 {
+            let kinds = RULES.iter().filter(|rule| keeps_more(rule)).map(|rule| rule.name);
+            let others = kinds.collect::<Vec<_>>().join(", ");
             return Err(Error::Unsupported {
                 what: "retract",
                 needs: format!(
@@ -330,7 +332,18 @@ impl Visit<'_> {
     /// [`Error::Snapshot`] where an entry cannot be that of any rewards; nothing was merged then.
     pub fn merge(&self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check()?;
-        self.state().merge(snapshot, snapshot.pooled())
+        let (state, rule) = (self.state(), self.normalizer.options.estimator);
+        if let Some(kind @ Baseline::ExponentialMean(_)) = rule.baseline
+            && snapshot.clusters.iter().any(|entry| kind.is_kind_of(entry.baseline))
+            && state.histories().next().is_some()
+        {
+            return Err(Error::Unsupported {
+                what: "merging exponential means",
+                needs: "a normalizer that has seen nothing".to_owned(),
+            });
+        }
+        let snapshot = read_by(rule, snapshot);
+        state.merge(&snapshot, snapshot.pooled())
     }
 
     fn run<R: Real>(
@@ -348,6 +361,9 @@ impl Visit<'_> {
         };
         if needs_groups && batch.groups.is_none() {
             return Err(Error::GroupsRequired { estimator: estimator.name });
+        }
+        if estimator.needs_lengths && halves != Halves::Update && batch.lengths.is_none() {
+            return Err(Error::LengthsRequired { estimator: estimator.name });
         }
         let groups = batch.groups.filter(|_| estimator.needs_groups || track_diagnostics);
         let batch = Batch { groups, ..*batch };
@@ -427,6 +443,7 @@ impl Alone<'_> {
     /// [`Error::Snapshot`] as for [`merge`](Visit::merge); everything stays as it was then.
     pub fn restore(mut self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check()?;
+        let snapshot = &*read_by(self.normalizer.options.estimator, snapshot);
         let state = self.state();
         if let Some(region) = state.region() {
             if state.histories().next().is_some() {
@@ -506,4 +523,20 @@ impl Alone<'_> {
 
 fn unsupported(needs: &str) -> Error {
     Error::Unsupported { what: "restoring into a shared table", needs: needs.to_owned() }
+}
+
+/// A snapshot as a rule reads it, to which numbers of another kind of baseline mean nothing.
+fn read_by<'a>(rule: &Rule, snapshot: &'a Snapshot) -> Cow<'a, Snapshot> {
+    let is_foreign = |entry: &Entry| {
+        let known = rule.baseline.is_none_or(|kind| kind.is_kind_of(entry.baseline));
+        !known && entry.baseline != Triple::default()
+    };
+    let mut read = Cow::Borrowed(snapshot);
+    if snapshot.clusters.iter().chain(&snapshot.pending).any(is_foreign) {
+        let Snapshot { clusters, pending, .. } = read.to_mut();
+        for entry in clusters.iter_mut().chain(pending).filter(|entry| is_foreign(entry)) {
+            entry.baseline = Triple::default();
+        }
+    }
+    read
 }

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::str::FromStr;
 
 use crate::error::{Error, choose, or};
-use crate::estimators::{RULES, Rule, Scale};
+use crate::estimators::{Baseline, RULES, Rule, Scale};
 use crate::state::Kept;
 
 /// Whether a batch's rewards are normalised by histories that already hold them.
@@ -141,7 +141,7 @@ impl Options {
     pub fn kept(&self) -> Kept {
         Kept {
             parts: self.estimator.keeps_parts || self.track_diagnostics,
-            regression: self.estimator.evidence.is_some(),
+            baseline: self.estimator.baseline.map(Baseline::name),
             advantages: self.track_diagnostics,
             // What is forgotten of a cluster would have to be taken out of it, with an error that
             // stays when what it is of is gone.
@@ -170,6 +170,18 @@ impl Options {
                 value: format!("{:?}", self.forgetting),
                 expected: "1 with track_delta, for deltas do not tell how much was forgotten"
                     .to_owned(),
+            });
+        }
+        if self.track_delta
+            && let Some(Baseline::ExponentialMean(_)) = self.estimator.baseline
+        {
+            return Err(Error::Option {
+                name: "track_delta",
+                value: "True".to_owned(),
+                expected: format!(
+                    "False under {}, whose exponential mean knows an order that deltas do not have",
+                    self.estimator.name
+                ),
             });
         }
         Ok(())

@@ -73,16 +73,16 @@ fn fault_of(rewards: &Moments) -> Option<(&'static str, f64)> {
 impl<I> Entry<I> {
     /// The same of all its sums.
     fn fault(&self) -> Option<(&'static str, f64)> {
-        let ([parts, squares, within], [xx, xy, yy]) = (self.parts, self.regression);
+        let ([parts, squares, within], [xx, xy, yy]) = (self.parts, self.baseline);
         let [num_advantages, sum, sum_squares] = self.advantages;
         let signed = |sum: f64| sum.abs() <= MAX_SUM;
         let sums = [
             (parts, positive(parts), "has parts[0] outside of 0 to 1e300"),
             (squares, positive(squares), "has parts[1] outside of 0 to 1e300"),
             (within, positive(within), "has parts[2] outside of 0 to 1e300"),
-            (xx, positive(xx), "has regression[0] outside of 0 to 1e300"),
-            (xy, signed(xy), "has regression[1] outside of -1e300 to 1e300"),
-            (yy, positive(yy), "has regression[2] outside of 0 to 1e300"),
+            (xx, positive(xx), "has baseline[0] outside of 0 to 1e300"),
+            (xy, signed(xy), "has baseline[1] outside of -1e300 to 1e300"),
+            (yy, positive(yy), "has baseline[2] outside of 0 to 1e300"),
             (num_advantages, positive(num_advantages), "has advantages[0] outside of 0 to 1e300"),
             (sum, signed(sum), "has advantages[1] outside of -1e300 to 1e300"),
             (sum_squares, positive(sum_squares), "has advantages[2] outside of 0 to 1e300"),
@@ -94,7 +94,7 @@ impl<I> Entry<I> {
 impl Entry {
     fn numbers(&self) -> [f64; COLUMNS] {
         let Moments { count, origin, offset, m2 } = self.rewards;
-        let ([p0, p1, p2], [r0, r1, r2]) = (self.parts, self.regression);
+        let ([p0, p1, p2], [r0, r1, r2]) = (self.parts, self.baseline);
         let [a0, a1, a2] = self.advantages;
         [count, origin, offset, m2, p0, p1, p2, r0, r1, r2, a0, a1, a2]
     }
@@ -105,7 +105,7 @@ impl Entry {
             id,
             rewards: Moments { count, origin, offset, m2 },
             parts: [p0, p1, p2],
-            regression: [r0, r1, r2],
+            baseline: [r0, r1, r2],
             advantages: [a0, a1, a2],
         }
     }

@@ -16,8 +16,8 @@ use crate::table::{INTERNED, Table, Triple};
 pub struct Kept {
     /// Those of parts, which random effects are estimated from.
     pub parts: bool,
-    /// Those of the regression of `auto`.
-    pub regression: bool,
+    /// Those of the rule's baseline, by the name of their [kind](crate::estimators::Baseline::name).
+    pub baseline: Option<&'static str>,
     /// Those of advantages, for diagnostics.
     pub advantages: bool,
     /// The history of all clusters together. It lies among the rewards' histories, under a key that
@@ -32,7 +32,7 @@ impl Kept {
     /// Number of streams, the rewards' histories included.
     #[must_use]
     pub fn num_streams(self) -> u32 {
-        1 + u32::from(self.parts) + u32::from(self.regression) + u32::from(self.advantages)
+        1 + u32::from(self.parts) + u32::from(self.baseline.is_some()) + u32::from(self.advantages)
     }
 }
 
@@ -45,21 +45,21 @@ pub struct Entry<I = ClusterId> {
     pub rewards: Moments,
     /// Number of parts, sum of their squared sizes, sum of squares within them.
     pub parts: Triple,
-    /// Sums of x², xy and y² of the regression of `auto`.
-    pub regression: Triple,
+    /// What the rule's baseline is made from, see [`Baseline`](crate::estimators::Baseline).
+    pub baseline: Triple,
     /// Number of advantages, their sum, sum of their squares.
     pub advantages: Triple,
 }
 
 impl<I> Entry<I> {
     pub(crate) fn is_empty(&self) -> bool {
-        let sums = [self.parts, self.regression, self.advantages];
+        let sums = [self.parts, self.baseline, self.advantages];
         self.rewards.count == 0.0 && sums.iter().flatten().all(|&sum| sum == 0.0)
     }
 
     fn with_key(&self, id: u32) -> Entry<u32> {
-        let Self { rewards, parts, regression, advantages, .. } = *self;
-        Entry { id, rewards, parts, regression, advantages }
+        let Self { rewards, parts, baseline, advantages, .. } = *self;
+        Entry { id, rewards, parts, baseline, advantages }
     }
 }
 
@@ -70,8 +70,8 @@ pub struct Streams {
     pub rewards: Histories,
     /// See [`Kept::parts`].
     pub parts: Option<Sums>,
-    /// See [`Kept::regression`].
-    pub regression: Option<Sums>,
+    /// See [`Kept::baseline`].
+    pub baseline: Option<Sums>,
     /// See [`Kept::advantages`].
     pub advantages: Option<Sums>,
 }
@@ -83,13 +83,13 @@ impl Streams {
         Self {
             rewards: Histories::default(),
             parts: kept.parts.then(Sums::default),
-            regression: kept.regression.then(Sums::default),
+            baseline: kept.baseline.map(|_| Sums::default()),
             advantages: kept.advantages.then(Sums::default),
         }
     }
 
     fn sums(&self) -> [Option<&Sums>; 3] {
-        [self.parts.as_ref(), self.regression.as_ref(), self.advantages.as_ref()]
+        [self.parts.as_ref(), self.baseline.as_ref(), self.advantages.as_ref()]
     }
 
     /// Adds what was remembered elsewhere of one cluster. Into an empty one this is an exact copy.
@@ -98,7 +98,7 @@ impl Streams {
     /// [`Error::Damaged`], of a shared table.
     pub fn merge(&self, entry: &Entry<u32>) -> Result<(), Error> {
         self.rewards.merge(entry.id, entry.rewards, 1.0, false)?;
-        let triples = [entry.parts, entry.regression, entry.advantages];
+        let triples = [entry.parts, entry.baseline, entry.advantages];
         for (sums, triple) in self.sums().into_iter().zip(triples) {
             if let Some(sums) = sums {
                 sums.add(entry.id, triple, 1.0, false)?;
@@ -110,9 +110,9 @@ impl Streams {
     /// What is remembered of one cluster.
     #[must_use]
     pub fn entry(&self, id: u32) -> Entry<u32> {
-        let [parts, regression, advantages] =
+        let [parts, baseline, advantages] =
             self.sums().map(|sums| sums.map(|sums| sums.read(id)).unwrap_or_default());
-        Entry { id, rewards: self.rewards.read(id), parts, regression, advantages }
+        Entry { id, rewards: self.rewards.read(id), parts, baseline, advantages }
     }
 
     /// Empties one cluster and returns what it had: what a thread adds meanwhile is either taken or
@@ -124,9 +124,9 @@ impl Streams {
         // Rewards first, as calls add them first.
         let rewards = self.rewards.take(id)?;
         let take = |sums: Option<&Sums>| sums.map_or(Ok(Triple::default()), |sums| sums.take(id));
-        let [parts, regression, advantages] = self.sums();
-        let (parts, regression) = (take(parts)?, take(regression)?);
-        Ok(Entry { id, rewards, parts, regression, advantages: take(advantages)? })
+        let [parts, baseline, advantages] = self.sums();
+        let (parts, baseline) = (take(parts)?, take(baseline)?);
+        Ok(Entry { id, rewards, parts, baseline, advantages: take(advantages)? })
     }
 
     /// What is remembered of every cluster, with the clusters emptied.
@@ -183,7 +183,7 @@ impl State {
         let streams = Streams {
             rewards: next().into(),
             parts: kept.parts.then(|| next().into()),
-            regression: kept.regression.then(|| next().into()),
+            baseline: kept.baseline.map(|_| next().into()),
             advantages: kept.advantages.then(|| next().into()),
         };
         Self { streams, names: Names::Shared(Box::new(region)), ..Self::new(kept, track_delta) }
@@ -346,7 +346,7 @@ impl State {
     }
 
     pub(crate) fn named(&self, entry: &Entry<u32>) -> Option<Entry> {
-        let Entry { id, rewards, parts, regression, advantages } = *entry;
-        Some(Entry { id: self.id_of(id)?, rewards, parts, regression, advantages })
+        let Entry { id, rewards, parts, baseline, advantages } = *entry;
+        Some(Entry { id: self.id_of(id)?, rewards, parts, baseline, advantages })
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 mod usual;
 
-use pgrpo_core::estimators::{auto, batch, grpo};
+use pgrpo_core::estimators::{Baseline, Scale, auto, batch, gdpo_multi, grpo, opo, rae};
 use pgrpo_core::{
     AnyId, Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, Order, RULES,
     Rule, Snapshot,
@@ -198,6 +198,8 @@ struct Summed {
     own: Stats,
     parts: [f64; 3],
     regression: [f64; 3],
+    /// The exponential mean of `rae`.
+    exponential: f64,
 }
 
 impl Oracle {
@@ -227,6 +229,10 @@ impl Oracle {
             own: stats(&self.values(|seen| seen.rollout.cluster == cluster)),
             ..Summed::default()
         };
+        for seen in self.seen.iter().filter(|seen| seen.rollout.cluster == cluster) {
+            let left = 0.95_f64.powf(seen.rollout.weight);
+            summed.exponential = left * summed.exponential + (1.0 - left) * seen.rollout.reward;
+        }
         for ((call, _), part) in parts {
             let values: Vec<_> =
                 part.iter().map(|s| (s.rollout.reward, s.rollout.weight)).collect();
@@ -254,6 +260,7 @@ impl Oracle {
     }
 
     /// Advantages of a batch by what was seen, each with what a deviation was multiplied with.
+    #[expect(clippy::too_many_lines, reason = "a few for each rule")]
     fn read(&self, batch: &[Rollout], options: &Options) -> Vec<(f64, f64)> {
         let &Options { estimator, ddof, eps, sigma_floor, min_count, prior_count, .. } = options;
         let pool = self.values(|_| true);
@@ -278,6 +285,10 @@ impl Oracle {
             let unit = 1.0 / (stats.sigma(ddof) + eps);
             if stats.n > 0.0 { ((reward - stats.mean) * unit, unit) } else { (0.0, 0.0) }
         };
+        let by_length = |group: usize| {
+            let rollouts = batch.iter().filter(|rollout| rollout.group == group);
+            stats(&rollouts.map(|r| (r.reward, r.weight * r.length)).collect::<Vec<_>>())
+        };
         let of_one = |rollout: &Rollout| {
             let &Rollout { reward, weight, cluster, group, .. } = rollout;
             let whole = among(&|other| other.group == group);
@@ -286,9 +297,18 @@ impl Oracle {
             match estimator.name {
                 "pgrpo" | "shrinkage" | "auto" if !known(cluster) => (0.0, 0.0),
                 "pgrpo" => ((reward - history.mean) / (sigma + eps), 1.0 / (sigma + eps)),
-                "grpo" => standardize(reward, whole),
+                "grpo" | "gdpo_multi" => standardize(reward, whole),
+                "lite" | "max_rl" | "opo" | "dr_grpo" if whole.n == 0.0 => (0.0, 0.0),
+                "lite" => {
+                    let unit = 1.0 / (among(&|_| true).sigma(ddof) + eps);
+                    ((reward - whole.mean) * unit, unit)
+                }
+                "max_rl" if whole.mean <= 1e-9 * whole.sigma(0) => (0.0, 0.0),
+                "max_rl" => ((reward - whole.mean) / whole.mean, 1.0 / whole.mean),
+                "opo" if by_length(group).n == 0.0 => (reward - whole.mean, 1.0),
+                "opo" => (reward - by_length(group).mean, 1.0),
+                "rae" => (reward - summed[cluster].exponential, 1.0),
                 "batch" => standardize(reward, among(&|_| true)),
-                "dr_grpo" if whole.n == 0.0 => (0.0, 0.0),
                 "dr_grpo" => (reward - whole.mean, 1.0),
                 "rloo" if whole.n - weight <= 0.0 => (0.0, 0.0),
                 "rloo" => {
@@ -339,14 +359,23 @@ impl Oracle {
             }
         };
         let clip = options.clip.unwrap_or(f64::INFINITY);
-        let finish = |rollout: &Rollout| {
-            let (advantage, unit) = of_one(rollout);
+        let of_each: Vec<(f64, f64)> = batch.iter().map(of_one).collect();
+        let values = of_each.iter().zip(batch).map(|((a, _), rollout)| (*a, rollout.weight));
+        let all = stats(&values.collect::<Vec<_>>());
+        let largest = of_each.iter().fold(0.0_f64, |largest, (_, unit)| largest.max(*unit));
+        let finish = |(rollout, (advantage, unit)): (&Rollout, (f64, f64))| {
+            let (advantage, unit) = if estimator.whitens && unit > 0.0 {
+                let (advantage, whole) = standardize(advantage, all);
+                (advantage, whole * largest)
+            } else {
+                (advantage, unit)
+            };
             let own = summed[rollout.cluster].own.n;
             let factor =
                 if own > 0.0 { (own / pooled).powf(-options.frequency_weight) } else { 1.0 };
             ((advantage * factor).clamp(-clip, clip), unit * factor)
         };
-        batch.iter().map(finish).collect()
+        batch.iter().zip(of_each.iter().copied()).map(finish).collect()
     }
 
     fn advantages(&mut self, batch: &[Rollout], options: &Options) -> Vec<(f64, f64)> {
@@ -459,6 +488,16 @@ fn moved(batch: &[Rollout], (offset, spread): (f64, f64)) -> (Vec<Rollout>, Vec<
     (seen, less)
 }
 
+/// Where the offset does matter to a rule, there is none.
+fn place_for(rule: &Rule, (offset, spread): (f64, f64)) -> (f64, f64) {
+    (if ["max_rl", "rae"].contains(&rule.name) { 0.0 } else { offset }, spread)
+}
+
+/// Whether the order of rewards matters to what a rule remembers.
+fn keeps_order(rule: &Rule) -> bool {
+    matches!(rule.baseline, Some(Baseline::ExponentialMean(_)))
+}
+
 fn near(got: f64, expected: f64, tolerance: f64) -> bool {
     (got - expected).abs() <= tolerance
 }
@@ -491,8 +530,12 @@ fn check_sums(
         for ((got, expected), unit) in entry.parts.iter().zip(parts).zip(units) {
             prop_assert!(near(*got, expected, 1e-12 * unit), "{:?} {:?}", entry, summed);
         }
-        let regression = if estimator == &auto::RULE { summed.regression } else { [0.0; 3] };
-        for (got, expected) in entry.regression.iter().zip(regression) {
+        let baseline = match estimator.name {
+            "auto" => summed.regression,
+            "rae" => [0.0, summed.exponential, 0.0],
+            _ => [0.0; 3],
+        };
+        for (got, expected) in entry.baseline.iter().zip(baseline) {
             let unit = summed.regression[0] + summed.regression[2];
             prop_assert!(
                 near(*got, expected, 1e-12 * (unit + n * size)),
@@ -549,6 +592,7 @@ proptest! {
         options in options(), kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
         for estimator in RULES {
+            let place = place_for(estimator, place);
             let options = Options { estimator, ..options.clone() };
             let normalizer = make(&options);
             let (mut oracle, mut told) = (Oracle::default(), Told::default());
@@ -658,7 +702,9 @@ proptest! {
                 prop_assert_eq!(single.snapshot(), double.snapshot());
                 for (got, expected) in got.iter().zip(&expected) {
                     let tolerance = 2e-9 + 6e-8 * expected.abs();
-                    prop_assert!(near(f64::from(*got), *expected, tolerance), "{got} {expected}");
+                    prop_assert!(
+                        near(f64::from(*got), *expected, tolerance), "{estimator:?}: {got} {expected}"
+                    );
                 }
             }
         }
@@ -787,7 +833,8 @@ proptest! {
             for batch in &batches {
                 let equal: Vec<Rollout> = batch.iter().map(|&r| Rollout { reward, ..r }).collect();
                 let got = advantages(&normalizer, &equal, kind, given).unwrap();
-                prop_assert!(got.iter().all(|&a| a == 0.0), "{estimator:?} {got:?}");
+                let all = got.iter().all(|&a| a == 0.0);
+                prop_assert!(all || estimator == &rae::RULE, "{estimator:?} {got:?}");
             }
             for entry in normalizer.snapshot().clusters {
                 prop_assert_eq!((entry.rewards.mean(), entry.rewards.m2), (reward, 0.0));
@@ -806,7 +853,8 @@ proptest! {
         let rewards = rewards(rollouts);
         let index = at % rollouts.len();
         for estimator in RULES {
-            let normalizer = make(&Options { estimator, track_delta: true, ..usual() });
+            let track_delta = !keeps_order(estimator);
+            let normalizer = make(&Options { estimator, track_delta, ..usual() });
             advantages(&normalizer, rollouts, kind, given).unwrap();
             let before = normalizer.snapshot();
             let mut out = vec![7.0; rollouts.len()];
@@ -820,6 +868,10 @@ proptest! {
                     assert_eq!(refused, Ok(()));
                     normalizer.restore(&before).unwrap();
                     out.fill(7.0);
+                }
+                if estimator == &opo::RULE {
+                    let refused = normalizer.advantages(&Batch { lengths: None, ..*batch }, &mut out);
+                    assert_eq!(refused, Err(Error::LengthsRequired { estimator: "opo" }));
                 }
                 let (whole, length) = (rewards.len(), rewards.len() - 1);
                 let wrong_length = |name| Err(Error::Length { rewards: whole, name, length });
@@ -867,7 +919,7 @@ proptest! {
         options in options(), kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
         for estimator in RULES {
-            let track_delta = options.forgetting == 1.0;
+            let track_delta = options.forgetting == 1.0 && !keeps_order(estimator);
             let nan_policy = NanPolicy::Zero;
             let options = Options { estimator, track_delta, nan_policy, ..options.clone() };
             let (source, copy) = (make(&options), make(&options));
@@ -912,7 +964,7 @@ proptest! {
         when in prop::collection::vec(any::<bool>(), 7), kind in prop::sample::select(KINDS.to_vec()),
         place in offsets(),
     ) {
-        for estimator in RULES {
+        for estimator in RULES.into_iter().filter(|rule| !keeps_order(rule)) {
             let options = Options { estimator, ..usual() };
             let tracked = Options { track_delta: true, ..options.clone() };
             let (whole, gathered) = (make(&options), make(&options));
@@ -970,7 +1022,7 @@ proptest! {
             let retract = |batch: &[Rollout]| {
                 with_batch(batch, &rewards(batch), kind, given, |batch| normalizer.retract(batch))
             };
-            if estimator.keeps_parts {
+            if estimator.keeps_parts || estimator.baseline.is_some() {
                 prop_assert!(matches!(retract(&second), Err(Error::Unsupported { .. })), "refused");
                 continue;
             }
@@ -1132,6 +1184,8 @@ fn options_out_of_range_are_named() {
     assert!(refused(weight).starts_with("frequency_weight is NaN; "));
     let tracked = Options { track_delta: true, forgetting: 0.9, ..d() };
     assert!(refused(tracked).starts_with("forgetting is 0.9; expected 1 with track_delta"));
+    let tracked = Options { track_delta: true, estimator: &rae::RULE, ..d() };
+    assert!(refused(tracked).starts_with("track_delta is True; expected False under rae"));
     let message = Rule::named("grop").unwrap_err().to_string();
     assert!(message.starts_with("estimator is \"grop\"; expected pgrpo, grpo, "), "{message}");
     let last = RULES.last().map(|rule| rule.name).unwrap();
@@ -1145,4 +1199,78 @@ fn options_out_of_range_are_named() {
 fn deltas_need_their_option() {
     let normalizer = make(&usual());
     assert!(matches!(normalizer.delta(), Err(Error::Unsupported { what: "delta", .. })));
+}
+
+/// The exponential mean follows the order of rewards, so only what has seen nothing can take it over.
+#[test]
+fn exponential_means_are_merged_into_nothing_only() {
+    let made = || make(&Options { estimator: &rae::RULE, ..usual() });
+    let (source, copy) = (made(), made());
+    let mut out = [0.0; 3];
+    source.advantages(&plain(&[1.0, 0.0, 3.0], &[5, 5, 6]), &mut out).unwrap();
+    assert_eq!(out, [1.0 - 0.95 * (1.0 - 0.95), -0.95 * (1.0 - 0.95), 3.0 - (1.0 - 0.95) * 3.0]);
+    copy.merge(&source.snapshot()).unwrap();
+    assert_eq!(copy.snapshot(), source.snapshot());
+    let refused = copy.merge(&source.snapshot());
+    assert!(matches!(refused, Err(Error::Unsupported { what: "merging exponential means", .. })));
+    assert_eq!(copy.snapshot(), source.snapshot());
+    // Histories alone, as other rules keep them, change no mean.
+    let other = make(&usual());
+    other.update(&plain(&[7.0], &[5])).unwrap();
+    let before = copy.snapshot().clusters[0].baseline;
+    copy.merge(&other.snapshot()).unwrap();
+    assert_eq!(copy.snapshot().clusters[0].baseline, before);
+    assert_eq!(copy.snapshot().clusters[0].rewards.count, 3.0);
+}
+
+/// Three numbers of one rule's baseline are not taken for those of another's.
+#[test]
+fn a_baseline_is_its_own_rules() {
+    let auto = make(&Options { estimator: &auto::RULE, ..usual() });
+    let rae = make(&Options { estimator: &rae::RULE, ..usual() });
+    for rewards in [[1.0, 0.0, 0.5], [0.0, 0.25, 1.0]] {
+        let clusters = [5; 3];
+        let batch = plain(&rewards, &clusters);
+        auto.update(&Batch { groups: Some(Ids::I64(&clusters)), ..batch }).unwrap();
+        rae.update(&batch).unwrap();
+    }
+    let (regression, mean) = (auto.snapshot(), rae.snapshot());
+    assert!(regression.clusters[0].baseline.iter().all(|&sum| sum > 0.0));
+    assert!(mean.clusters[0].baseline[1] > 0.0);
+    for (normalizer, other) in [(&auto, &mean), (&rae, &regression)] {
+        normalizer.restore(other).unwrap();
+        assert_eq!(normalizer.snapshot().clusters[0].baseline, [0.0; 3]);
+        assert_eq!(normalizer.snapshot().clusters[0].rewards, other.clusters[0].rewards);
+    }
+}
+
+/// One reward is standardised as the sum of several is.
+#[test]
+fn whitening_values_is_whitening_maps() {
+    let (rewards, groups) = ([0.5, 2.0, -1.0, 4.0, 4.5, 3.0], [0, 0, 0, 1, 1, 1]);
+    let weights = [1.0, 2.0, 0.5, 0.0, 1.0, 3.0];
+    let batch = Batch { groups: Some(Ids::I64(&groups)), ..plain(&rewards, &groups) };
+    for (weights, ddof) in [(None, 0), (None, 1), (Some(&weights[..]), 1)] {
+        let batch = Batch { weights, ..batch };
+        let (mut summed, mut expected) = ([0.0; 6], [0.0; 6]);
+        let options = Options { ddof, ..usual() };
+        let make = |estimator| make(&Options { estimator, ..options.clone() });
+        make(&grpo::RULE).advantages(&batch, &mut summed).unwrap();
+        make(&gdpo_multi::RULE).advantages(&batch, &mut expected).unwrap();
+        let Options { eps, sigma_floor, min_count, .. } = options;
+        let scale = Scale { ddof, eps, sigma_floor, min_count };
+        gdpo_multi::whiten(&mut summed, weights, &scale);
+        for (got, expected) in summed.iter().zip(expected) {
+            assert!(near(*got, expected, 1e-12), "{got} {expected}");
+        }
+        assert!(summed.iter().any(|advantage| advantage.abs() > 1.0));
+        // What is NaN stays so, and the others do as if it were not there.
+        let mut holed: Vec<f64> = vec![f64::NAN];
+        holed.extend(summed);
+        let with_hole: Option<Vec<f64>> = weights.map(|weights| [&[9.0], weights].concat());
+        gdpo_multi::whiten(&mut holed, with_hole.as_deref(), &scale);
+        gdpo_multi::whiten(&mut summed, weights, &scale);
+        assert!(holed[0].is_nan());
+        assert_eq!(holed[1..], summed);
+    }
 }

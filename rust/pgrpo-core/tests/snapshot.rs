@@ -34,7 +34,7 @@ fn entry(id: ClusterId) -> Entry {
         id,
         rewards: Moments { count: 4.0, origin: 0.5, offset: -0.125, m2: 2.0 },
         parts: [2.0, 8.0, 1.5],
-        regression: [0.75, -0.25, 4.0],
+        baseline: [0.75, -0.25, 4.0],
         advantages: [4.0, -1.0, 3.0],
     }
 }
@@ -96,11 +96,11 @@ fn entries() -> impl Strategy<Value = Vec<Entry>> {
     let rest = (rewards, positive(), mixed(), mixed());
     prop::collection::btree_map(ids(), rest, 0..20)
         .prop_map(|entries| {
-            let entry = |(id, (rewards, parts, regression, advantages))| Entry {
+            let entry = |(id, (rewards, parts, baseline, advantages))| Entry {
                 id,
                 rewards,
                 parts,
-                regression,
+                baseline,
                 advantages,
             };
             entries.into_iter().map(entry).collect::<Vec<_>>()
@@ -308,9 +308,9 @@ fn impossible_numbers_are_refused() {
         ("parts[0]", false, |entry| &mut entry.parts[0]),
         ("parts[1]", false, |entry| &mut entry.parts[1]),
         ("parts[2]", false, |entry| &mut entry.parts[2]),
-        ("regression[0]", false, |entry| &mut entry.regression[0]),
-        ("regression[1]", true, |entry| &mut entry.regression[1]),
-        ("regression[2]", false, |entry| &mut entry.regression[2]),
+        ("baseline[0]", false, |entry| &mut entry.baseline[0]),
+        ("baseline[1]", true, |entry| &mut entry.baseline[1]),
+        ("baseline[2]", false, |entry| &mut entry.baseline[2]),
         ("advantages[0]", false, |entry| &mut entry.advantages[0]),
         ("advantages[1]", true, |entry| &mut entry.advantages[1]),
         ("advantages[2]", false, |entry| &mut entry.advantages[2]),

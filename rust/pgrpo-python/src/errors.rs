@@ -16,6 +16,7 @@ pub(crate) fn to_python(error: Error) -> PyErr {
         | Error::Size { .. }
         | Error::Changed
         | Error::GroupsRequired { .. }
+        | Error::LengthsRequired { .. }
         | Error::NonFinite { .. }
         | Error::Weight { .. }
         | Error::Retract { .. }

@@ -54,10 +54,10 @@ type Memory<'py> = (String, Bound<'py, PyArray1<u8>>, u64, String, bool);
 
 /// What processes that share a table must agree on: what they say, and which sums are kept.
 fn agreed_on(options: &str, kept: Kept) -> String {
-    let Kept { parts, regression, advantages, pool } = kept;
-    let names =
-        [(parts, "parts"), (regression, "regression"), (advantages, "advantages"), (pool, "pool")];
-    let sums: Vec<&str> = names.iter().filter(|(kept, _)| *kept).map(|(_, name)| *name).collect();
+    let Kept { parts, baseline, advantages, pool } = kept;
+    let others = [(parts, "parts"), (advantages, "advantages"), (pool, "pool")];
+    let others = others.into_iter().filter(|(kept, _)| *kept).map(|(_, name)| name);
+    let sums: Vec<&str> = others.chain(baseline).collect();
     format!("{options} sums=rewards,{}", sums.join(","))
 }
 

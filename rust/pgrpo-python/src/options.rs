@@ -1,5 +1,6 @@
 //! `pgrpo.normalizer.Options` read, and what Python is told of options and estimators.
 
+use pgrpo_core::estimators::Baseline;
 use pgrpo_core::{NanPolicy, Options, Order, RULES};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -140,7 +141,19 @@ impl Rule {
     /// Whether score norms have an effect.
     #[getter]
     fn reads_score_norms(&self) -> bool {
-        self.0.evidence.is_some()
+        matches!(self.0.baseline, Some(Baseline::Regression(_)))
+    }
+
+    /// Whether rewards are weighed by the lengths of their completions, which a batch must have then.
+    #[getter]
+    fn needs_lengths(&self) -> bool {
+        self.0.needs_lengths
+    }
+
+    /// Whether it standardises the advantages of the whole call.
+    #[getter]
+    fn whitens(&self) -> bool {
+        self.0.whitens
     }
 
     /// Options that have no effect on advantages, with this `frequency_weight`.

@@ -7,7 +7,7 @@ use pyo3::types::PyList;
 
 use crate::errors;
 
-/// Columns of a cluster: count, origin, offset, m2; then three sums each of parts, regression and
+/// Columns of a cluster: count, origin, offset, m2; then three sums each of parts, baseline and
 /// advantages.
 const COLUMNS: usize = 13;
 
@@ -57,9 +57,9 @@ fn table<'py>(
             ClusterId::Name(name) => ids.append(name)?,
         }
         let Moments { count, origin, offset, m2 } = entry.rewards;
-        let [parts, regression, advantages] = [entry.parts, entry.regression, entry.advantages];
+        let [parts, baseline, advantages] = [entry.parts, entry.baseline, entry.advantages];
         let rewards = [count, origin, offset, m2];
-        let values = rewards.into_iter().chain(parts).chain(regression).chain(advantages);
+        let values = rewards.into_iter().chain(parts).chain(baseline).chain(advantages);
         for (place, value) in row.iter_mut().zip(values) {
             *place = value;
         }
@@ -90,7 +90,7 @@ fn entries(ids: &Bound<'_, PyList>, columns: PyReadonlyArray2<'_, f64>) -> PyRes
             id,
             rewards: Moments { count, origin, offset, m2 },
             parts: [sums[0], sums[1], sums[2]],
-            regression: [sums[3], sums[4], sums[5]],
+            baseline: [sums[3], sums[4], sums[5]],
             advantages: [sums[6], sums[7], sums[8]],
         })
     });

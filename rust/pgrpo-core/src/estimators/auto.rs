@@ -1,7 +1,7 @@
 //! Auto: between the cluster's history and the group, by what would have varied least.
 
 use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Rule, Scale, leave_one_out};
+use crate::estimators::{Baseline, Cell, Folded, Rule, Scale, leave_one_out};
 use crate::moments::Moments;
 use crate::table::Triple;
 
@@ -36,7 +36,9 @@ pub static RULE: Rule = Rule {
     zero_alone: false,
     idle: &[],
     keeps_parts: true,
-    evidence: Some(evidence),
+    needs_lengths: false,
+    whitens: false,
+    baseline: Some(Baseline::Regression(evidence)),
     maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
 };
 
@@ -45,7 +47,7 @@ fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
         return folded.blend(cell, 1.0, 1.0, scale);
     };
     let cluster = cell.cluster;
-    let [xx, xy, yy] = folded.regressions[cluster];
+    let [xx, xy, yy] = folded.baselines[cluster];
     let ridge = PRIOR_EVIDENCE * yy / folded.own[cluster].count;
     // No samples so far, or none that differed: 0 / 0.
     let lambda = if xx + ridge > 0.0 { ((xy + ridge) / (xx + ridge)).clamp(0.0, 1.0) } else { 1.0 };

@@ -21,7 +21,9 @@ pub static RULE: Rule = Rule {
     zero_alone: true,
     idle: &[],
     keeps_parts: false,
-    evidence: None,
+    needs_lengths: false,
+    whitens: false,
+    baseline: None,
     maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
 };
 

@@ -7,13 +7,19 @@
 //!
 //! What holds for all of them: order of entries and sizes of groups are free; weights are fractional
 //! counts; a non-finite reward enters nothing, and its own advantage is set by
-//! [`NanPolicy`](crate::NanPolicy); equal rewards give an advantage of exactly 0.
+//! [`NanPolicy`](crate::NanPolicy); equal rewards give an advantage of exactly 0, except under
+//! [`rae`], whose baseline starts at 0.
 
 pub mod auto;
 pub mod batch;
 pub mod dr_grpo;
+pub mod gdpo_multi;
 pub mod grpo;
+pub mod lite;
+pub mod max_rl;
+pub mod opo;
 pub mod pgrpo;
+pub mod rae;
 pub mod rloo;
 pub mod shrinkage;
 pub mod two_way;
@@ -67,6 +73,13 @@ fn centered(moments: &Moments, scale: f64) -> Affine {
     Affine { origin: moments.origin, offset: moments.offset, scale }
 }
 
+/// The moments of the advantages that a map makes of rewards, about 0.
+pub(crate) fn advantages_of(rewards: &Moments, map: &Affine) -> Moments {
+    let &Moments { count, origin, offset, m2 } = rewards;
+    let mean = ((origin - map.origin) + (offset - map.offset)) * map.scale;
+    Moments { count, origin: 0.0, offset: mean, m2: m2 * map.scale * map.scale }
+}
+
 /// A batch by cells, with what is remembered of their clusters.
 #[derive(Clone, Debug, Default)]
 pub struct Folded {
@@ -80,6 +93,9 @@ pub struct Folded {
     pub weights: Vec<f64>,
     /// By group: moments of its rewards in this batch.
     pub groups: Vec<Moments>,
+    /// By group: the same with weights multiplied by the lengths of completions. Empty unless the rule
+    /// needs lengths.
+    pub by_length: Vec<Moments>,
     /// By cluster: history as it is read, the prior included.
     pub histories: Vec<Moments>,
     /// By cluster: history of its own samples alone. Empty unless sums of parts are kept.
@@ -87,9 +103,8 @@ pub struct Folded {
     /// By cluster: number of parts, sum of their squared sizes, sum of squares within them. A part
     /// is what one call holds of a group and a cluster. Empty as above.
     pub parts: Vec<Triple>,
-    /// By cluster: sums of x², xy and y² of the regression of [`auto`]. Empty unless the rule is
-    /// that.
-    pub regressions: Vec<Triple>,
+    /// By cluster: what the rule's [`Baseline`] is made from. Empty unless it has one.
+    pub baselines: Vec<Triple>,
 }
 
 /// What an estimator treats alike.
@@ -123,18 +138,19 @@ impl Folded {
             group_of,
             weights,
             groups,
+            by_length,
             histories,
             own,
             parts,
-            regressions,
+            baselines,
         } = self;
         for list in [cluster_of, group_of] {
             list.clear();
         }
-        for list in [moments, groups, histories, own] {
+        for list in [moments, groups, by_length, histories, own] {
             list.clear();
         }
-        for list in [parts, regressions] {
+        for list in [parts, baselines] {
             list.clear();
         }
         weights.clear();
@@ -204,18 +220,49 @@ pub struct Rule {
     pub idle: &'static [&'static str],
     /// Whether it keeps running sums of a cluster's parts.
     pub keeps_parts: bool,
-    /// What a cell adds to the running regression of its cluster, of the history before the batch, if
-    /// the rule keeps one. It alone reads score norms.
-    pub evidence: Option<Evidence>,
+    /// Whether rewards are weighed by the lengths of their completions, which a batch must have then.
+    pub needs_lengths: bool,
+    /// Whether it standardises the advantages of the whole call; those of several rewards once they are
+    /// summed up, by [`whiten`](gdpo_multi::whiten).
+    pub whitens: bool,
+    /// What it keeps of a cluster for its baseline, beside the history.
+    pub baseline: Option<Baseline>,
     /// Appends the map of each cell, in their order.
     pub maps: fn(&Folded, &Scale, &mut Vec<Affine>),
 }
 
-/// See [`Rule::evidence`]: of a cell, its rewards weighted by their score norms too, and the history.
-pub type Evidence = fn(&Cell<'_>, &Moments, &Moments) -> Triple;
+/// Three running numbers of each cluster that a rule's baseline is made from.
+#[derive(Clone, Copy)]
+pub enum Baseline {
+    /// Sums of x², xy and y² of a regression. This is what a cell adds to them: of the cell, its
+    /// rewards weighted by their score norms too, and the history before the batch. It alone reads
+    /// score norms.
+    Regression(fn(&Cell<'_>, &Moments, &Moments) -> Triple),
+    /// `[0, b, 0]`, of an exponential mean b that starts at 0: a reward of weight w leaves this number
+    /// to the power of w of it. It follows the order of rewards, so it can be neither merged nor
+    /// taken apart.
+    ExponentialMean(f64),
+}
+
+impl Baseline {
+    /// What processes that share a table call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Regression(_) => "regression",
+            Self::ExponentialMean(_) => "exponential_mean",
+        }
+    }
+
+    /// Whether these numbers are of this kind: no regression has xy where x and y are all 0.
+    pub(crate) fn is_kind_of(self, [xx, xy, yy]: Triple) -> bool {
+        let is_mean = xy != 0.0 && xx == 0.0 && yy == 0.0;
+        is_mean == matches!(self, Self::ExponentialMean(_))
+    }
+}
 
 /// Every estimator.
-pub static RULES: [&Rule; 8] = [
+pub static RULES: [&Rule; 13] = [
     &pgrpo::RULE,
     &grpo::RULE,
     &dr_grpo::RULE,
@@ -224,6 +271,11 @@ pub static RULES: [&Rule; 8] = [
     &two_way::RULE,
     &shrinkage::RULE,
     &auto::RULE,
+    &lite::RULE,
+    &max_rl::RULE,
+    &opo::RULE,
+    &rae::RULE,
+    &gdpo_multi::RULE,
 ];
 
 impl Rule {
@@ -241,10 +293,10 @@ impl Rule {
     pub fn without_effect(&self, frequency_weight: f64) -> Vec<&'static str> {
         let mut names = self.idle.to_vec();
         if !self.reads_histories {
-            names.extend(["prior_count", "sigma_floor", "min_count"]);
-            if frequency_weight == 0.0 {
-                names.extend(["order", "forgetting"]);
-            }
+            names.extend(["prior_count", "sigma_floor", "min_count", "order", "forgetting"]);
+        }
+        if frequency_weight != 0.0 {
+            names.retain(|name| !["order", "forgetting"].contains(name));
         }
         names
     }

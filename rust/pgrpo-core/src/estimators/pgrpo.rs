@@ -24,7 +24,9 @@ pub static RULE: Rule = Rule {
     zero_alone: false,
     idle: &[],
     keeps_parts: false,
-    evidence: None,
+    needs_lengths: false,
+    whitens: false,
+    baseline: None,
     maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
 };
 

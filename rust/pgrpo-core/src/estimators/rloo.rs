@@ -22,7 +22,9 @@ pub static RULE: Rule = Rule {
     zero_alone: true,
     idle: &["ddof", "eps"],
     keeps_parts: false,
-    evidence: None,
+    needs_lengths: false,
+    whitens: false,
+    baseline: None,
     maps: |folded, _, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell))),
 };
 

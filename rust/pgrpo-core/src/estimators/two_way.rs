@@ -24,7 +24,9 @@ pub static RULE: Rule = Rule {
     zero_alone: true,
     idle: &[],
     keeps_parts: false,
-    evidence: None,
+    needs_lengths: false,
+    whitens: false,
+    baseline: None,
     maps: |folded, scale, maps| maps.extend(self::maps(folded, scale)),
 };
 
