@@ -440,7 +440,7 @@ def test_whatever_a_config_allows_the_normalizer_takes() -> None:
         assert all(f"{key}=" in made for key in chosen), made
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "two_way"])
+@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].zero_alone])
 def test_estimators_that_compare_within_groups_need_some(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name!r} learns nothing from groups of one"):
         parse_config(tiny_run({"estimator.name": name, "generation.group_size": 1}))

@@ -155,7 +155,9 @@ def expected_advantages(
         keys = [0 if history == "one" else r.prompt.cluster_id for r in rollouts]
         groups = [r.group_id for r in rollouts]
         norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
-        advantages = oracle(rewards, keys, groups, score_norms=norms if score_norms else None)
+        lengths = [len(r.completion_ids) for r in rollouts]
+        columns = {"score_norms": norms if score_norms else None, "lengths": lengths}
+        advantages = oracle(rewards, keys, groups, **columns)
         result.append(advantages.tolist())
     return result
 
@@ -180,6 +182,7 @@ OPTIONS: Tree = {
         *({"name": name, **OPTIONS} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
         {"name": "pgrpo", "order": "normalize_then_update"},
         {"name": "auto", "order": "normalize_then_update"},
+        {"name": "rae", "order": "normalize_then_update"},
         {"name": "grpo", "clip": 0.5, "frequency_weight": 1.0},
         {
             "name": "rloo",
@@ -214,19 +217,20 @@ def test_auto_is_told_the_norms_of_the_scores(tmp_path: Path, batches: list[Batc
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_norms_of_the_scores_are_worked_out_for_those_who_read_them(
+def test_columns_are_worked_out_for_those_who_read_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    given: list[bool] = []
+    given: list[dict[str, bool]] = []
     call = ClusterNormalizer.__call__
 
-    def spy(self: ClusterNormalizer, *batch: Any, score_norms: Any = None) -> Any:
-        given.append(score_norms is not None)
-        return call(self, *batch, score_norms=score_norms)
+    def spy(self: ClusterNormalizer, *batch: Any, **columns: Any) -> Any:
+        given.append({name: column is not None for name, column in columns.items()})
+        return call(self, *batch, **columns)
 
     monkeypatch.setattr(ClusterNormalizer, "__call__", spy)
     train(tmp_path, {"estimator": {"name": name}, "run.num_steps": 1, "run.eval_every": 0})
-    assert given == [RULES[name].reads_score_norms]
+    rule = RULES[name]
+    assert given == [{"score_norms": rule.reads_score_norms, "lengths": rule.needs_lengths}]
 
 
 @pytest.mark.parametrize("order", ["update_then_normalize", "normalize_then_update"])

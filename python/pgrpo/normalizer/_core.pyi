@@ -75,7 +75,7 @@ class Rule:
         """Whether score norms have an effect."""
     @property
     def needs_lengths(self) -> bool:
-        """Whether rewards are weighed by the lengths of their completions, which a batch must have then."""
+        """Whether rewards are weighed by lengths of completions, which a batch must have then."""
     @property
     def whitens(self) -> bool:
         """Whether it standardises the advantages of the whole call."""

@@ -44,8 +44,8 @@ class ClusterNormalizer:
     algorithm; Chan's merge). A call folds its batch into the histories and applies an estimator;
     `__init__` lists all of them. `shrinkage` and `auto` take as a group its rollouts of one cluster.
     Histories are kept under every estimator. Groups may be ragged and in any order; a group of one
-    gives 0 in the estimators that read groups alone; equal rewards give exactly 0. Everything is
-    computed in float64.
+    gives 0 in the estimators that read groups alone; equal rewards give exactly 0, except under `rae`.
+    Everything is computed in float64.
 
     **Arrays.** Rewards are a list, a NumPy array, a torch tensor, anything else with DLPack, or a
     buffer, and advantages come back as the same kind, on the same device: float64 for float64 and
@@ -202,20 +202,21 @@ class ClusterNormalizer:
         Args:
             rewards: [N], raw.
             clusters: [N] cluster ids, ints or strings.
-            groups: [N] group ids, ints or strings; required by all estimators but `pgrpo` and
-                `batch`.
+            groups: [N] group ids, ints or strings; required by all estimators but `pgrpo`,
+                `batch` and `rae`.
             weights: [N] what each reward counts for, from 0 to below 2^20; 1 by default.
             score_norms: [N] squared norm of each completion's score, in the same range, which weighs
                 it in the regression of `auto`: for tokens sum_t (1 - pi_t)^2; 1 by default.
-            lengths: [N] length of each completion, in the same range, in tokens or any other unit.
+            lengths: [N] length of each completion, in the same range, in tokens or any other unit;
+                required by `opo`.
             out: [N] where to write the advantages.
 
         Returns:
             [N] advantages, of the kind and precision of `rewards`; or `out`.
 
         Raises:
-            DataError: lengths differ, an id, reward or weight is not one, or groups are missing.
-                Nothing was updated then.
+            DataError: arrays differ in length, an id, reward or weight is not one, or groups or
+                lengths are missing. Nothing was updated then.
         """
         found = self._core.advantages(rewards, clusters, groups, weights, score_norms, lengths, out)
         if found is NotImplemented:
@@ -273,7 +274,7 @@ class ClusterNormalizer:
     def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
         """Take rewards [N] of clusters [N] out of the histories again, which must be in them.
 
-        Exact up to rounding: what is left is what was never added. Not with `shrinkage`, `auto`,
+        Exact up to rounding: what is left is what was never added. Not with `shrinkage`, `auto`, `rae`,
         `track_diagnostics` or `track_delta`, which keep more than can be taken back, nor with
         `forgetting` below 1. Non-finite rewards are refused or passed over, by `nan_policy`.
 
@@ -410,10 +411,12 @@ class ClusterNormalizer:
         """Fold in the histories of another normalizer, or a `delta`, cluster by cluster.
 
         Histories and the sums of groups come out as those of one stream, in any order of merging;
-        counts exactly, means and m2 up to rounding.
+        counts exactly, means and m2 up to rounding. Only the exponential means of `rae` need a
+        normalizer that has seen nothing.
 
         Raises:
             CheckpointError: it is not a delta, or a damaged one; nothing was merged then.
+            ConfigError: exponential means would have to be merged; nothing was merged then.
             DataError: it is something else.
         """
         if isinstance(other, ClusterNormalizer):

@@ -116,9 +116,11 @@ def diagnose(
     if options.estimator == "pgrpo":
         what = "rewards differ more between prompts than between rollouts of one (ICC * group size > 1)"
         warn((icc * group_size > 1) & ~binary, f"{what}; shrinkage or auto varies less")
-    if RULES[options.estimator].reads_histories:
+    idle = RULES[options.estimator].without_effect(0.0)
+    if "forgetting" not in idle:
         what = "the history lags behind; forgetting below 1 lets it follow"
         warn(np.abs(mean_advantage) > LAGGING, f"|mean advantage| > {LAGGING}: {what}")
+    if "prior_count" not in idle:
         warn(n < 2 * group_size, "fewer rewards than two groups have; prior_count steadies it")
     warn(
         (n >= 2) & (std <= sigma_floor),

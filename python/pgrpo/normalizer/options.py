@@ -54,7 +54,8 @@ class Options:
             clusters.
         track_diagnostics: keep the sums that `diagnostics` reads beside the histories: of advantages
             and, where groups are given, of groups.
-        track_delta: keep what was folded since the last `delta`; not with `forgetting` below 1.
+        track_delta: keep what was folded since the last `delta`; not with `forgetting` below 1, nor
+            under `rae`.
         num_threads: threads that a batch of more than 262,144 rewards is worked on by.
 
     Raises:

@@ -114,6 +114,9 @@ def reads(arm: Arm) -> str:
 
     if not RULES[settings["estimator.name"]].reads_histories:
         return "no history" + (", but for weights" if of("frequency_weight") else "")
+    if settings["estimator.name"] == "rae":
+        of_whom = {"cluster": "each cluster", "one": "all clusters", "shuffled": "shuffled users"}
+        return f"an exponential mean of the rewards of {of_whom[settings['estimator.history']]}"
     how = {
         "cluster": SHOWN,
         "one": "one history of all clusters",

@@ -162,13 +162,15 @@ class Collector:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
         group_ids = [rollout.group_id for rollout in rollouts]
-        norms = None
+        norms = lengths = None
         if self._rule.reads_score_norms:
             # Squared norms of the scores, sum_t (1 - p_t)^2.
             norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
+        if self._rule.needs_lengths:
+            lengths = [len(rollout.completion_ids) for rollout in rollouts]
         if self.histories is not self.normalizer:
             self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
-        advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms)
+        advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms, lengths=lengths)
         parts = split_by_group(advantages, groups)
         return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
 

@@ -144,7 +144,7 @@ impl Rule {
         matches!(self.0.baseline, Some(Baseline::Regression(_)))
     }
 
-    /// Whether rewards are weighed by the lengths of their completions, which a batch must have then.
+    /// Whether rewards are weighed by lengths of completions, which a batch must have then.
     #[getter]
     fn needs_lengths(&self) -> bool {
         self.0.needs_lengths

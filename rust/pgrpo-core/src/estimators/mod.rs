@@ -220,7 +220,7 @@ pub struct Rule {
     pub idle: &'static [&'static str],
     /// Whether it keeps running sums of a cluster's parts.
     pub keeps_parts: bool,
-    /// Whether rewards are weighed by the lengths of their completions, which a batch must have then.
+    /// Whether rewards are weighed by lengths of completions, which a batch must have then.
     pub needs_lengths: bool,
     /// Whether it standardises the advantages of the whole call; those of several rewards once they are
     /// summed up, by [`whiten`](gdpo_multi::whiten).
