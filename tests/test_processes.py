@@ -154,3 +154,45 @@ print(resident() - before)
 def test_memory_of_forgotten_clusters_is_given_back() -> None:
     grown = int(output(MEMORY))
     assert grown < 40e6, f"{grown} bytes for 1.2 million names that are gone"
+
+
+SCRIBBLES = """
+import threading
+import numpy as np
+from pgrpo import ClusterNormalizer, DataError
+
+rng = np.random.default_rng(0)
+rewards = rng.random(1_000_000, np.float32)
+stop = threading.Event()
+
+
+def scribble(ids):
+    while not stop.is_set():
+        ids[rng.integers(0, len(ids), 100)] = 1_500_000
+        ids[rng.integers(0, len(ids), 100)] = -1
+        ids[:] = 3
+
+
+refused = 0
+for number in range(100):
+    normalizer = ClusterNormalizer(num_threads=1 + number % 2)
+    ids = np.full(len(rewards), 3, np.int32)
+    stop.clear()
+    thread = threading.Thread(target=scribble, args=(ids,))
+    thread.start()
+    try:
+        normalizer(rewards, ids)
+    except DataError as error:
+        assert "changed by another thread" in str(error), error
+        refused += 1
+        if "the histories hold" not in str(error):
+            assert normalizer.snapshot() == {}
+    stop.set()
+    thread.join()
+print(refused)
+"""
+
+
+def test_ids_that_change_in_the_middle_of_a_call_are_an_error() -> None:
+    # At times a call sees none of the changes, or only such as do no harm.
+    assert 0 < int(output(SCRIBBLES)) <= 100

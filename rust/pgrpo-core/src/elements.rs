@@ -126,6 +126,11 @@ impl Row {
         self.0[2] += weight;
     }
 
+    /// Whether two rewards or more were added, each of weight 1.
+    pub(crate) fn has_several(self) -> bool {
+        self.0[2] >= 2.0
+    }
+
     pub(crate) fn moments(self) -> Moments {
         let Self([sum, squares, count, shift]) = self;
         if count == 0.0 {

@@ -28,8 +28,11 @@ pub enum Error {
         /// Entries of `rewards`.
         rewards: usize,
     },
-    /// The rewards were changed while they were read.
-    Changed,
+    /// Rewards or ids were changed while they were read.
+    Changed {
+        /// Whether the histories hold the batch, as it was before.
+        is_merged: bool,
+    },
     /// The estimator compares within groups, and no groups were given.
     GroupsRequired {
         /// Name of the estimator.
@@ -103,8 +106,12 @@ impl fmt::Display for Error {
             Self::Size { rewards } => {
                 write!(out, "rewards has {rewards} entries; expected fewer than 2^32")
             }
-            Self::Changed => {
-                write!(out, "rewards were changed by another thread while they were read")
+            Self::Changed { is_merged } => {
+                let state = if *is_merged { "; the histories hold what they were" } else { "" };
+                write!(
+                    out,
+                    "rewards or ids were changed by another thread while they were read{state}"
+                )
             }
             Self::GroupsRequired { estimator } => {
                 write!(out, "estimator {estimator} needs groups: one group id for each reward")

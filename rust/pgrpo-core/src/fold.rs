@@ -5,6 +5,7 @@
 //! bits with every instruction set and any number of threads; so are advantages, but for `f32` ones
 //! of up to 64 cells with AVX-512, which are rounded otherwise (by 2e-7 of 1 + |A| at most).
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
@@ -80,11 +81,17 @@ fn in_parallel<T: Send>(
         return tasks.for_each(work);
     }
     let tasks = Mutex::new(tasks);
+    let unwound = Mutex::new(None);
     let go_on = || {
-        loop {
-            let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(task) = task else { return };
-            work(task);
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some(task) = task else { return };
+                work(task);
+            }
+        }));
+        if let Err(payload) = result {
+            *unwound.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
         }
     };
     thread::scope(|scope| {
@@ -94,6 +101,10 @@ fn in_parallel<T: Send>(
         }
         go_on();
     });
+    // In this thread, with what it was: a scope would make a panic of its own of it.
+    if let Some(payload) = unwound.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(payload);
+    }
 }
 
 /// Grows `rows` to hold all ids; false if one is not below `limit`.
@@ -127,8 +138,7 @@ fn fold_chunk<R: Real, I: Id>(
             return false;
         }
         let few = rewards.len() < CHUNK_PER_CELL * rows.len();
-        let poor = || rows.iter().filter(|row| row.cancels()).count() * 8 > rows.len();
-        if few || at == PROBE && poor() {
+        if few || at == PROBE && !are_near(rows) {
             rows.clear();
             return fold_each(rewards, ids, None, limit, rows);
         }
@@ -146,11 +156,18 @@ fn fold_chunk<R: Real, I: Id>(
     if !poor.is_empty() {
         for (reward, id) in rewards.iter().zip(ids) {
             if poor.get(id.index()) == Some(&true) {
-                rows[id.index()].push(reward.to_f64(), 1.0);
+                kernels::push(rows, *id, *reward);
             }
         }
     }
     true
+}
+
+/// Whether a common shift serves the cells well as far as can be told: seven of eight that have two
+/// rewards or more. One reward tells nothing, whatever it is.
+fn are_near(rows: &[Row]) -> bool {
+    let told = || rows.iter().filter(|row| row.has_several());
+    told().filter(|row| row.cancels()).count() * 8 <= told().count()
 }
 
 /// Sums up one chunk about the first reward of each cell.
@@ -209,4 +226,34 @@ pub(crate) fn apply<R: Real, I: Id>(
             kernels::apply(rewards, ids, pairs, out);
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK, PROBE, are_near};
+    use crate::elements::Row;
+    use crate::kernels;
+
+    /// Rows as they are when the probe looks at them, of rewards `x + means[id]` about the first one.
+    fn probed(num_cells: usize, mean: impl Fn(usize) -> f64) -> Vec<Row> {
+        let mut rows = vec![Row::default(); num_cells];
+        let scattered = |at: usize| (at * 7919) % num_cells;
+        let id = |at| u32::try_from(scattered(at)).unwrap();
+        let ids: Vec<u32> = (0..PROBE * BLOCK).map(id).collect();
+        let rewards: Vec<f64> =
+            (0..ids.len()).map(|at| (at as f64 * 0.7).sin() + mean(scattered(at))).collect();
+        kernels::about(rewards[0], &rewards, &ids, &mut rows);
+        rows
+    }
+
+    #[test]
+    fn cells_of_one_reward_do_not_count_against_a_common_shift() {
+        for num_cells in [1, 64, 3_000, 3_500, 10_000, 100_000] {
+            assert!(are_near(&probed(num_cells, |_| 0.0)), "{num_cells} cells");
+        }
+        for num_cells in [64, 2_000, 3_500] {
+            let apart = probed(num_cells, |id| 1e4 * (1.0 + id as f64));
+            assert!(!are_near(&apart), "{num_cells} cells far apart");
+        }
+    }
 }

@@ -1,8 +1,45 @@
 //! The inner loops, compiled for the instruction sets of [`simd`].
 #![allow(unsafe_code, reason = "calls across instruction sets, and stores past the caches")]
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use crate::elements::{Affine, Id, Real, Row};
 use crate::simd::{Level, level};
+
+/// What a pass unwinds with.
+struct Changed;
+
+/// Ends a pass over ids that lead out of the table which was made for them: another thread has changed
+/// them meanwhile. Unlike a panic it says nothing on the way to [`unless_changed`].
+#[cold]
+fn changed() -> ! {
+    resume_unwind(Box::new(Changed))
+}
+
+/// The result of passes; None if ids were changed by another thread meanwhile.
+pub(crate) fn unless_changed<T>(passes: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(passes)) {
+        Ok(result) => Some(result),
+        Err(payload) if payload.is::<Changed>() => None,
+        Err(payload) => resume_unwind(payload),
+    }
+}
+
+#[inline(always)]
+fn row_of<I: Id>(rows: &mut [Row], id: I) -> &mut Row {
+    rows.get_mut(id.index()).unwrap_or_else(|| changed())
+}
+
+#[inline(always)]
+fn place_of<T, I: Id>(places: &[T], id: I) -> &T {
+    places.get(id.index()).unwrap_or_else(|| changed())
+}
+
+/// Adds a reward to its row, about the first one of that.
+#[inline(always)]
+pub(crate) fn push<R: Real, I: Id>(rows: &mut [Row], id: I, reward: R) {
+    row_of(rows, id).push(reward.to_f64(), 1.0);
+}
 
 /// Whether eight ids are one.
 #[inline(always)]
@@ -44,19 +81,19 @@ fn about_body<R: Real, I: Id>(
             if row == ids[0].index() {
                 held = std::array::from_fn(|k| held[k] + sums[k]);
             } else {
-                rows[row].add(held);
+                rows.get_mut(row).unwrap_or_else(|| changed()).add(held);
                 (held, row) = (sums, ids[0].index());
             }
         } else {
             for k in 0..8 {
-                rows[ids[k].index()].add([d[k], d[k] * d[k], 1.0, 0.0]);
+                row_of(rows, ids[k]).add([d[k], d[k] * d[k], 1.0, 0.0]);
             }
         }
     }
-    rows[row].add(held);
+    rows.get_mut(row).unwrap_or_else(|| changed()).add(held);
     for (reward, id) in rest.iter().zip(rest_ids) {
         let d = reward.to_f64() - shift;
-        rows[id.index()].add([d, d * d, 1.0, 0.0]);
+        row_of(rows, *id).add([d, d * d, 1.0, 0.0]);
     }
 }
 
@@ -111,25 +148,25 @@ compile_for_avx2_too! {
     fn each<R: Real, I: Id>(rewards: &[R], ids: &[I], weights: Option<&[f64]>, rows: &mut [Row]) {
         if let Some(weights) = weights {
             for ((reward, id), &weight) in rewards.iter().zip(ids).zip(weights) {
-                rows[id.index()].push(reward.to_f64(), weight);
+                row_of(rows, *id).push(reward.to_f64(), weight);
             }
             return;
         }
         let (rewards_by_8, rest) = rewards.as_chunks::<8>();
         let (ids_by_8, rest_ids) = ids.as_chunks::<8>();
         for (rewards, ids) in rewards_by_8.iter().zip(ids_by_8) {
-            let row = &mut rows[ids[0].index()];
+            let row = row_of(rows, ids[0]);
             if are_equal(ids) {
                 let shift = row.shift_or(rewards[0].to_f64());
                 row.add(sums_of_8(std::array::from_fn(|k| rewards[k].to_f64() - shift)));
             } else {
                 for (reward, id) in rewards.iter().zip(ids) {
-                    rows[id.index()].push(reward.to_f64(), 1.0);
+                    row_of(rows, *id).push(reward.to_f64(), 1.0);
                 }
             }
         }
         for (reward, id) in rest.iter().zip(rest_ids) {
-            rows[id.index()].push(reward.to_f64(), 1.0);
+            row_of(rows, *id).push(reward.to_f64(), 1.0);
         }
     }
 
@@ -140,17 +177,17 @@ compile_for_avx2_too! {
         let (out_by_8, rest_out) = out.as_chunks_mut::<8>();
         for ((rewards, ids), out) in rewards_by_8.iter().zip(ids_by_8).zip(out_by_8) {
             if are_equal(ids) {
-                let [center, scale] = pairs[ids[0].index()];
+                let [center, scale] = *place_of(pairs, ids[0]);
                 *out = rewards.map(|reward| R::from_f64((reward.to_f64() - center) * scale));
             } else {
                 for k in 0..8 {
-                    let [center, scale] = pairs[ids[k].index()];
+                    let [center, scale] = *place_of(pairs, ids[k]);
                     out[k] = R::from_f64((rewards[k].to_f64() - center) * scale);
                 }
             }
         }
         for ((reward, id), out) in rest.iter().zip(rest_ids).zip(rest_out) {
-            let [center, scale] = pairs[id.index()];
+            let [center, scale] = *place_of(pairs, *id);
             *out = R::from_f64((reward.to_f64() - center) * scale);
         }
     }
@@ -158,7 +195,7 @@ compile_for_avx2_too! {
     /// The same without rounding the center.
     fn apply_exactly<R: Real, I: Id>(rewards: &[R], ids: &[I], maps: &[Affine], out: &mut [R]) {
         for ((reward, id), out) in rewards.iter().zip(ids).zip(out) {
-            let Affine { origin, offset, scale } = maps[id.index()];
+            let &Affine { origin, offset, scale } = place_of(maps, *id);
             *out = R::from_f64(((reward.to_f64() - origin) - offset) * scale);
         }
     }

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::estimators::{Baseline, RULES, Rule, Scale};
 use crate::gate::Gate;
 use crate::ids::AnyId;
+use crate::kernels::unless_changed;
 use crate::moments::{Moments, is_finite_reward};
 use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
@@ -264,7 +265,7 @@ impl Visit<'_> {
         let scale = self.normalizer.scale;
         let call = Call { options, scale, state, is_only: false, batch };
         with_scratch(|scratch| {
-            call.fold(scratch);
+            unless_changed(|| call.fold(scratch)).ok_or(Error::Changed { is_merged: false })?;
             call.find_keys(false, scratch)?;
             let rewards = &state.streams.rewards;
             let refuse = |key, count| {
@@ -371,21 +372,22 @@ impl Visit<'_> {
         let is_only = self.is_only && !state.is_shared();
         let call = Call { options, scale, state, is_only, batch };
         let done = with_scratch(|scratch| {
-            call.fold(scratch);
+            unless_changed(|| call.fold(scratch)).ok_or(Error::Changed { is_merged: false })?;
             // A hole of weight 0 does not show in sums.
             if batch.weights.is_some() || scratch.is_suspect() {
                 if batch.holes().next().is_some() {
                     return Ok(false);
                 }
                 if !scratch.is_finite() {
-                    return Err(Error::Changed);
+                    return Err(Error::Changed { is_merged: false });
                 }
             }
             call.find_keys(halves != Halves::Normalize, scratch)?;
             call.remember(halves, scratch)?;
             if let Some(out) = out.as_deref_mut() {
                 call.map(halves, scratch)?;
-                call.write(scratch, out);
+                let written = unless_changed(|| call.write(scratch, out));
+                written.ok_or(Error::Changed { is_merged: halves == Halves::Both })?;
             }
             Ok(true)
         })?;

@@ -14,7 +14,7 @@ pub(crate) fn to_python(error: Error) -> PyErr {
         Error::Snapshot { .. } => CheckpointError::new_err(message),
         Error::Length { .. }
         | Error::Size { .. }
-        | Error::Changed
+        | Error::Changed { .. }
         | Error::GroupsRequired { .. }
         | Error::LengthsRequired { .. }
         | Error::NonFinite { .. }
