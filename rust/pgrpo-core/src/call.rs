@@ -232,8 +232,7 @@ impl<R: Real> Call<'_, R> {
         let (streams, pending) = (&self.state.streams, self.state.pending.as_ref());
         let merging = halves != Halves::Normalize;
         let reads_after = order == Order::UpdateThenNormalize;
-        let wants_pool = self.options.reads_pool() && halves != Halves::Update;
-        if wants_pool && !reads_after {
+        if self.options.reads_pool() && halves != Halves::Update && !reads_after {
             scratch.pool = self.state.worked_out_pool();
         }
         let Scratch { keys, folded, before, batch, slots, .. } = scratch;
@@ -254,19 +253,7 @@ impl<R: Real> Call<'_, R> {
             }
             folded.histories.push(if reads_after { new } else { old });
         }
-        let merged = if merging {
-            self.state.merge_into_pool(batch.iter().copied(), is_only)?
-        } else {
-            None
-        };
-        if wants_pool {
-            let pool = match merged {
-                Some((old, new)) => Some(if reads_after { new } else { old }),
-                None if reads_after || !merging => Some(self.state.pool()),
-                None => scratch.pool,
-            };
-            scratch.pool = pool.filter(|pool| pool.count > 0.0);
-        }
+        scratch.pool = self.remember_pool(halves, batch, scratch.pool)?;
         let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple], kept: &[f64]| {
             let kept = kept.iter().copied().chain(std::iter::repeat(forgetting));
             let changes = added.iter().zip(kept);
@@ -332,6 +319,31 @@ impl<R: Real> Call<'_, R> {
             folded.baselines = touched(sums, pending, &added, &kept)?;
         }
         Ok(())
+    }
+
+    /// Merges a batch into the history of all clusters together, as `remember` does, and returns that as
+    /// it is read, if it is read and there is any. `before` is what it was, where it is worked out.
+    fn remember_pool(
+        &self,
+        halves: Halves,
+        batch: &[Moments],
+        before: Option<Moments>,
+    ) -> Result<Option<Moments>, Error> {
+        let reads_after = self.options.order == Order::UpdateThenNormalize;
+        let merged = if halves == Halves::Normalize {
+            None
+        } else {
+            self.state.merge_into_pool(batch.iter().copied(), self.is_only)?
+        };
+        if !self.options.reads_pool() || halves == Halves::Update {
+            return Ok(None);
+        }
+        let pool = match merged {
+            Some((old, new)) => Some(if reads_after { new } else { old }),
+            None if reads_after || halves == Halves::Normalize => Some(self.state.pool()),
+            None => before,
+        };
+        Ok(pool.filter(|pool| pool.count > 0.0))
     }
 
     /// The rewards of each cell with weights multiplied by a column.
