@@ -529,7 +529,7 @@ fn unsupported(needs: &str) -> Error {
 fn read_by<'a>(rule: &Rule, snapshot: &'a Snapshot) -> Cow<'a, Snapshot> {
     let is_foreign = |entry: &Entry| {
         let known = rule.baseline.is_none_or(|kind| kind.is_kind_of(entry.baseline));
-        !known && entry.baseline != Triple::default()
+        !known && entry.baseline.iter().any(|&number| number != 0.0)
     };
     let mut read = Cow::Borrowed(snapshot);
     if snapshot.clusters.iter().chain(&snapshot.pending).any(is_foreign) {

@@ -11,7 +11,6 @@ use crate::sync::{AtomicU64, Ordering};
 use crate::table::{INTERNED, Table, Triple};
 
 /// Which sums are kept beside the rewards' histories.
-#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// Those of parts, which random effects are estimated from.
