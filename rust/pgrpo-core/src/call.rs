@@ -301,17 +301,7 @@ impl<R: Real> Call<'_, R> {
                     }
                 }
                 Baseline::ExponentialMean(decay) if merging => {
-                    kept.resize(keys.len(), 1.0);
-                    // From the last reward to the first, so that `kept` is what later ones leave of it.
-                    for (entry, &cell) in slots.of.iter().enumerate().rev() {
-                        let cell = cell as usize;
-                        let cluster = folded.cluster_of.get(cell).map_or(cell, |&of| of as usize);
-                        let weight = self.batch.weights.map_or(1.0, |weights| weights[entry]);
-                        let left = decay.powf(weight);
-                        let reward = self.batch.rewards[entry].to_f64();
-                        added[cluster][1] += kept[cluster] * (1.0 - left) * reward;
-                        kept[cluster] *= left;
-                    }
+                    kept = self.folded_in_order(decay, slots, folded, &mut added);
                 }
                 _ => {}
             }
@@ -344,6 +334,28 @@ impl<R: Real> Call<'_, R> {
             None => before,
         };
         Ok(pool.filter(|pool| pool.count > 0.0))
+    }
+
+    /// What the rewards of each cluster add to its exponential mean, and how much they leave of it.
+    fn folded_in_order(
+        &self,
+        decay: f64,
+        slots: &Slots,
+        folded: &Folded,
+        added: &mut [Triple],
+    ) -> Vec<f64> {
+        let mut kept = vec![1.0; added.len()];
+        // From the last reward to the first, so that `kept` is what later ones leave of it.
+        for (entry, &cell) in slots.of.iter().enumerate().rev() {
+            let cell = cell as usize;
+            let cluster = folded.cluster_of.get(cell).map_or(cell, |&of| of as usize);
+            let weight = self.batch.weights.map_or(1.0, |weights| weights[entry]);
+            let left = decay.powf(weight);
+            let reward = self.batch.rewards[entry].to_f64();
+            added[cluster][1] += kept[cluster] * (1.0 - left) * reward;
+            kept[cluster] *= left;
+        }
+        kept
     }
 
     /// The rewards of each cell with weights multiplied by a column.

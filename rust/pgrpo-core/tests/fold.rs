@@ -449,14 +449,16 @@ fn far_from_zero_advantages_keep_their_digits() {
 fn a_single_reward_among_many_is_exact() {
     for (others, one) in [(1.0, 0.1), (1e8, 1.0 / 6.0), (-3e15, 0.7)] {
         for estimator in RULES {
-            if estimator == &estimators::batch::RULE {
+            // One compares with other clusters, the other with a mean that starts at 0.
+            if ["batch", "rae"].contains(&estimator.name) {
                 continue;
             }
             let normalizer = make(&Options { estimator, ..usual() });
-            let mut rewards = vec![others; 5_000];
+            let (mut rewards, lengths) = (vec![others; 5_000], vec![1.0; 5_000]);
             let mut ids = vec![0; 5_000];
             (rewards[4_100], ids[4_100]) = (one, 1);
-            let batch = Batch { groups: Some(Ids::I32(&ids)), ..batch(&rewards, &ids) };
+            let groups = Some(Ids::I32(&ids));
+            let batch = Batch { groups, lengths: Some(&lengths), ..batch(&rewards, &ids) };
             let got = advantages(&normalizer, &batch);
             assert!(got.iter().all(|&a| a == 0.0), "{estimator:?} {:e}", got[4_100]);
             let Moments { count, m2, .. } = normalizer.snapshot().clusters[1].rewards;
@@ -469,6 +471,7 @@ fn a_single_reward_among_many_is_exact() {
                     rewards: &small,
                     clusters: Ids::I32(&[1; 3]),
                     groups: Some(Ids::I32(&[1; 3])),
+                    lengths: Some(&[1.0; 3]),
                     ..batch
                 })
                 .unwrap();
