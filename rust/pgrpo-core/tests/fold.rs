@@ -8,7 +8,7 @@ use std::process::Command;
 mod usual;
 
 use pgrpo_core::elements::Real;
-use pgrpo_core::estimators::{self, dr_grpo, grpo, rloo};
+use pgrpo_core::estimators::{dr_grpo, grpo, rloo};
 use pgrpo_core::simd::{Level, level};
 use pgrpo_core::{
     Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, RULES, Snapshot,
