@@ -226,6 +226,143 @@ def test_numbers_of_other_kinds_in_a_list() -> None:
     assert ClusterNormalizer()(rewards, CLUSTERS) == pytest.approx(EXPECTED, abs=1e-15)
 
 
+# Shapes.
+
+ROWS: list[list[float]] = [
+    [1.0, 0.0, 2.0],
+    [4.0, 2.0, 2.0],
+    [7.0, 8.0, 7.5],
+    [0.0, 1.0, 5.0],
+]
+ROW_IDS: list[Any] = ["ada", 7, "ada", 7]
+
+
+def flat(values: Any) -> Any:
+    """Columns [P] or [P, G] of `ROWS` as [N]."""
+    found = np.asarray(values, object)
+    return (np.repeat(found, 3) if found.ndim == 1 else found.ravel()).tolist()
+
+
+def as_tensor(values: Any) -> torch.Tensor:
+    return torch.tensor(np.array(values))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("form", ["row", "grid"])
+@pytest.mark.parametrize("make", [list, np.array, as_tensor], ids=["list", "numpy", "torch"])
+def test_rows_are_groups(make: Any, form: str, estimator: str) -> None:
+    """The same as one row after another, with the rows as groups, in every kind of array."""
+    numbers = np.array([1.0, 3.0, 0.5, 2.0])
+    columns: Any = {"weights": numbers, "score_norms": numbers**2, "lengths": numbers + 1}
+    clusters: Any = ROW_IDS if make is list else np.array([5, 7, 5, 7], np.int32)
+    if form == "grid":
+        columns = {name: np.outer(values, [1.0, 2.0, 3.0]) for name, values in columns.items()}
+        clusters = (
+            [[i, i, "ada"] for i in clusters] if make is list else np.stack([clusters] * 3, 1)
+        )
+    expected_rewards = np.ravel(ROWS)
+    expected_columns = {name: np.array(flat(values)) for name, values in columns.items()}
+    whole, rows = ClusterNormalizer(estimator), ClusterNormalizer(estimator)
+    arguments: Any = {name: make(values) for name, values in columns.items()}
+    given_clusters = clusters if make is list else make(clusters)
+    for method in ("advantages", "update", "normalize", "__call__"):
+        expected: Any = getattr(whole, method)(
+            expected_rewards, flat(clusters), np.repeat(range(4), 3), **expected_columns
+        )
+        found = getattr(rows, method)(make(ROWS), given_clusters, **arguments)
+        if method == "update":
+            assert found is None
+        else:
+            assert type(found) is type(make(ROWS))
+            np.testing.assert_array_equal(np.asarray(found), expected.reshape(4, 3))
+    assert rows.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_rows_of_plain_arrays_go_straight_to_the_core(dtype: str) -> None:
+    rewards = np.array(ROWS, dtype)
+    core: Any = vars(ClusterNormalizer("grpo"))["_core"]
+    sources: list[Any] = [
+        np.array([5, 7, 5, 7]), np.full((4, 3), 5, np.int32), ROW_IDS, tuple(ROW_IDS),
+        [[name] * 3 for name in ROW_IDS],
+    ]  # fmt: skip
+    for clusters in sources:
+        found = core.advantages(rewards, clusters, None, np.ones(4), np.ones((4, 3)), None, None)
+        assert (found.shape, found.dtype) == ((4, 3), np.dtype(dtype))
+    for clusters in (
+        np.arange(3),
+        np.arange(12),
+        np.ones((3, 4), int),
+        ROW_IDS[:3],
+        [["a"] * 2] * 4,
+    ):
+        assert core.update(rewards, clusters, None, None, None, None) is NotImplemented
+    assert core.update(np.ones(4), np.ones((4, 1), int), None, None, None, None) is NotImplemented
+
+
+def test_groups_of_rows_may_be_given() -> None:
+    expected = ClusterNormalizer("rloo")(np.ravel(ROWS), flat(ROW_IDS), np.repeat([1, 2, 1, 2], 3))
+    sources: list[Any] = [
+        [1, 2, 1, 2], np.array([1, 2, 1, 2]), torch.tensor([1, 2, 1, 2]),
+        np.repeat([1, 2, 1, 2], 3).reshape(4, 3), [[name] * 3 for name in "xyxy"],
+    ]  # fmt: skip
+    for groups in sources:
+        for rewards in (np.array(ROWS), torch.tensor(ROWS, dtype=torch.float64), ROWS):
+            found = ClusterNormalizer("rloo")(rewards, ROW_IDS, groups)
+            np.testing.assert_array_equal(np.ravel(found), expected)
+
+
+def test_rows_are_retracted() -> None:
+    for rewards, weights in ((np.array(ROWS), np.ones((4, 3))), (ROWS, [1.0] * 4)):
+        normalizer = ClusterNormalizer()
+        normalizer.update([1.0, 3.0], ["ada", 7])
+        before = normalizer.snapshot()
+        normalizer.update(rewards, ROW_IDS, weights=weights)
+        assert normalizer.snapshot()["ada"].count == 7
+        normalizer.retract(rewards, ROW_IDS, weights=weights)
+        for cluster, stats in normalizer.snapshot().items():
+            assert stats.count == before[cluster].count == 1
+            assert stats.mean == pytest.approx(before[cluster].mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (5000, 2)])
+def test_odd_shapes_are_shapes(shape: tuple[int, int]) -> None:
+    rewards = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    clusters = np.arange(shape[0]) % 3
+    expected = ClusterNormalizer("grpo")(
+        rewards.ravel(), np.repeat(clusters, shape[1]), np.repeat(np.arange(shape[0]), shape[1])
+    ).reshape(shape)
+    for given_rewards in (rewards, np.asfortranarray(rewards), torch.tensor(rewards)):
+        found = ClusterNormalizer("grpo")(given_rewards, clusters)
+        assert found.shape == shape
+        np.testing.assert_array_equal(np.asarray(found), expected)
+    transposed: Any = rewards.T
+    assert ClusterNormalizer("grpo")(transposed, [0] * shape[1]).shape == transposed.shape
+
+
+def test_holes_in_rows() -> None:
+    rows = [[1.0, None, 3.0], [2.0, 5.0, None]]
+    found = ClusterNormalizer("dr_grpo", nan_policy="zero")(rows, ["a", "b"])
+    assert found == [[-1.0, 0.0, 1.0], [-1.5, 1.5, 0.0]]
+
+
+def test_rows_are_written_to_out() -> None:
+    rewards = np.array(ROWS)
+    expected = ClusterNormalizer()(rewards, ROW_IDS)
+    outs: list[Any] = [
+        np.empty((4, 3)), np.empty((3, 4)).T, np.empty((4, 6))[:, ::2],
+        torch.empty((4, 3), dtype=torch.float64),
+    ]  # fmt: skip
+    for out in [*outs, rewards]:
+        assert ClusterNormalizer()(rewards, ROW_IDS, out=out) is out
+        np.testing.assert_array_equal(np.asarray(out), expected)
+    normalizer = ClusterNormalizer()
+    for out in (np.empty(12), np.empty((3, 4)), np.empty((4, 3, 1))):
+        with pytest.raises(DataError, match=r"out has shape .*; expected \(4, 3\)"):
+            normalizer(expected, ROW_IDS, out=out)
+    assert normalizer.snapshot() == {}
+
+
 # out=
 
 
@@ -534,6 +671,7 @@ def test_options_may_be_numbers_of_numpy() -> None:
 
 
 INT_OR_STRING = "expected an int or a string"
+SHAPES = r"rewards has shape \(2, 3\), {} has {}; expected \(2,\) or \(2, 3\)"
 
 
 @pytest.mark.parametrize(
@@ -543,28 +681,41 @@ INT_OR_STRING = "expected an int or a string"
         ([1.0] * 7, ["a"] * 7, [1] * 6, "rewards has 7 entries, groups has 6"),
         (np.ones(7), np.ones(8, int), None, "rewards has 7 entries, clusters has 8"),
         (torch.ones(7), torch.ones(8).long(), None, "rewards has 7 entries, clusters has 8"),
-        ([[1.0, 2.0]], ["a"], None, r"rewards has shape \(1, 2\); expected one dimension"),
-        (np.ones((2, 2)), ["a"] * 2, None, r"rewards has shape \(2, 2\); expected one dimension"),
-        (np.array(1.0), ["a"], None, r"rewards has shape \(\); expected one dimension"),
-        (torch.tensor(1.0), ["a"], None, r"rewards has shape \(\); expected one dimension"),
-        (torch.ones(2, 2), ["a"], None, r"rewards has shape \(2, 2\); expected one dimension"),
+        (np.array(1.0), ["a"], None, r"rewards has shape \(\); expected \[N\], or \[P, G\]"),
+        (torch.tensor(1.0), ["a"], None, r"rewards has shape \(\); expected \[N\], or \[P, G\]"),
+        (np.ones((2, 2, 2)), ["a"] * 2, None, r"rewards has shape \(2, 2, 2\); expected \[N\], or"),
         (
             torch.ones(1, device="meta"),
             ["a"],
             None,
-            r"rewards is tensor.*meta.*; expected \[N\] num",
+            r"rewards is tensor.*meta.*; expected \[N\] or \[P, G\] num",
         ),
-        (3.0, ["a"], None, r"rewards has shape \(\); expected one dimension"),
-        (None, ["a"], None, r"rewards has shape \(\); expected one dimension"),
-        ((r for r in [1.0]), ["a"], None, r"rewards has shape \(\); expected one dimension"),
-        ([1.0, [2.0]], ["a"] * 2, None, r"rewards is \[1.0, \[2.0\]\]; expected \[N\] numbers"),
-        (["1.0"], ["a"], None, r"rewards is \['1.0'\]; expected \[N\] numbers"),
-        ([None, "1.0"], ["a"] * 2, None, r"rewards is \[None, '1.0'\]; expected \[N\] numbers"),
-        (b"a", ["a"], None, r"rewards is b'a'; expected \[N\] numbers"),
-        ("1", ["a"], None, r"rewards is '1'; expected \[N\] numbers"),
-        ([1j], ["a"], None, r"rewards is \[1j\]; expected \[N\] numbers"),
-        (np.array([1j]), ["a"], None, r"rewards has dtype complex128; expected \[N\] numbers"),
-        (np.array(["1"]), ["a"], None, r"rewards has dtype <U1; expected \[N\] numbers"),
+        (3.0, ["a"], None, r"rewards has shape \(\); expected \[N\], or \[P, G\]"),
+        (None, ["a"], None, r"rewards has shape \(\); expected \[N\], or \[P, G\]"),
+        ((r for r in [1.0]), ["a"], None, r"rewards has shape \(\); expected \[N\], or \[P, G\]"),
+        ([1.0, [2.0]], ["a"] * 2, None, r"rewards is \[1.0, \[2.0\]\]; expected \[N\] or \[P, G\]"),
+        (["1.0"], ["a"], None, r"rewards is \['1.0'\]; expected \[N\] or \[P, G\] numbers"),
+        (
+            [None, "1.0"],
+            ["a"] * 2,
+            None,
+            r"rewards is \[None, '1.0'\]; expected \[N\] or \[P, G\] numbers",
+        ),
+        (b"a", ["a"], None, r"rewards is b'a'; expected \[N\] or \[P, G\] numbers"),
+        ("1", ["a"], None, r"rewards is '1'; expected \[N\] or \[P, G\] numbers"),
+        ([1j], ["a"], None, r"rewards is \[1j\]; expected \[N\] or \[P, G\] numbers"),
+        (
+            np.array([1j]),
+            ["a"],
+            None,
+            r"rewards has dtype complex128; expected \[N\] or \[P, G\] numbers",
+        ),
+        (
+            np.array(["1"]),
+            ["a"],
+            None,
+            r"rewards has dtype <U1; expected \[N\] or \[P, G\] numbers",
+        ),
         (np.array(["2020-01-01"], "M8[D]"), ["a"], None, r"rewards has dtype datetime64"),
         ([1.0], [1.5], None, rf"clusters\[0\] is 1.5; {INT_OR_STRING}"),
         ([1.0, 1.0], [1, True], None, rf"clusters\[1\] is True; {INT_OR_STRING}"),
@@ -599,6 +750,44 @@ INT_OR_STRING = "expected an int or a string"
         ([1e140], ["a"], None, r"rewards\[0\] is 1e140; expected a finite number below 1e140"),
         ([10**200], ["a"], None, r"rewards\[0\] is 1e200; expected a finite number below 1e140"),
         (np.array([-np.inf], np.float32), ["a"], None, r"rewards\[0\] is -inf; expected a finite"),
+        # Rows.
+        (np.ones((2, 3)), np.ones(3, int), None, SHAPES.format("clusters", r"\(3,\)")),
+        (np.ones((2, 3)), np.ones(6, int), None, SHAPES.format("clusters", r"\(6,\)")),
+        (np.ones((2, 3)), np.ones((3, 2), int), None, SHAPES.format("clusters", r"\(3, 2\)")),
+        (np.ones((2, 3)), np.ones((2, 1), int), None, SHAPES.format("clusters", r"\(2, 1\)")),
+        (np.ones((2, 3)), ["a"], None, SHAPES.format("clusters", r"\(1,\)")),
+        (np.ones((2, 3)), [["a"] * 3], None, SHAPES.format("clusters", r"\(1, 3\)")),
+        (np.ones((2, 3)), ["a", "b"], np.arange(3), SHAPES.format("groups", r"\(3,\)")),
+        (torch.ones(2, 3), ["a"] * 3, None, SHAPES.format("clusters", r"\(3,\)")),
+        ([[1.0] * 3] * 2, torch.ones(3).long(), None, SHAPES.format("clusters", r"\(3,\)")),
+        (
+            [[1.0], [1.0, 2.0]],
+            [0, 0],
+            None,
+            r"rewards is \[\[1.0\], .*; expected \[N\] or \[P, G\] num",
+        ),
+        (
+            np.ones((2, 3)),
+            [["a"] * 3, ["a"] * 2],
+            None,
+            r"clusters\[1\] is \['a', 'a'\]; expected 3 ids, as many as a row of rewards has",
+        ),
+        (np.ones((2, 1)), [["a"], "a"], None, r"clusters\[1\] is 'a'; expected 1 ids"),
+        (np.ones((2, 1)), [["a"], [None]], None, rf"clusters\[1, 0\] is None; {INT_OR_STRING}"),
+        (np.ones((2, 1)), ["a", None], None, rf"clusters\[1\] is None; {INT_OR_STRING}"),
+        (
+            np.ones((1, 2)),
+            np.array([[1, 2**63]], np.uint64),
+            None,
+            rf"clusters\[0, 1\] is {2**63}; expected an int of 64 bits",
+        ),
+        ([[1.0, None]], ["a"], None, r"rewards\[0, 1\] is NaN; expected a finite number"),
+        (
+            np.array([[1.0], [np.inf]]),
+            ["a", "b"],
+            None,
+            r"rewards\[1, 0\] is inf; expected a finite",
+        ),
     ],
 )
 def test_bad_batches_change_nothing(rewards: Any, clusters: Any, groups: Any, message: str) -> None:
@@ -622,7 +811,7 @@ def test_bad_batches_change_nothing(rewards: Any, clusters: Any, groups: Any, me
         ([1.0, 1.0, None], r"{}\[2\] is NaN; expected a number from 0 to below 2\^20"),
         ([math.inf, 1.0, 1.0], r"{}\[0\] is inf; expected a number from 0 to below 2\^20"),
         ([1.0, 2.0**20, 1.0], r"{}\[1\] is 1048576.0; expected a number from 0 to below 2\^20"),
-        (["1"] * 3, r"{} is \['1', '1', '1'\]; expected \[N\] numbers"),
+        (["1"] * 3, r"{} is \['1', '1', '1'\]; expected \[N\] or \[P, G\] numbers"),
         (np.ones((3, 1)), r"{} has shape \(3, 1\); expected one dimension"),
         (2.0, r"{} has shape \(\); expected one dimension"),
     ],

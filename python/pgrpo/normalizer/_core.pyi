@@ -87,9 +87,9 @@ class Normalizer:
     """What `pgrpo.ClusterNormalizer` holds, and documents.
 
     Rewards and `out` are arrays of float32 or float64, ids arrays of int32 or int64 or lists or tuples
-    of ints and strings, weights, score norms and lengths arrays of float64; arrays are [N], contiguous,
-    aligned and in native byte order. Given anything else, a method returns `NotImplemented` and has
-    done nothing.
+    of ints and strings, weights, score norms and lengths arrays of float64; arrays are contiguous,
+    aligned and in native byte order. All are [N]; or rewards and `out` are [P, G], and the others [P]
+    or [P, G]. Given anything else, a method returns `NotImplemented` and has done nothing.
     """
 
     def __new__(

@@ -21,10 +21,12 @@ from pgrpo.types import ClusterId
 if TYPE_CHECKING:
     import torch
 
-    Ids: TypeAlias = Sequence[ClusterId] | NDArray[Any] | torch.Tensor
-    """[N] names of clusters, or of groups."""
-    Numbers: TypeAlias = Sequence[float] | NDArray[Any] | torch.Tensor
-    """[N]."""
+    Ids: TypeAlias = (
+        Sequence[ClusterId] | Sequence[Sequence[ClusterId]] | NDArray[Any] | torch.Tensor
+    )
+    """[N], [P] or [P, G] names of clusters, or of groups."""
+    Numbers: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | NDArray[Any] | torch.Tensor
+    """[N], [P] or [P, G]."""
     FloatT = TypeVar("FloatT", np.float32, np.float64)
     OutT = TypeVar(
         "OutT", NDArray[np.float32], NDArray[np.float64], torch.Tensor, array.array[float]
@@ -39,7 +41,13 @@ if TYPE_CHECKING:
 
 
 Plain: TypeAlias = NDArray[Any]
-"""[N] float32 or float64: contiguous, aligned, in native byte order."""
+"""[N] or [P, G] float32 or float64: contiguous, aligned, in native byte order."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""(N,), or (P, G) of rewards whose rows are groups."""
+
+NUMBERS = "fiubO"
+"""Kinds of types of NumPy whose items may be real numbers."""
 
 MAX_ID = 2**63
 """Ids are integers below this, and from minus this on."""
@@ -58,13 +66,14 @@ def call_plainly(
     """Call a method of the core that gives advantages, of arrays of any kind.
 
     Returns:
-        [N] advantages of the kind of `rewards`, or `out`.
+        Advantages of the kind and shape of `rewards`, or `out`.
 
     Raises:
         DataError: an argument is not what is expected of it.
     """
     values, give_back = read_rewards(rewards)
-    inputs = (values, *read_columns(clusters, groups, weights, score_norms, lengths))
+    columns = clusters, groups, weights, score_norms, lengths
+    inputs = (values, *read_columns(values.shape, *columns))
     if out is None:
         return give_back(call(*inputs, None))
     view = read_out(out, values)
@@ -76,74 +85,87 @@ def call_plainly(
 
 
 def read_columns(
-    clusters: Any, groups: Any, weights: Any, score_norms: Any, lengths: Any
+    shape: Shape, clusters: Any, groups: Any, weights: Any, score_norms: Any, lengths: Any
 ) -> tuple[Any, ...]:
-    """The columns of a batch beside its rewards, as the core reads them.
+    """The columns of a batch beside its rewards, which are of a shape, as the core reads them.
 
     Raises:
         DataError: one of them is not what is expected of it.
     """
     return (
-        read_ids(clusters, "clusters"),
-        read_ids(groups, "groups"),
-        read_numbers(weights, "weights"),
-        read_numbers(score_norms, "score_norms"),
-        read_numbers(lengths, "lengths"),
+        read_ids(clusters, "clusters", shape),
+        read_ids(groups, "groups", shape),
+        read_numbers(weights, "weights", shape),
+        read_numbers(score_norms, "score_norms", shape),
+        read_numbers(lengths, "lengths", shape),
     )
 
 
 def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:
-    """Rewards [N] as float32 or float64, and the way back from advantages to what they came as.
+    """Rewards [N] or [P, G] as float32 or float64, and the way back from advantages to their kind.
 
     float32 stays so, and so do narrower floats become; everything else becomes float64. None and
     masked entries are NaN.
 
     Raises:
-        DataError: they are not real numbers of one dimension.
+        DataError: they are not real numbers of one or two dimensions.
     """
     found = _as_numpy(rewards, "rewards", "numbers")
+    if found.ndim not in (1, 2) and found.dtype.kind in NUMBERS:
+        raise DataError(f"rewards has shape {found.shape}; expected [N], or [P, G] of groups")
     values = _plain(found, rewards, "rewards", np.float32 if _is_narrow(found) else np.float64)
     return values, _way_back(rewards)
 
 
-def read_numbers(values: Any, name: str) -> NDArray[np.float64] | None:
-    """Weights, score norms or lengths [N] as float64.
+def read_numbers(values: Any, name: str, shape: Shape) -> NDArray[np.float64] | None:
+    """Weights, score norms or lengths of rewards of a shape as float64.
 
     Raises:
-        DataError: they are not real numbers of one dimension.
+        DataError: they are not real numbers of that shape, or one for each row.
     """
     if values is None:
         return None
-    return _plain(_as_numpy(values, name, "numbers"), values, name, np.float64)
+    found = _as_numpy(values, name, "numbers")
+    if found.dtype.kind in NUMBERS:
+        _check_shape(found.shape, name, shape)
+    return _plain(found, values, name, np.float64)
 
 
-def read_ids(ids: Any, name: str) -> NDArray[Any] | list[ClusterId] | None:
-    """Ids [N] as 32-bit or 64-bit integers, or as a list of built-in ints and strings.
+def read_ids(ids: Any, name: str, shape: Shape = (0,)) -> NDArray[Any] | list[Any] | None:
+    """Ids of rewards of a shape as 32-bit or 64-bit integers, or as a list of built-in ints and
+    strings, or of lists of such.
 
     Raises:
-        DataError: one of them is neither an integer of 64 bits nor a string.
+        DataError: one of them is neither an integer of 64 bits nor a string, or they are of another
+            shape, and not one for each row either.
     """
     if ids is None:
         return None
     if isinstance(ids, list | tuple):
-        return _id_list(cast(Sequence[Any], ids), name)
+        rows = cast(Sequence[Any], ids)
+        if len(shape) == 1 or not any(isinstance(row, list | tuple) for row in rows):
+            if len(shape) == 2:
+                _check_shape((len(rows),), name, shape)
+            return _id_list(rows, name)
+        return _id_rows(rows, name, shape)
     expected = "ints or strings"
     if isinstance(ids, str | bytes):
         raise DataError(f"{name} is {short(ids)}; expected [N] {expected}")
     found = _as_numpy(ids, name, expected)
-    if found.ndim != 1:
-        raise DataError(f"{name} has shape {found.shape}; expected one dimension, [N]")
+    _check_shape(found.shape, name, shape)
     if isinstance(found, np.ma.MaskedArray) and np.ma.is_masked(found):
         raise DataError(f"{name} has masked entries; expected [N] {expected}")
     match found.dtype.kind:
         case "i" | "u":
             if found.dtype.kind == "u" and found.size and int(found.max()) >= MAX_ID:
-                index = int(np.argmax(found >= MAX_ID))
-                raise _bad_int(f"{name}[{index}]", int(found[index]))
+                place = np.unravel_index(np.argmax(found >= MAX_ID), found.shape)
+                where = ", ".join(map(str, place))
+                raise _bad_int(f"{name}[{where}]", int(found[place]))
             kept = np.int32 if found.dtype == np.int32 else np.int64
             return np.require(found, kept, ["C", "A", "E"])
         case "U" | "T" | "O":
-            return _id_list(found.tolist(), name)
+            values: list[Any] = found.tolist()
+            return _id_list(values, name) if found.ndim == 1 else _id_rows(values, name, shape)
         case _:
             # A list of no ids has no type.
             if not found.size and isinstance(ids, Sequence):
@@ -211,7 +233,7 @@ def _as_numpy(values: Any, name: str, expected: str) -> NDArray[Any]:
             return _from_dlpack(values)
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError, BufferError, OverflowError):
-        raise DataError(f"{name} is {short(values)}; expected [N] {expected}") from None
+        raise DataError(f"{name} is {short(values)}; expected [N] or [P, G] {expected}") from None
 
 
 def _from_torch(tensor: Any) -> NDArray[Any]:
@@ -238,15 +260,13 @@ def _is_narrow(values: NDArray[Any]) -> bool:
 
 def _plain(values: NDArray[Any], given: Any, name: str, dtype: type[Any]) -> NDArray[Any]:
     """Real numbers as one row of a type."""
-    if values.dtype.kind not in "fiubO":
+    if values.dtype.kind not in NUMBERS:
         # A list is known by what is in it.
         what = f"is {short(given)}" if isinstance(given, Sequence) else f"has dtype {values.dtype}"
-        raise DataError(f"{name} {what}; expected [N] numbers")
-    if values.ndim != 1:
-        raise DataError(f"{name} has shape {values.shape}; expected one dimension, [N]")
+        raise DataError(f"{name} {what}; expected [N] or [P, G] numbers")
     # NumPy would read the text "1.0" as a number.
-    if values.dtype.kind == "O" and any(isinstance(v, str | bytes) for v in values.tolist()):
-        raise DataError(f"{name} is {short(given)}; expected [N] numbers")
+    if values.dtype.kind == "O" and any(isinstance(v, str | bytes) for v in values.flat):
+        raise DataError(f"{name} is {short(given)}; expected [N] or [P, G] numbers")
     try:
         # None is no number, and NumPy's float64 for it is NaN.
         if isinstance(values, np.ma.MaskedArray):
@@ -255,7 +275,7 @@ def _plain(values: NDArray[Any], given: Any, name: str, dtype: type[Any]) -> NDA
         with np.errstate(over="ignore"):
             return np.require(values, dtype, ["C", "A", "E"])
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{name} is {short(given)}; expected [N] numbers") from None
+        raise DataError(f"{name} is {short(given)}; expected [N] or [P, G] numbers") from None
 
 
 def _way_back(rewards: Any) -> Callable[[Plain], Any]:
@@ -277,6 +297,35 @@ def _way_back(rewards: Any) -> Callable[[Plain], Any]:
     return lambda advantages: advantages
 
 
+def _check_shape(found: Shape, name: str, shape: Shape) -> None:
+    """Refuse what does not go with rewards of a shape. The core tells of lengths of one dimension."""
+    if len(shape) == 1:
+        if len(found) != 1:
+            raise DataError(f"{name} has shape {found}; expected one dimension, [N]")
+    elif found not in (shape, shape[:1]):
+        raise DataError(
+            f"rewards has shape {shape}, {name} has {found}; expected {shape[:1]} or {shape}"
+        )
+
+
+def _id_rows(rows: Sequence[Any], name: str, shape: Shape) -> NDArray[Any] | list[list[ClusterId]]:
+    """Ids [P, G] as those of one row."""
+    for index, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or len(cast(Sequence[Any], row)) != shape[1]:
+            what = f"{name}[{index}] is {short(row)}"
+            raise DataError(f"{what}; expected {shape[1]} ids, as many as a row of rewards has")
+    _check_shape((len(rows), shape[1]), name, shape)
+    if {type(value) for row in rows for value in row} == {int}:
+        try:
+            return np.array(rows, np.int64)
+        except OverflowError:
+            pass
+    return [
+        [_plain_id(value, name, f"{at}, {index}") for index, value in enumerate(row)]
+        for at, row in enumerate(rows)
+    ]
+
+
 def _id_list(ids: Sequence[Any], name: str) -> NDArray[Any] | list[ClusterId]:
     """Ids as built-in ints and strings, which hash alike wherever they came from."""
     if set(map(type, ids)) == {int}:
@@ -287,7 +336,7 @@ def _id_list(ids: Sequence[Any], name: str) -> NDArray[Any] | list[ClusterId]:
     return [_plain_id(value, name, index) for index, value in enumerate(ids)]
 
 
-def _plain_id(value: Any, name: str, index: int) -> ClusterId:
+def _plain_id(value: Any, name: str, index: int | str) -> ClusterId:
     if isinstance(value, str):
         text = str.__str__(value)
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):

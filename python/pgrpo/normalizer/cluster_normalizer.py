@@ -38,7 +38,8 @@ def _typed_like(_: MethodT, /) -> Callable[[Callable[..., Any]], MethodT]:
 
 
 class ClusterNormalizer:
-    """Turns raw rewards [N] into advantages [N], keeping a reward history per cluster.
+    """Turns raw rewards [N] or [P, G] into advantages of the same shape, keeping a reward history per
+    cluster.
 
     Each cluster p has a history of all its finite rewards: count n_p, mean_p, sigma_p (Welford's
     algorithm; Chan's merge). A call folds its batch into the histories and applies an estimator;
@@ -55,6 +56,10 @@ class ClusterNormalizer:
     array makes one trip, and advantages one back. Gradients do not flow through. `None` and masked
     rewards are NaN. With `out=`, an array of the advantages' type and length (or a CPU tensor, or a
     buffer), they are written there, and it is returned; it may be `rewards` itself.
+
+    **Shapes.** Rewards are [N], with a cluster id for each, or [P, G]: P groups of G rollouts, one a
+    row. Clusters are then [P] or [P, G], and so are all other columns; groups are the rows if none are
+    given. Rewards that lie in rows are those of their rows put one after another.
 
     **Ids** of clusters and groups are ints of 64 bits or strings, also mixed: `1` and `"1"` are
     different. Bools and floats are refused.
@@ -200,23 +205,23 @@ class ClusterNormalizer:
         same, but for the tenth of a microsecond that Python takes longer to call an object.
 
         Args:
-            rewards: [N], raw.
+            rewards: [N] or [P, G], raw. Columns of rewards [P, G] are [P] or [P, G].
             clusters: [N] cluster ids, ints or strings.
             groups: [N] group ids, ints or strings; required by all estimators but `pgrpo`,
-                `batch` and `rae`.
+                `batch` and `rae`. Those of rewards [P, G] are their rows by default.
             weights: [N] what each reward counts for, from 0 to below 2^20; 1 by default.
             score_norms: [N] squared norm of each completion's score, in the same range, which weighs
                 it in the regression of `auto`: for tokens sum_t (1 - pi_t)^2; 1 by default.
             lengths: [N] length of each completion, in the same range, in tokens or any other unit;
                 required by `opo`.
-            out: [N] where to write the advantages.
+            out: where to write the advantages; of the shape of `rewards`.
 
         Returns:
-            [N] advantages, of the kind and precision of `rewards`; or `out`.
+            Advantages of the shape, kind and precision of `rewards`; or `out`.
 
         Raises:
-            DataError: arrays differ in length, an id, reward or weight is not one, or groups or
-                lengths are missing. Nothing was updated then.
+            DataError: arrays differ in length or shape, an id, reward or weight is not one, or groups
+                or lengths are missing. Nothing was updated then.
         """
         found = self._core.advantages(rewards, clusters, groups, weights, score_norms, lengths, out)
         if found is NotImplemented:
@@ -238,7 +243,7 @@ class ClusterNormalizer:
         lengths: Any = None,
         out: Any = None,
     ) -> Any:
-        """Advantages [N] by the histories as they are, which stay so: the other half of a call.
+        """Advantages by the histories as they are, which stay so: the other half of a call.
 
         Arguments, result and errors are those of `advantages`.
         """
@@ -258,7 +263,7 @@ class ClusterNormalizer:
         score_norms: Numbers | None = None,
         lengths: Numbers | None = None,
     ) -> None:
-        """Fold rewards [N] of clusters [N] into the histories: the first half of a call.
+        """Fold rewards of clusters into the histories: the first half of a call.
 
         Arguments are those of `advantages`; `groups` are required by `shrinkage` and `auto` alone.
 
@@ -268,11 +273,11 @@ class ClusterNormalizer:
         done = self._core.update(rewards, clusters, groups, weights, score_norms, lengths)
         if done is NotImplemented:
             values, _ = read_rewards(rewards)
-            columns = read_columns(clusters, groups, weights, score_norms, lengths)
+            columns = read_columns(values.shape, clusters, groups, weights, score_norms, lengths)
             self._core.update(values, *columns)
 
     def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
-        """Take rewards [N] of clusters [N] out of the histories again, which must be in them.
+        """Take rewards of clusters out of the histories again, which must be in them.
 
         Exact up to rounding: what is left is what was never added. Not with `shrinkage`, `auto`, `rae`,
         `track_diagnostics` or `track_delta`, which keep more than can be taken back, nor with
@@ -284,7 +289,7 @@ class ClusterNormalizer:
         """
         if self._core.retract(rewards, clusters, weights) is NotImplemented:
             values, _ = read_rewards(rewards)
-            ids, _, numbers, *_ = read_columns(clusters, None, weights, None, None)
+            ids, _, numbers, *_ = read_columns(values.shape, clusters, None, weights, None, None)
             self._core.retract(values, ids, numbers)
 
     def delta(self) -> bytes:

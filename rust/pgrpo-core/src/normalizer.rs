@@ -354,7 +354,7 @@ impl Visit<'_> {
         mut out: Option<&mut [R]>,
     ) -> Result<(), Error> {
         let Normalizer { options, scale, .. } = self.normalizer;
-        let Options { estimator, track_diagnostics, .. } = *options;
+        let estimator = options.estimator;
         batch.check(out.as_deref().map(<[R]>::len))?;
         let needs_groups = match halves {
             Halves::Update => estimator.keeps_parts,
@@ -366,7 +366,7 @@ impl Visit<'_> {
         if estimator.needs_lengths && halves != Halves::Update && batch.lengths.is_none() {
             return Err(Error::LengthsRequired { estimator: estimator.name });
         }
-        let groups = batch.groups.filter(|_| estimator.needs_groups || track_diagnostics);
+        let groups = batch.groups.filter(|_| options.reads_groups());
         let batch = Batch { groups, ..*batch };
         let (scale, state) = (*scale, self.state());
         let is_only = self.is_only && !state.is_shared();

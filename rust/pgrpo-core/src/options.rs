@@ -136,6 +136,12 @@ pub fn expected(option: &str) -> Option<String> {
 }
 
 impl Options {
+    /// Whether calls read the groups of a batch.
+    #[must_use]
+    pub fn reads_groups(&self) -> bool {
+        self.estimator.needs_groups || self.track_diagnostics
+    }
+
     /// Which sums these options need.
     #[must_use]
     pub fn kept(&self) -> Kept {

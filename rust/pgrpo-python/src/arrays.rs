@@ -1,10 +1,12 @@
 //! Arrays of `NumPy`, and lists, as slices.
 #![allow(unsafe_code, reason = "slices of memory that Python owns")]
 
+use std::borrow::Cow;
 use std::ffi::{c_char, c_int, c_long};
 
+use numpy::ndarray::{Dimension, IntoDimension};
 use numpy::npyffi::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_TYPES};
-use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{Element, PyArray, PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pgrpo_core::AnyId;
 use pgrpo_core::elements::Real;
 use pyo3::prelude::*;
@@ -16,10 +18,13 @@ pub(crate) enum Reals<'a> {
     F64(&'a [f64]),
 }
 
-/// Ids that need no conversion.
+/// Rows and columns of a batch \[P, G\], whose rows are groups; None of a batch \[N\].
+pub(crate) type Grid = Option<[usize; 2]>;
+
+/// Ids that need no conversion, one for each reward.
 pub(crate) enum Ids<'a, 'py> {
-    I32(&'a [i32]),
-    I64(&'a [i64]),
+    I32(Cow<'a, [i32]>),
+    I64(Cow<'a, [i64]>),
     /// Integers and strings; they are kept alive here while a list may change.
     Objects(Vec<Bound<'py, PyAny>>),
 }
@@ -47,45 +52,85 @@ fn any_id<'a>(object: &'a Bound<'_, PyAny>) -> Option<AnyId<'a>> {
     object.cast_exact::<PyInt>().ok()?.extract().ok().map(AnyId::Int)
 }
 
-/// The ids of an array or a list that needs no conversion.
-pub(crate) fn ids<'a, 'py>(object: &'a Bound<'py, PyAny>) -> Option<Ids<'a, 'py>> {
+/// The ids of an array or a list that needs no conversion. Those of a batch \[P, G\] may be \[P\].
+pub(crate) fn ids<'a, 'py>(object: &'a Bound<'py, PyAny>, grid: Grid) -> Option<Ids<'a, 'py>> {
     if let Some(array) = plain(object) {
         return match array.kind {
             // SAFETY: it is an array of that kind and size.
-            Kind::I32 => Some(Ids::I32(unsafe { array.as_slice() })),
-            Kind::I64 => Some(Ids::I64(unsafe { array.as_slice() })),
+            Kind::I32 => Some(Ids::I32(unsafe { array.spread(grid) }?)),
+            Kind::I64 => Some(Ids::I64(unsafe { array.spread(grid) }?)),
             _ => None,
         };
     }
-    let objects: Vec<_> = if let Ok(list) = object.cast_exact::<PyList>() {
-        list.iter().collect()
-    } else {
-        object.cast_exact::<PyTuple>().ok()?.iter().collect()
-    };
+    let mut objects = items(object)?;
+    if let Some([rows, columns]) = grid {
+        if objects.len() != rows {
+            return None;
+        }
+        let mut spread = Vec::with_capacity(rows * columns);
+        let mut num_rows = 0;
+        for object in objects {
+            match items(&object) {
+                Some(row) if row.len() == columns => {
+                    spread.extend(row);
+                    num_rows += 1;
+                }
+                Some(_) => return None,
+                None => spread.extend(std::iter::repeat_n(object, columns)),
+            }
+        }
+        if num_rows != 0 && num_rows != rows {
+            return None;
+        }
+        objects = spread;
+    }
     objects.iter().all(|object| any_id(object).is_some()).then_some(Ids::Objects(objects))
 }
 
-/// The numbers of an array that needs no conversion.
-pub(crate) fn reals<'a>(object: &'a Bound<'_, PyAny>) -> Option<Reals<'a>> {
-    let array = plain(object)?;
-    match array.kind {
-        // SAFETY: it is an array of that kind and size.
-        Kind::F32 => Some(Reals::F32(unsafe { array.as_slice() })),
-        Kind::F64 => Some(Reals::F64(unsafe { array.as_slice() })),
-        _ => None,
+fn items<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
+    if let Ok(list) = object.cast_exact::<PyList>() {
+        return Some(list.iter().collect());
     }
+    Some(object.cast_exact::<PyTuple>().ok()?.iter().collect())
+}
+
+/// The rows of a batch \[P, G\], as ids of groups.
+pub(crate) fn rows<'py>([rows, columns]: [usize; 2]) -> Ids<'static, 'py> {
+    #[expect(clippy::cast_possible_truncation, reason = "so many rewards are refused")]
+    let row = |row| (row as u32).cast_signed();
+    Ids::I32((0..rows).flat_map(|at| std::iter::repeat_n(row(at), columns)).collect())
+}
+
+/// The rewards of an array that needs no conversion.
+pub(crate) fn rewards<'a>(object: &'a Bound<'_, PyAny>) -> Option<(Reals<'a>, Grid)> {
+    let array = plain(object)?;
+    let reals = match array.kind {
+        // SAFETY: it is an array of that kind and size.
+        Kind::F32 => Reals::F32(unsafe { array.as_slice() }),
+        Kind::F64 => Reals::F64(unsafe { array.as_slice() }),
+        _ => return None,
+    };
+    Some((reals, array.grid()))
+}
+
+/// The numbers of an array of float64 that needs no conversion. Those of a batch \[P, G\] may be \[P\].
+pub(crate) fn numbers<'a>(object: &'a Bound<'_, PyAny>, grid: Grid) -> Option<Cow<'a, [f64]>> {
+    let array = plain(object)?;
+    // SAFETY: it is an array of that kind and size.
+    if array.kind == Kind::F64 { unsafe { array.spread(grid) } } else { None }
 }
 
 #[expect(clippy::mut_from_ref, reason = "the array is Python's, and checked to be nobody's input")]
 /// An array to write reals of one kind to, if it shares no memory with the inputs.
 pub(crate) fn reals_mut<'a, R: Real>(
     object: &'a Bound<'_, PyAny>,
+    grid: Grid,
     inputs: &[Option<&Bound<'_, PyAny>>],
 ) -> Option<&'a mut [R]> {
     let array = plain(object)?;
     let writeable = array.flags & NPY_ARRAY_WRITEABLE != 0;
     let kind = if size_of::<R>() == 4 { Kind::F32 } else { Kind::F64 };
-    if !writeable || array.kind != kind {
+    if !writeable || array.kind != kind || array.grid() != grid {
         return None;
     }
     let range = array.addresses();
@@ -101,15 +146,25 @@ pub(crate) fn reals_mut<'a, R: Real>(
     // SAFETY: it is a writeable array of that kind and size, and none of the inputs. As with all of
     // NumPy, whoever writes to an array, or gives it as `out`, in another thread at the same time has
     // a race of their own making; lengths are fixed here, and every index is checked.
-    Some(unsafe { std::slice::from_raw_parts_mut(array.start.cast(), array.length) })
+    Some(unsafe { std::slice::from_raw_parts_mut(array.start.cast(), array.length()) })
 }
 
-/// An array of a few zeros. `NumPy`'s own zeros are the faster the more they are, and the slower the
-/// fewer.
-pub(crate) fn few<R: Element>(py: Python<'_>, size: usize) -> Bound<'_, PyArray1<R>> {
+/// Below this many, `NumPy`'s own zeros take longer than zeros written here.
+const FEW: usize = 4096;
+
+/// An array of zeros.
+pub(crate) fn zeros<R: Element, D: IntoDimension>(
+    py: Python<'_>,
+    shape: D,
+) -> Bound<'_, PyArray<R, D::Dim>> {
+    let shape = shape.into_dimension();
+    let size = shape.size();
+    if size >= FEW {
+        return PyArray::zeros(py, shape, false);
+    }
     // SAFETY: every number is written, and zeros are numbers.
     unsafe {
-        let array = PyArray1::<R>::new(py, [size], false);
+        let array = PyArray::new(py, shape, false);
         std::ptr::write_bytes(array.data(), 0, size);
         array
     }
@@ -118,8 +173,8 @@ pub(crate) fn few<R: Element>(py: Python<'_>, size: usize) -> Bound<'_, PyArray1
 #[expect(clippy::mut_from_ref, reason = "nobody else has the array")]
 /// The numbers of an array that was just made. `NumPy`'s own account of who borrows what would take as
 /// long as a small batch.
-pub(crate) fn fresh_mut<'a, R: Element>(
-    array: &'a Bound<'_, PyArray1<R>>,
+pub(crate) fn fresh_mut<'a, R: Element, D: Dimension>(
+    array: &'a Bound<'_, PyArray<R, D>>,
 ) -> PyResult<&'a mut [R]> {
     // SAFETY: it is contiguous, and no reference to it has left this call.
     Ok(unsafe { array.as_slice_mut() }?)
@@ -134,12 +189,13 @@ pub(crate) fn bytes_mut(array: &Bound<'_, PyArray1<u8>>) -> Option<(*mut u8, usi
     (fields.flags & wanted == wanted).then(|| (fields.data.cast(), array.len()))
 }
 
-/// An array of one dimension, contiguous, aligned, in native byte order.
+/// An array of one or two dimensions, contiguous, aligned, in native byte order.
 #[derive(Clone, Copy)]
 struct Plain {
     kind: Kind,
     flags: c_int,
-    length: usize,
+    rows: usize,
+    columns: Option<usize>,
     start: *mut u8,
 }
 
@@ -177,16 +233,40 @@ impl Kind {
 }
 
 impl Plain {
+    fn length(&self) -> usize {
+        self.rows * self.columns.unwrap_or(1)
+    }
+
+    fn grid(&self) -> Grid {
+        self.columns.map(|columns| [self.rows, columns])
+    }
+
     /// # Safety
     /// Its items are of type T, and live as long as `'a`.
     unsafe fn as_slice<'a, T>(&self) -> &'a [T] {
         // SAFETY: NumPy's own account of the array, which `plain` has checked.
-        unsafe { std::slice::from_raw_parts(self.start.cast(), self.length) }
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.length()) }
+    }
+
+    /// One item for each reward of a batch, which may all be those of a row; None if they are of
+    /// another shape. Whether there are N of a batch \[N\] is left to the core.
+    ///
+    /// # Safety
+    /// As for `as_slice`.
+    unsafe fn spread<'a, T: Copy>(&self, grid: Grid) -> Option<Cow<'a, [T]>> {
+        // SAFETY: as promised.
+        let items: &[T] = unsafe { self.as_slice() };
+        if self.grid().is_some() || grid.is_none() {
+            return (self.grid() == grid).then_some(Cow::Borrowed(items));
+        }
+        let [rows, columns] = grid?;
+        let spread = items.iter().flat_map(|&item| std::iter::repeat_n(item, columns));
+        (self.rows == rows).then(|| spread.collect())
     }
 
     fn addresses(&self) -> std::ops::Range<usize> {
         let start = self.start.addr();
-        start..start + self.length * self.kind.size()
+        start..start + self.length() * self.kind.size()
     }
 }
 
@@ -200,13 +280,19 @@ fn plain(object: &Bound<'_, PyAny>) -> Option<Plain> {
         (fields, &(*fields.descr).fields)
     };
     let swapped = if cfg!(target_endian = "little") { '>' } else { '<' } as c_char;
-    if fields.nd != 1 || fields.flags & wanted != wanted || dtype.byteorder == swapped {
+    let known = fields.nd == 1 || fields.nd == 2;
+    if !known || fields.flags & wanted != wanted || dtype.byteorder == swapped {
         return None;
     }
-    // SAFETY: an array of one dimension has one length.
-    let length = usize::try_from(unsafe { *fields.dimensions }).ok()?;
-    // Zero items may have no address.
-    let start =
-        if length == 0 { std::ptr::dangling_mut::<u64>().cast() } else { fields.data.cast() };
-    Some(Plain { kind: Kind::of(dtype.type_num)?, flags: fields.flags, length, start })
+    // SAFETY: an array has as many lengths as dimensions.
+    let length = |axis| usize::try_from(unsafe { *fields.dimensions.add(axis) }).ok();
+    let rows = length(0)?;
+    let columns = if fields.nd == 2 { Some(length(1)?) } else { None };
+    let kind = Kind::of(dtype.type_num)?;
+    let mut array = Plain { kind, flags: fields.flags, rows, columns, start: fields.data.cast() };
+    if array.length() == 0 {
+        // Zero items may have no address.
+        array.start = std::ptr::dangling_mut::<u64>().cast();
+    }
+    Some(array)
 }

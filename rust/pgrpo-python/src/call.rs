@@ -1,12 +1,14 @@
 //! One call: its arguments read, the interpreter left where that pays, the core called.
 
-use numpy::{Element, PyArray1};
+use std::borrow::Cow;
+
+use numpy::Element;
 use pgrpo_core::elements::Real;
 use pgrpo_core::{Batch, Error, Normalizer, Visit};
 use pyo3::prelude::*;
 
-use crate::arrays::{Ids, Reals, few, fresh_mut, ids, reals, reals_mut};
-use crate::errors::to_python;
+use crate::arrays::{Grid, Ids, Reals, fresh_mut, ids, numbers, reals_mut, rewards, rows, zeros};
+use crate::errors::to_python_of;
 
 /// Below this many rewards a call is over before other threads could have used the interpreter.
 const DETACH_FROM: usize = 4096;
@@ -19,6 +21,7 @@ fn run(
     py: Python<'_>,
     core: &Normalizer,
     size: usize,
+    grid: Grid,
     work: impl FnOnce(&Visit<'_>) -> Result<(), Error> + Send,
 ) -> PyResult<()> {
     let result = if size >= DETACH_FROM {
@@ -32,7 +35,7 @@ fn run(
     } else {
         work(&core.visit())
     };
-    result.map_err(to_python)
+    result.map_err(|error| to_python_of(error, grid))
 }
 
 /// Does work that ends a visit, or the time alone, without the interpreter. Who waits for that end holds
@@ -85,40 +88,41 @@ pub(crate) struct Arguments<'a, 'py> {
     pub(crate) out: Option<&'a Bound<'py, PyAny>>,
 }
 
-/// Reads the arguments and calls the core. None where one of them is not of the plainest kind.
+/// Reads the arguments and calls the core. None where one of them is not of the plainest kind, or of a
+/// shape that does not go with that of the rewards.
 pub(crate) fn call<'py>(
     core: &Normalizer,
     py: Python<'py>,
     method: Method,
     arguments: &Arguments<'_, 'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some(clusters) = ids(arguments.clusters) else { return Ok(None) };
+    let Some((rewards, grid)) = rewards(arguments.rewards) else { return Ok(None) };
+    let Some(clusters) = ids(arguments.clusters, grid) else { return Ok(None) };
     let groups = match arguments.groups {
-        None => None,
-        Some(groups) => match ids(groups) {
+        None => grid.filter(|_| core.options().reads_groups()).map(rows),
+        Some(groups) => match ids(groups, grid) {
             None => return Ok(None),
             groups => groups,
         },
     };
     let Arguments { weights, score_norms, lengths, .. } = *arguments;
-    let mut columns = [None; 3];
+    let mut columns = [const { None }; 3];
     for (column, argument) in columns.iter_mut().zip([weights, score_norms, lengths]) {
         if let Some(argument) = argument {
-            let Some(Reals::F64(values)) = reals(argument) else { return Ok(None) };
+            let Some(values) = numbers(argument, grid) else { return Ok(None) };
             *column = Some(values);
         }
     }
     let [weights, score_norms, lengths] = columns;
-    match reals(arguments.rewards) {
-        Some(Reals::F32(rewards)) => {
-            let batch = Parts { rewards, clusters, groups, weights, score_norms, lengths };
-            call_parts(core, py, method, &batch, arguments)
+    match rewards {
+        Reals::F32(rewards) => {
+            let parts = Parts { rewards, grid, clusters, groups, weights, score_norms, lengths };
+            call_parts(core, py, method, &parts, arguments)
         }
-        Some(Reals::F64(rewards)) => {
-            let batch = Parts { rewards, clusters, groups, weights, score_norms, lengths };
-            call_parts(core, py, method, &batch, arguments)
+        Reals::F64(rewards) => {
+            let parts = Parts { rewards, grid, clusters, groups, weights, score_norms, lengths };
+            call_parts(core, py, method, &parts, arguments)
         }
-        None => Ok(None),
     }
 }
 
@@ -129,12 +133,14 @@ fn call_parts<'py, R: Real + Element>(
     parts: &Parts<'_, 'py, R>,
     arguments: &Arguments<'_, 'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let size = parts.rewards.len();
+    let (size, grid) = (parts.rewards.len(), parts.grid);
     parts.with_batch(|batch| {
         if !method.gives_advantages() {
-            run(py, core, size, |visit| method.call(visit, batch, &mut []))?;
+            run(py, core, size, grid, |visit| method.call(visit, batch, &mut []))?;
             return Ok(Some(py.None().into_bound(py)));
         }
+        let fill =
+            |out: &mut [R]| run(py, core, size, grid, |visit| method.call(visit, batch, out));
         if let Some(given) = arguments.out {
             let inputs = [
                 Some(arguments.rewards),
@@ -144,14 +150,17 @@ fn call_parts<'py, R: Real + Element>(
                 arguments.score_norms,
                 arguments.lengths,
             ];
-            let Some(out) = reals_mut::<R>(given, &inputs) else { return Ok(None) };
-            run(py, core, size, |visit| method.call(visit, batch, out))?;
+            let Some(out) = reals_mut::<R>(given, grid, &inputs) else { return Ok(None) };
+            fill(out)?;
             return Ok(Some(given.clone()));
         }
-        let array =
-            if size < DETACH_FROM { few(py, size) } else { PyArray1::zeros(py, size, false) };
-        let out = fresh_mut(&array)?;
-        run(py, core, size, |visit| method.call(visit, batch, out))?;
+        if let Some(shape) = grid {
+            let array = zeros::<R, _>(py, shape);
+            fill(fresh_mut(&array)?)?;
+            return Ok(Some(array.into_any()));
+        }
+        let array = zeros::<R, _>(py, size);
+        fill(fresh_mut(&array)?)?;
         Ok(Some(array.into_any()))
     })
 }
@@ -159,16 +168,19 @@ fn call_parts<'py, R: Real + Element>(
 /// What a batch is made of, as it was read.
 struct Parts<'a, 'py, R> {
     rewards: &'a [R],
+    grid: Grid,
     clusters: Ids<'a, 'py>,
     groups: Option<Ids<'a, 'py>>,
-    weights: Option<&'a [f64]>,
-    score_norms: Option<&'a [f64]>,
-    lengths: Option<&'a [f64]>,
+    weights: Option<Cow<'a, [f64]>>,
+    score_norms: Option<Cow<'a, [f64]>>,
+    lengths: Option<Cow<'a, [f64]>>,
 }
 
 impl<R> Parts<'_, '_, R> {
     fn with_batch<T>(&self, work: impl FnOnce(&Batch<'_, R>) -> PyResult<T>) -> PyResult<T> {
-        let Self { rewards, weights, score_norms, lengths, .. } = *self;
+        let rewards = self.rewards;
+        let columns = [&self.weights, &self.score_norms, &self.lengths];
+        let [weights, score_norms, lengths] = columns.map(Option::as_deref);
         self.clusters.with(|clusters| {
             let batch = Batch { rewards, clusters, groups: None, weights, score_norms, lengths };
             match &self.groups {

@@ -3,12 +3,27 @@
 use pgrpo_core::Error;
 use pyo3::prelude::*;
 
+use crate::arrays::Grid;
+
 pyo3::import_exception!(pgrpo.errors, CheckpointError);
 pyo3::import_exception!(pgrpo.errors, ConfigError);
 pyo3::import_exception!(pgrpo.errors, DataError);
 
 pub(crate) fn to_python(error: Error) -> PyErr {
-    let message = error.to_string();
+    to_python_of(error, None)
+}
+
+/// The error of a batch, whose entry is named as it lies in rows and columns if it has such.
+pub(crate) fn to_python_of(error: Error, grid: Grid) -> PyErr {
+    let mut message = error.to_string();
+    let index = match error {
+        Error::NonFinite { index, .. } | Error::Weight { index, .. } => Some(index),
+        _ => None,
+    };
+    if let (Some(index), Some([_, columns])) = (index, grid) {
+        let place = format!("[{}, {}]", index / columns, index % columns);
+        message = message.replacen(&format!("[{index}]"), &place, 1);
+    }
     match error {
         Error::Option { .. } | Error::Unsupported { .. } => ConfigError::new_err(message),
         Error::Snapshot { .. } => CheckpointError::new_err(message),

@@ -131,7 +131,7 @@ fn drop_clusters<'py>(
     work: impl FnOnce(Alone<'_>, pgrpo_core::Ids<'_>) -> Result<usize, pgrpo_core::Error> + Send,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = normalizer.py();
-    let Some(ids) = ids(clusters) else {
+    let Some(ids) = ids(clusters, None) else {
         return Ok(PyNotImplemented::get(py).to_owned().into_any());
     };
     let dropped = normalizer.get().checked(|core| {
@@ -153,7 +153,7 @@ impl Normalizer {
         Ok(Self { core, memory: None })
     }
 
-    /// Fold a batch into the histories and return its advantages [N].
+    /// Fold a batch into the histories and return its advantages.
     #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
     fn advantages<'py>(
         slf: &Bound<'py, Self>,
@@ -185,7 +185,7 @@ impl Normalizer {
         slf.get().call(slf.py(), Method::Update, &arguments)
     }
 
-    /// Advantages [N] by the histories as they are.
+    /// Advantages by the histories as they are.
     #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
     fn normalize<'py>(
         slf: &Bound<'py, Self>,
