@@ -8,7 +8,17 @@ from numpy.typing import NDArray
 from pgrpo.normalizer.options import Options
 from pgrpo.types import ClusterId
 
-__all__ = ["RULES", "Normalizer", "Rule", "__version__", "_noop", "check", "expected", "layout"]
+__all__ = [
+    "RULES",
+    "Normalizer",
+    "Rule",
+    "Several",
+    "__version__",
+    "_noop",
+    "check",
+    "expected",
+    "layout",
+]
 
 __version__: str
 
@@ -81,6 +91,55 @@ class Rule:
         """Whether it standardises the advantages of the whole call."""
     def without_effect(self, frequency_weight: float) -> list[str]:
         """Options that have no effect on advantages, with this `frequency_weight`."""
+
+@final
+class Several:
+    """The same for several rewards of each rollout, which have an axis more: [N, R] or [P, G, R]."""
+
+    def __new__(
+        cls,
+        options: Options,
+        names: list[str],
+        weights: list[float],
+        sums_first: bool,
+        parts: list[Normalizer],
+        /,
+    ) -> Several:
+        """`parts` keep the histories: one of the weighted sum if `sums_first`, else one of each reward.
+        Their options have neither a `clip` nor an estimator that whitens, which are of the whole."""
+    def advantages(
+        self,
+        rewards: Any,
+        clusters: Any,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        lengths: Any,
+        out: Any,
+        /,
+    ) -> Any: ...
+    def update(
+        self,
+        rewards: Any,
+        clusters: Any,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        lengths: Any,
+        /,
+    ) -> Any: ...
+    def normalize(
+        self,
+        rewards: Any,
+        clusters: Any,
+        groups: Any,
+        weights: Any,
+        score_norms: Any,
+        lengths: Any,
+        out: Any,
+        /,
+    ) -> Any: ...
+    def retract(self, rewards: Any, clusters: Any, weights: Any, /) -> Any: ...
 
 @final
 class Normalizer:

@@ -55,6 +55,7 @@ MAX_ID = 2**63
 
 def call_plainly(
     call: Callable[..., Any],
+    several: int | None,
     rewards: Any,
     clusters: Any,
     groups: Any,
@@ -71,12 +72,12 @@ def call_plainly(
     Raises:
         DataError: an argument is not what is expected of it.
     """
-    values, give_back = read_rewards(rewards)
+    values, shape, give_back = read_rewards(rewards, several)
     columns = clusters, groups, weights, score_norms, lengths
-    inputs = (values, *read_columns(values.shape, *columns))
+    inputs = (values, *read_columns(shape, *columns))
     if out is None:
         return give_back(call(*inputs, None))
-    view = read_out(out, values)
+    view = read_out(out, shape, values.dtype)
     if is_plain(view, inputs):
         call(*inputs, view)
     else:
@@ -101,8 +102,9 @@ def read_columns(
     )
 
 
-def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:
-    """Rewards [N] or [P, G] as float32 or float64, and the way back from advantages to their kind.
+def read_rewards(rewards: Any, several: int | None) -> tuple[Plain, Shape, Callable[[Plain], Any]]:
+    """Rewards [N] or [P, G] as float32 or float64, that shape, and the way back from advantages to
+    their kind. Where there are several of each rollout, R, they are [N, R] or [P, G, R].
 
     float32 stays so, and so do narrower floats become; everything else becomes float64. None and
     masked entries are NaN.
@@ -111,10 +113,17 @@ def read_rewards(rewards: Any) -> tuple[Plain, Callable[[Plain], Any]]:
         DataError: they are not real numbers of one or two dimensions.
     """
     found = _as_numpy(rewards, "rewards", "numbers")
-    if found.ndim not in (1, 2) and found.dtype.kind in NUMBERS:
-        raise DataError(f"rewards has shape {found.shape}; expected [N], or [P, G] of groups")
+    shape, several_of_each = found.shape, found.shape[:0]
+    if several is not None:
+        shape, several_of_each = shape[:-1], shape[-1:]
+    fits = len(shape) in (1, 2) and several_of_each == (() if several is None else (several,))
+    if not fits and found.dtype.kind in NUMBERS:
+        expected = "[N], or [P, G] of groups"
+        if several is not None:
+            expected = f"[N, {several}], or [P, G, {several}] of groups"
+        raise DataError(f"rewards has shape {found.shape}; expected {expected}")
     values = _plain(found, rewards, "rewards", np.float32 if _is_narrow(found) else np.float64)
-    return values, _way_back(rewards)
+    return values, shape, _way_back(rewards)
 
 
 def read_numbers(values: Any, name: str, shape: Shape) -> NDArray[np.float64] | None:
@@ -173,7 +182,7 @@ def read_ids(ids: Any, name: str, shape: Shape = (0,)) -> NDArray[Any] | list[An
             raise DataError(f"{name} has dtype {found.dtype}; expected {expected}")
 
 
-def read_out(out: Any, rewards: Plain) -> Plain:
+def read_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Plain:
     """A writable view of the memory that advantages are asked to be written to.
 
     Raises:
@@ -187,10 +196,10 @@ def read_out(out: Any, rewards: Plain) -> Plain:
     elif not isinstance(out, np.ndarray) and not _is_buffer(out):
         raise DataError(f"out is {short(out)}; expected an array or a tensor to write to")
     view = np.asarray(out if _is_tensor(out) else _as_numpy(out, "out", "numbers"))
-    if view.dtype != rewards.dtype:
-        raise DataError(f"out has dtype {view.dtype}; expected {rewards.dtype}")
-    if view.shape != rewards.shape:
-        raise DataError(f"out has shape {view.shape}; expected {rewards.shape}")
+    if view.dtype != dtype:
+        raise DataError(f"out has dtype {view.dtype}; expected {dtype}")
+    if view.shape != shape:
+        raise DataError(f"out has shape {view.shape}; expected {shape}")
     if not view.flags.writeable:
         raise DataError("out is read-only; expected an array that can be written to")
     return view

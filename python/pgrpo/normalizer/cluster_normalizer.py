@@ -10,15 +10,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from numpy.typing import NDArray
 
-from pgrpo.errors import CheckpointError, DataError
-from pgrpo.normalizer import _core, state
+from pgrpo.errors import CheckpointError, ConfigError, DataError
+from pgrpo.normalizer import state
 from pgrpo.normalizer.arrays import call_plainly, read_columns, read_ids, read_rewards, short
 from pgrpo.normalizer.diagnostics import Diagnostics, diagnose
 from pgrpo.normalizer.options import Options, made_of_options
+from pgrpo.normalizer.several import Histories, RewardOptions, core_of
 from pgrpo.normalizer.shared_memory import open_table, shared_path
 from pgrpo.normalizer.state import ClusterStats
 from pgrpo.types import ClusterId
@@ -61,6 +63,13 @@ class ClusterNormalizer:
     row. Clusters are then [P] or [P, G], and so are all other columns; groups are the rows if none are
     given. Rewards that lie in rows are those of their rows put one after another.
 
+    **Several rewards** of each rollout are [N, R] or [P, G, R], with `reward_weights` [R]; advantages
+    stay [N] or [P, G]. `combine` tells what is normalised: their weighted sum, or each reward by a
+    history of its own (`rewards`), so that none drowns another by its spread. A reward that is missing
+    in a rollout is refused by the `nan_policy` `raise`; with `zero` the sum is over the others, and
+    with `propagate` the advantage is NaN. Histories of several rewards are saved, loaded and merged
+    together, and only where names and order are the same.
+
     **Ids** of clusters and groups are ints of 64 bits or strings, also mixed: `1` and `"1"` are
     different. Bools and floats are refused.
 
@@ -81,16 +90,21 @@ class ClusterNormalizer:
     Threads must not share one `out`. A child that is forked in the middle of other threads' calls goes
     on with the histories as they were at that moment.
 
-    Its arguments are those of `pgrpo.normalizer.Options`.
+    Its arguments are those of `pgrpo.normalizer.Options`, and those of several rewards.
     """
 
     _shared: tuple[str, int] | None = None
     """Path and capacity of a table of several processes."""
 
-    @made_of_options(Options)
-    def __init__(self, options: Options) -> None:
+    @made_of_options(RewardOptions)
+    def __init__(self, options: RewardOptions) -> None:
         self._options = options
-        self._core = _core.Normalizer(options)
+        parts = options.parts()
+        self._rewards = {name: type(self)(**asdict(part)) for name, part in parts.items()}
+        cores = {name: part._histories for name, part in self._rewards.items()}
+        self._several = len(options.reward_weights) if options.reward_weights else None
+        self._core: Any = core_of(options, cores)
+        self._histories: Any = Histories(options, cores) if cores else self._core
 
     @classmethod
     def shared(
@@ -123,9 +137,19 @@ class ClusterNormalizer:
         """
         path = shared_path(path_or_name)
         self = cls(estimator, **options)
-        self._core = open_table(path, self._options, capacity)
+        if self._rewards:
+            raise ConfigError("reward_weights are given; a shared table is of one reward")
+        self._core = self._histories = open_table(path, self._options, capacity)
         self._shared = (str(path.resolve()), capacity)
         return self
+
+    @property
+    def rewards(self) -> Mapping[str, ClusterNormalizer]:
+        """By reward: its own histories, to be read and watched; they are those of the whole.
+
+        With `sum_then_normalize` there is one entry, `"sum"`; without `reward_weights` none.
+        """
+        return MappingProxyType(self._rewards)
 
     @property
     def is_shared(self) -> bool:
@@ -227,7 +251,7 @@ class ClusterNormalizer:
         if found is NotImplemented:
             core = self._core.advantages
             columns = weights, score_norms, lengths
-            found = call_plainly(core, rewards, clusters, groups, *columns, out)
+            found = call_plainly(core, self._several, rewards, clusters, groups, *columns, out)
         return found
 
     __call__ = advantages
@@ -251,7 +275,7 @@ class ClusterNormalizer:
         if found is NotImplemented:
             core = self._core.normalize
             columns = weights, score_norms, lengths
-            found = call_plainly(core, rewards, clusters, groups, *columns, out)
+            found = call_plainly(core, self._several, rewards, clusters, groups, *columns, out)
         return found
 
     def update(
@@ -272,8 +296,8 @@ class ClusterNormalizer:
         """
         done = self._core.update(rewards, clusters, groups, weights, score_norms, lengths)
         if done is NotImplemented:
-            values, _ = read_rewards(rewards)
-            columns = read_columns(values.shape, clusters, groups, weights, score_norms, lengths)
+            values, shape, _ = read_rewards(rewards, self._several)
+            columns = read_columns(shape, clusters, groups, weights, score_norms, lengths)
             self._core.update(values, *columns)
 
     def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
@@ -288,8 +312,8 @@ class ClusterNormalizer:
             DataError: as for `advantages`, or a history has fewer samples. Nothing was taken out then.
         """
         if self._core.retract(rewards, clusters, weights) is NotImplemented:
-            values, _ = read_rewards(rewards)
-            ids, _, numbers, *_ = read_columns(values.shape, clusters, None, weights, None, None)
+            values, shape, _ = read_rewards(rewards, self._several)
+            ids, _, numbers, *_ = read_columns(shape, clusters, None, weights, None, None)
             self._core.retract(values, ids, numbers)
 
     def delta(self) -> bytes:
@@ -303,12 +327,12 @@ class ClusterNormalizer:
         Raises:
             ConfigError: deltas are not tracked.
         """
-        return self._core.delta()
+        return self._histories.delta()
 
     @property
     def num_nonfinite(self) -> int:
         """Non-finite rewards that calls and updates have left out of the histories."""
-        return self._core.num_nonfinite
+        return self._histories.num_nonfinite
 
     def snapshot(self) -> dict[ClusterId, ClusterStats]:
         """Count, mean and standard deviation of each cluster with a history.
@@ -316,7 +340,7 @@ class ClusterNormalizer:
         Ints in [0, 2^22) come first, in ascending order; then all other ids, in the order in which
         they were first met.
         """
-        return state.stats(self._core.columns(), self._options.ddof)
+        return state.stats(self._histories.columns(), self._options.ddof)
 
     def diagnostics(self) -> Diagnostics:
         """What the running sums tell about the clusters, and warnings where something may go wrong.
@@ -326,7 +350,7 @@ class ClusterNormalizer:
         or `auto`, and groups in every call. Whether groups mix clusters is not told by sums of
         clusters: who has the groups has to look.
         """
-        ids, columns, *_, num_nonfinite = self._core.columns()
+        ids, columns, *_, num_nonfinite = self._histories.columns()
         sums = dict(zip(state.SUMS, columns.T, strict=True))
         return diagnose(ids, sums, num_nonfinite, self._options)
 
@@ -336,6 +360,8 @@ class ClusterNormalizer:
         `load_state_dict` restores it bit for bit, also after a trip through JSON. Options are not part
         of it: histories mean the same to every estimator.
         """
+        if self._rewards:
+            return self._histories.to_dict()
         return state.to_dict(self._core.columns())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -347,9 +373,11 @@ class ClusterNormalizer:
         Raises:
             CheckpointError: it is not the state of a normalizer; everything stays as it was.
         """
-        columns = state.from_dict(state_dict)
         try:
-            self._core.restore_columns(columns)
+            if self._rewards:
+                self._histories.restore_dict(state_dict)
+            else:
+                self._core.restore_columns(state.from_dict(state_dict))
         except (CheckpointError, UnicodeError) as error:
             raise CheckpointError(f"normalizer state: {error}") from None
 
@@ -362,7 +390,7 @@ class ClusterNormalizer:
         Raises:
             CheckpointError: it cannot be written.
         """
-        state.write_file(path, self._core.encode())
+        state.write_file(path, self._histories.encode())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace all that is remembered by what `save` wrote. Options stay.
@@ -372,7 +400,7 @@ class ClusterNormalizer:
         """
         snapshot = state.read_file(path)
         try:
-            self._core.restore(snapshot)
+            self._histories.restore(snapshot)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
@@ -396,18 +424,18 @@ class ClusterNormalizer:
         Raises:
             DataError: an id is not one; nothing was dropped then.
         """
-        dropped = self._core.forget(clusters)
+        dropped = self._histories.forget(clusters)
         return (
-            self._core.forget(read_ids(clusters, "clusters"))
+            self._histories.forget(read_ids(clusters, "clusters"))
             if dropped is NotImplemented
             else dropped
         )
 
     def keep(self, clusters: Ids) -> int:
         """Drop the histories of all clusters but these; everything else is as for `forget`."""
-        dropped = self._core.keep(clusters)
+        dropped = self._histories.keep(clusters)
         return (
-            self._core.keep(read_ids(clusters, "clusters"))
+            self._histories.keep(read_ids(clusters, "clusters"))
             if dropped is NotImplemented
             else dropped
         )
@@ -425,9 +453,9 @@ class ClusterNormalizer:
             DataError: it is something else.
         """
         if isinstance(other, ClusterNormalizer):
-            self._core.merge(other._core.encode())
+            self._histories.merge(other._histories.encode())
         elif isinstance(cast(object, other), bytes):
-            self._core.merge(other)
+            self._histories.merge(other)
         else:
             raise DataError(f"other is {short(other)}; expected a ClusterNormalizer or bytes")
 
@@ -439,13 +467,14 @@ class ClusterNormalizer:
         options = asdict(self._options)
         if self._shared:
             return type(self)._made_again, (options, *self._shared)
-        kept = {name: value for name, value in self.__dict__.items() if name != "_core"}
-        return type(self)._made_again, (options, self._core.encode()), kept
+        made = "_core", "_histories", "_rewards", "_several"
+        kept = {name: value for name, value in self.__dict__.items() if name not in made}
+        return type(self)._made_again, (options, self._histories.encode()), kept
 
     @classmethod
     def _made_again(cls, options: dict[str, Any], source: bytes | str, capacity: int = 0) -> Self:
         if isinstance(source, str):
             return cls.shared(Path(source), capacity=capacity, **options)
         made = cls(**options)
-        made._core.restore(source)
+        made._histories.restore(source)
         return made

@@ -17,6 +17,7 @@ from pgrpo.normalizer import _core
 
 P = ParamSpec("P")
 SelfT = TypeVar("SelfT")
+OptionsT = TypeVar("OptionsT", bound="Options")
 
 RULES: Mapping[str, _core.Rule] = _core.RULES
 """Every estimator, by the name users write."""
@@ -91,12 +92,12 @@ class Options:
 
 
 def made_of_options(
-    options: Callable[P, Options],
-) -> Callable[[Callable[[SelfT, Options], None]], Callable[Concatenate[SelfT, P], None]]:
+    options: Callable[P, OptionsT],
+) -> Callable[[Callable[[SelfT, OptionsT], None]], Callable[Concatenate[SelfT, P], None]]:
     """Let a constructor take the options themselves: their names, defaults and documentation."""
 
     def decorate(
-        start: Callable[[SelfT, Options], None],
+        start: Callable[[SelfT, OptionsT], None],
     ) -> Callable[Concatenate[SelfT, P], None]:
         def __init__(self: SelfT, *given: P.args, **named: P.kwargs) -> None:  # noqa: N807
             start(self, options(*given, **named))

@@ -123,6 +123,12 @@ impl<'a, R: Real> Batch<'a, R> {
         Ok(())
     }
 
+    /// The same with other rewards.
+    pub(crate) fn of<S: Real>(&self, rewards: &'a [S]) -> Batch<'a, S> {
+        let Self { clusters, groups, weights, score_norms, lengths, .. } = *self;
+        Batch { rewards, clusters, groups, weights, score_norms, lengths }
+    }
+
     /// Positions of non-finite rewards.
     pub(crate) fn holes(&self) -> impl Iterator<Item = usize> {
         let rewards = self.rewards.iter().enumerate();

@@ -50,6 +50,15 @@ pub enum Error {
         /// The reward.
         value: f64,
     },
+    /// One of several rewards of a rollout is such.
+    NonFiniteOf {
+        /// Name of the reward.
+        reward: String,
+        /// Position of the rollout.
+        index: usize,
+        /// The reward.
+        value: f64,
+    },
     /// A weight, score norm or length is negative, not a number, or 2^20 and more.
     Weight {
         /// `weights`, `score_norms` or `lengths`.
@@ -123,6 +132,11 @@ impl fmt::Display for Error {
                 out,
                 "rewards[{index}] is {value:?}; expected a finite number below 1e140 in magnitude, \
                  or another nan_policy"
+            ),
+            Self::NonFiniteOf { reward, index, value } => write!(
+                out,
+                "rewards[{index}] of {reward:?} is {value:?}; expected a finite number below 1e140 in \
+                 magnitude, or another nan_policy"
             ),
             Self::Weight { name, index, value } => {
                 write!(out, "{name}[{index}] is {value:?}; expected a number from 0 to below 2^20")

@@ -31,6 +31,8 @@ pub mod moments;
 pub mod normalizer;
 #[cfg(not(loom))]
 pub mod options;
+#[cfg(not(loom))]
+pub mod several;
 pub mod shared;
 #[cfg(not(loom))]
 pub mod simd;
@@ -54,6 +56,7 @@ pub use {
     gate::forked,
     normalizer::{Alone, Normalizer, Visit},
     options::{NanPolicy, Options, Order},
+    several::{Combination, Several},
     snapshot::Snapshot,
     state::Entry,
 };

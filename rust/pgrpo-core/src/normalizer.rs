@@ -235,6 +235,15 @@ impl Visit<'_> {
     /// Those of [`advantages`](Self::advantages), and [`Error::Retract`] where a history has fewer
     /// samples, [`Error::Unsupported`] where more than histories is kept: nothing was changed then.
     pub fn retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        self.retract_if(batch, true)
+    }
+
+    /// Whether a batch could be taken out of the histories.
+    pub(crate) fn check_retract<R: Real>(&self, batch: &Batch<'_, R>) -> Result<(), Error> {
+        self.retract_if(batch, false)
+    }
+
+    fn retract_if<R: Real>(&self, batch: &Batch<'_, R>, is_meant: bool) -> Result<(), Error> {
         let options = &self.normalizer.options;
         let tracks = options.track_diagnostics || options.track_delta;
         let keeps_more = |rule: &Rule| rule.keeps_parts || rule.baseline.is_some();
@@ -258,7 +267,7 @@ impl Visit<'_> {
             let kept: Vec<usize> = (0..batch.rewards.len())
                 .filter(|&entry| is_finite_reward(batch.rewards[entry].to_f64()))
                 .collect();
-            return self.retract(&batch.only(&kept).borrow());
+            return self.retract_if(&batch.only(&kept).borrow(), is_meant);
         }
         let state = self.state();
         let batch = Batch { groups: None, ..*batch };
@@ -280,6 +289,9 @@ impl Visit<'_> {
                 if rewards.read(key).retract(moments).is_none() {
                     return refuse(key, moments.count);
                 }
+            }
+            if !is_meant {
+                return Ok(());
             }
             for (at, (&key, &moments)) in parts().enumerate() {
                 if let Err(refused) = rewards.retract(key, moments) {
@@ -347,15 +359,15 @@ impl Visit<'_> {
         state.merge(&snapshot, snapshot.pooled())
     }
 
-    fn run<R: Real>(
+    /// Refuses all that can be refused of a batch but its rewards' values.
+    pub(crate) fn check<R: Real>(
         &self,
         batch: &Batch<'_, R>,
         halves: Halves,
-        mut out: Option<&mut [R]>,
+        out: Option<usize>,
     ) -> Result<(), Error> {
-        let Normalizer { options, scale, .. } = self.normalizer;
-        let estimator = options.estimator;
-        batch.check(out.as_deref().map(<[R]>::len))?;
+        let estimator = self.normalizer.options.estimator;
+        batch.check(out)?;
         let needs_groups = match halves {
             Halves::Update => estimator.keeps_parts,
             Halves::Both | Halves::Normalize => estimator.needs_groups,
@@ -366,6 +378,17 @@ impl Visit<'_> {
         if estimator.needs_lengths && halves != Halves::Update && batch.lengths.is_none() {
             return Err(Error::LengthsRequired { estimator: estimator.name });
         }
+        Ok(())
+    }
+
+    pub(crate) fn run<R: Real>(
+        &self,
+        batch: &Batch<'_, R>,
+        halves: Halves,
+        mut out: Option<&mut [R]>,
+    ) -> Result<(), Error> {
+        self.check(batch, halves, out.as_deref().map(<[R]>::len))?;
+        let Normalizer { options, scale, .. } = self.normalizer;
         let groups = batch.groups.filter(|_| options.reads_groups());
         let batch = Batch { groups, ..*batch };
         let (scale, state) = (*scale, self.state());

@@ -101,9 +101,15 @@ pub(crate) fn rows<'py>([rows, columns]: [usize; 2]) -> Ids<'static, 'py> {
     Ids::I32((0..rows).flat_map(|at| std::iter::repeat_n(row(at), columns)).collect())
 }
 
-/// The rewards of an array that needs no conversion.
-pub(crate) fn rewards<'a>(object: &'a Bound<'_, PyAny>) -> Option<(Reals<'a>, Grid)> {
-    let array = plain(object)?;
+/// The rewards of an array that needs no conversion. Several of each rollout lie on a last axis.
+pub(crate) fn rewards<'a>(
+    object: &'a Bound<'_, PyAny>,
+    several: Option<usize>,
+) -> Option<(Reals<'a>, Grid)> {
+    let array = plain_rows(object, several.is_some())?;
+    if several.is_some_and(|several| several != array.width) {
+        return None;
+    }
     let reals = match array.kind {
         // SAFETY: it is an array of that kind and size.
         Kind::F32 => Reals::F32(unsafe { array.as_slice() }),
@@ -135,7 +141,7 @@ pub(crate) fn reals_mut<'a, R: Real>(
     }
     let range = array.addresses();
     let overlaps = |input: &&Bound<'_, PyAny>| {
-        plain(input).is_some_and(|input| {
+        plain(input).or_else(|| plain_rows(input, true)).is_some_and(|input| {
             let other = input.addresses();
             range.start < other.end && other.start < range.end
         })
@@ -189,13 +195,15 @@ pub(crate) fn bytes_mut(array: &Bound<'_, PyArray1<u8>>) -> Option<(*mut u8, usi
     (fields.flags & wanted == wanted).then(|| (fields.data.cast(), array.len()))
 }
 
-/// An array of one or two dimensions, contiguous, aligned, in native byte order.
+/// An array of one or two dimensions, or one more, contiguous, aligned, in native byte order.
 #[derive(Clone, Copy)]
 struct Plain {
     kind: Kind,
     flags: c_int,
     rows: usize,
     columns: Option<usize>,
+    /// Items in each place.
+    width: usize,
     start: *mut u8,
 }
 
@@ -234,7 +242,7 @@ impl Kind {
 
 impl Plain {
     fn length(&self) -> usize {
-        self.rows * self.columns.unwrap_or(1)
+        self.rows * self.columns.unwrap_or(1) * self.width
     }
 
     fn grid(&self) -> Grid {
@@ -271,6 +279,11 @@ impl Plain {
 }
 
 fn plain(object: &Bound<'_, PyAny>) -> Option<Plain> {
+    plain_rows(object, false)
+}
+
+/// The same; its last axis may be one beyond those of its shape, along which lie the items of a place.
+fn plain_rows(object: &Bound<'_, PyAny>, has_width: bool) -> Option<Plain> {
     // Subclasses may mean something else by their items: masked arrays do.
     let array = object.cast_exact::<PyUntypedArray>().ok()?;
     let wanted = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
@@ -280,16 +293,19 @@ fn plain(object: &Bound<'_, PyAny>) -> Option<Plain> {
         (fields, &(*fields.descr).fields)
     };
     let swapped = if cfg!(target_endian = "little") { '>' } else { '<' } as c_char;
-    let known = fields.nd == 1 || fields.nd == 2;
+    let num_axes = fields.nd - c_int::from(has_width);
+    let known = num_axes == 1 || num_axes == 2;
     if !known || fields.flags & wanted != wanted || dtype.byteorder == swapped {
         return None;
     }
     // SAFETY: an array has as many lengths as dimensions.
     let length = |axis| usize::try_from(unsafe { *fields.dimensions.add(axis) }).ok();
     let rows = length(0)?;
-    let columns = if fields.nd == 2 { Some(length(1)?) } else { None };
+    let columns = if num_axes == 2 { Some(length(1)?) } else { None };
+    let width = if has_width { length(usize::try_from(num_axes).ok()?)? } else { 1 };
     let kind = Kind::of(dtype.type_num)?;
-    let mut array = Plain { kind, flags: fields.flags, rows, columns, start: fields.data.cast() };
+    let (flags, start) = (fields.flags, fields.data.cast());
+    let mut array = Plain { kind, flags, rows, columns, width, start };
     if array.length() == 0 {
         // Zero items may have no address.
         array.start = std::ptr::dangling_mut::<u64>().cast();

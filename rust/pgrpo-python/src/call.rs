@@ -4,11 +4,12 @@ use std::borrow::Cow;
 
 use numpy::Element;
 use pgrpo_core::elements::Real;
-use pgrpo_core::{Batch, Error, Normalizer, Visit};
+use pgrpo_core::{Batch, Error, Normalizer, Options, Visit};
 use pyo3::prelude::*;
 
 use crate::arrays::{Grid, Ids, Reals, fresh_mut, ids, numbers, reals_mut, rewards, rows, zeros};
 use crate::errors::to_python_of;
+use crate::several::Several;
 
 /// Below this many rewards a call is over before other threads could have used the interpreter.
 const DETACH_FROM: usize = 4096;
@@ -16,26 +17,87 @@ const DETACH_FROM: usize = 4096;
 /// Whether all threads hold one lock while they are attached to the interpreter.
 const HAS_LOCK: bool = cfg!(not(Py_GIL_DISABLED));
 
-/// Runs `work` on `size` entries, detached from the interpreter if they are many.
-fn run(
-    py: Python<'_>,
-    core: &Normalizer,
-    size: usize,
-    grid: Grid,
-    work: impl FnOnce(&Visit<'_>) -> Result<(), Error> + Send,
-) -> PyResult<()> {
-    let result = if size >= DETACH_FROM {
-        detached(py, core.visit(), |visit| work(&visit))
-    } else if HAS_LOCK {
-        // SAFETY: everybody enters, and asks to be alone, with the interpreter's lock, which this thread
-        // keeps to the end.
-        #[allow(unsafe_code, reason = "the lock is the interpreter's")]
-        let visit = unsafe { core.visit_under_lock() };
-        work(&visit)
-    } else {
-        work(&core.visit())
-    };
-    result.map_err(|error| to_python_of(error, grid))
+/// What a call is made to.
+pub(crate) trait Core {
+    /// Number of rewards of each rollout, where they have an axis of their own.
+    fn several(&self) -> Option<usize>;
+
+    fn options(&self) -> &Options;
+
+    /// Runs a method on `size` entries, detached from the interpreter if they are many.
+    fn run<R: Real>(
+        &self,
+        py: Python<'_>,
+        size: usize,
+        method: Method,
+        batch: &Batch<'_, R>,
+        out: &mut [R],
+    ) -> Result<(), Error>;
+}
+
+impl Core for Normalizer {
+    fn several(&self) -> Option<usize> {
+        None
+    }
+
+    fn options(&self) -> &Options {
+        self.options()
+    }
+
+    fn run<R: Real>(
+        &self,
+        py: Python<'_>,
+        size: usize,
+        method: Method,
+        batch: &Batch<'_, R>,
+        out: &mut [R],
+    ) -> Result<(), Error> {
+        let mut work = |visit: &Visit<'_>| match method {
+            Method::Advantages => visit.advantages(batch, out),
+            Method::Update => visit.update(batch),
+            Method::Normalize => visit.normalize(batch, out),
+            Method::Retract => visit.retract(batch),
+        };
+        if size >= DETACH_FROM {
+            detached(py, self.visit(), |visit| work(&visit))
+        } else if HAS_LOCK {
+            // SAFETY: everybody enters, and asks to be alone, with the interpreter's lock, which this
+            // thread keeps to the end.
+            #[allow(unsafe_code, reason = "the lock is the interpreter's")]
+            let visit = unsafe { self.visit_under_lock() };
+            work(&visit)
+        } else {
+            work(&self.visit())
+        }
+    }
+}
+
+impl Core for Several {
+    fn several(&self) -> Option<usize> {
+        Some(self.combination.names.len())
+    }
+
+    fn options(&self) -> &Options {
+        &self.combination.options
+    }
+
+    fn run<R: Real>(
+        &self,
+        py: Python<'_>,
+        size: usize,
+        method: Method,
+        batch: &Batch<'_, R>,
+        out: &mut [R],
+    ) -> Result<(), Error> {
+        let visits = self.combination.visit(self.parts.iter().map(|part| &part.get().core));
+        let mut work = |visits: pgrpo_core::Several<'_>| match method {
+            Method::Advantages => visits.advantages(batch, out),
+            Method::Update => visits.update(batch),
+            Method::Normalize => visits.normalize(batch, out),
+            Method::Retract => visits.retract(batch),
+        };
+        if size >= DETACH_FROM { detached(py, visits, work) } else { work(visits) }
+    }
 }
 
 /// Does work that ends a visit, or the time alone, without the interpreter. Who waits for that end holds
@@ -58,20 +120,6 @@ pub(crate) enum Method {
 }
 
 impl Method {
-    fn call<R: Real>(
-        self,
-        visit: &Visit<'_>,
-        batch: &Batch<'_, R>,
-        out: &mut [R],
-    ) -> Result<(), Error> {
-        match self {
-            Self::Advantages => visit.advantages(batch, out),
-            Self::Update => visit.update(batch),
-            Self::Normalize => visit.normalize(batch, out),
-            Self::Retract => visit.retract(batch),
-        }
-    }
-
     fn gives_advantages(self) -> bool {
         matches!(self, Self::Advantages | Self::Normalize)
     }
@@ -91,12 +139,12 @@ pub(crate) struct Arguments<'a, 'py> {
 /// Reads the arguments and calls the core. None where one of them is not of the plainest kind, or of a
 /// shape that does not go with that of the rewards.
 pub(crate) fn call<'py>(
-    core: &Normalizer,
+    core: &impl Core,
     py: Python<'py>,
     method: Method,
     arguments: &Arguments<'_, 'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some((rewards, grid)) = rewards(arguments.rewards) else { return Ok(None) };
+    let Some((rewards, grid)) = rewards(arguments.rewards, core.several()) else { return Ok(None) };
     let Some(clusters) = ids(arguments.clusters, grid) else { return Ok(None) };
     let groups = match arguments.groups {
         None => grid.filter(|_| core.options().reads_groups()).map(rows),
@@ -127,20 +175,22 @@ pub(crate) fn call<'py>(
 }
 
 fn call_parts<'py, R: Real + Element>(
-    core: &Normalizer,
+    core: &impl Core,
     py: Python<'py>,
     method: Method,
     parts: &Parts<'_, 'py, R>,
     arguments: &Arguments<'_, 'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let (size, grid) = (parts.rewards.len(), parts.grid);
+    let (size, grid) = (parts.rewards.len() / core.several().unwrap_or(1), parts.grid);
     parts.with_batch(|batch| {
+        let run = |out: &mut [R]| {
+            let result = core.run(py, size, method, batch, out);
+            result.map_err(|error| to_python_of(error, grid))
+        };
         if !method.gives_advantages() {
-            run(py, core, size, grid, |visit| method.call(visit, batch, &mut []))?;
+            run(&mut [])?;
             return Ok(Some(py.None().into_bound(py)));
         }
-        let fill =
-            |out: &mut [R]| run(py, core, size, grid, |visit| method.call(visit, batch, out));
         if let Some(given) = arguments.out {
             let inputs = [
                 Some(arguments.rewards),
@@ -151,16 +201,16 @@ fn call_parts<'py, R: Real + Element>(
                 arguments.lengths,
             ];
             let Some(out) = reals_mut::<R>(given, grid, &inputs) else { return Ok(None) };
-            fill(out)?;
+            run(out)?;
             return Ok(Some(given.clone()));
         }
         if let Some(shape) = grid {
             let array = zeros::<R, _>(py, shape);
-            fill(fresh_mut(&array)?)?;
+            run(fresh_mut(&array)?)?;
             return Ok(Some(array.into_any()));
         }
         let array = zeros::<R, _>(py, size);
-        fill(fresh_mut(&array)?)?;
+        run(fresh_mut(&array)?)?;
         Ok(Some(array.into_any()))
     })
 }

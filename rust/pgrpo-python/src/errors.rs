@@ -17,7 +17,9 @@ pub(crate) fn to_python(error: Error) -> PyErr {
 pub(crate) fn to_python_of(error: Error, grid: Grid) -> PyErr {
     let mut message = error.to_string();
     let index = match error {
-        Error::NonFinite { index, .. } | Error::Weight { index, .. } => Some(index),
+        Error::NonFinite { index, .. }
+        | Error::NonFiniteOf { index, .. }
+        | Error::Weight { index, .. } => Some(index),
         _ => None,
     };
     if let (Some(index), Some([_, columns])) = (index, grid) {
@@ -33,6 +35,7 @@ pub(crate) fn to_python_of(error: Error, grid: Grid) -> PyErr {
         | Error::GroupsRequired { .. }
         | Error::LengthsRequired { .. }
         | Error::NonFinite { .. }
+        | Error::NonFiniteOf { .. }
         | Error::Weight { .. }
         | Error::Retract { .. }
         | Error::Full { .. }

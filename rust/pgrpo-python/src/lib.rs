@@ -7,6 +7,7 @@ mod call;
 mod errors;
 mod normalizer;
 mod options;
+mod several;
 mod table;
 mod watch;
 
@@ -44,6 +45,9 @@ mod _core {
 
     #[pymodule_export]
     use super::normalizer::{Normalizer, layout};
+
+    #[pymodule_export]
+    use super::several::Several;
 
     #[pymodule_export]
     use super::options::{Rule, check, expected};

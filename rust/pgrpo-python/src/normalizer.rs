@@ -22,7 +22,7 @@ const PAGE: usize = 4096;
 #[pyclass(frozen, module = "pgrpo.normalizer._core")]
 pub(crate) struct Normalizer {
     // Before `memory`, which it may lie in: fields are dropped in their order.
-    core: pgrpo_core::Normalizer,
+    pub(crate) core: pgrpo_core::Normalizer,
     memory: Option<Mapped>,
 }
 
