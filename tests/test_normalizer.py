@@ -22,8 +22,13 @@ from enum import Enum, IntEnum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
+import ml_dtypes
 import numpy as np
+import pandas
+import polars
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,6 +44,7 @@ REWARDS = [1.0, 0.0, 4.0, 2.0]
 CLUSTERS = ["ada", "ada", 7, 7]
 EXPECTED = [0.5 / 0.5001, -0.5 / 0.5001, 1 / 1.0001, -1 / 1.0001]
 ESTIMATORS = list(RULES)
+INT_OR_STRING = "expected an int or a string"
 
 plaintext: Any = vars(pydoc)["plaintext"]  # which its stubs leave out
 
@@ -217,8 +223,102 @@ def test_masked_rewards_are_missing() -> None:
     rewards = np.ma.array([1.0, 9.0, 3.0], mask=[False, True, False])
     normalizer = ClusterNormalizer("dr_grpo", nan_policy="zero")
     assert normalizer(rewards, ["a"] * 3, ["x"] * 3).tolist() == [-1.0, 0.0, 1.0]
-    with pytest.raises(DataError, match="clusters has masked entries; expected"):
+    with pytest.raises(DataError, match=r"clusters\[1\] is None; expected an int or a string"):
         normalizer(REWARDS[:3], np.ma.array([1, 2, 3], mask=[False, True, False]))
+
+
+MISSING: list[Any] = [1, None, 3]
+
+
+@pytest.mark.parametrize("dtype", ["Float32", "Float64", "Int64", "object", "float64[pyarrow]"])
+def test_pandas_gives_pandas(dtype: str) -> None:
+    rewards: Any = pandas.Series(MISSING, [5, 3, 9], dtype, "score")
+    weights: Any = pandas.Series([1, 2, 1], dtype="Int64")
+    for clusters in (pandas.Series(["a"] * 3), pandas.Series(["a"] * 3, dtype="category")):
+        normalizer = ClusterNormalizer("dr_grpo", nan_policy="zero")
+        advantages = normalizer(rewards, clusters, clusters, weights=weights)
+        assert type(advantages) is pandas.Series
+        assert advantages.dtype == ("float32" if dtype == "Float32" else "float64")
+        assert list(advantages.items()) == [(5, -1.0), (3, 0.0), (9, 1.0)]
+        assert advantages.name == "score"
+        assert normalizer.snapshot() == {"a": ClusterStats(2, 2.0, 1.0)}
+
+
+@pytest.mark.parametrize("dtype", [polars.Float32, polars.Float64, polars.Int16, None])
+def test_polars_gives_polars(dtype: Any) -> None:
+    rewards: Any = polars.Series("score", MISSING, dtype)
+    weights: Any = polars.Series([1, 2, 1])
+    for kind in (polars.String, polars.Categorical):
+        clusters: Any = polars.Series(["a"] * 3, dtype=kind)
+        normalizer = ClusterNormalizer("dr_grpo", nan_policy="zero")
+        advantages = normalizer(rewards, clusters, clusters, weights=weights)
+        assert type(advantages) is polars.Series
+        assert advantages.dtype == (dtype if dtype == polars.Float32 else polars.Float64)
+        assert (advantages.name, advantages.to_list()) == ("score", [-1.0, 0.0, 1.0])
+        assert normalizer.snapshot() == {"a": ClusterStats(2, 2.0, 1.0)}
+
+
+@pytest.mark.parametrize("dtype", ["float", "double", "int64", "halffloat"])
+def test_arrow_gives_arrow(dtype: str) -> None:
+    column = pyarrow.array(MISSING, pyarrow.type_for_alias(dtype))
+    names = pyarrow.array(["a"] * 3)
+    for rewards in (column, pyarrow.chunked_array([column[:1], column[1:]])):
+        for clusters in (names, names.dictionary_encode(), pyarrow.chunked_array([names])):
+            normalizer = ClusterNormalizer("dr_grpo", nan_policy="zero")
+            weights: Any = pyarrow.array([1, 2, 1])
+            advantages = normalizer(rewards, clusters, clusters, weights=weights)
+            is_chunked = [isinstance(c, pyarrow.ChunkedArray) for c in (rewards, advantages)]
+            assert is_chunked[0] == is_chunked[1]
+            assert advantages.type == ("float" if dtype in ("float", "halffloat") else "double")
+            assert advantages.to_pylist() == [-1.0, 0.0, 1.0]
+            assert normalizer.snapshot() == {"a": ClusterStats(2, 2.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        MISSING,
+        [1.0, pandas.NA, 3.0],
+        np.array([1.0, pandas.NA, 3.0]),
+        pandas.Series(MISSING, dtype="Int64"),
+        polars.Series(MISSING),
+        pyarrow.array(MISSING),
+    ],
+    ids=["list", "NA", "objects", "pandas", "polars", "arrow"],
+)
+def test_a_missing_reward_is_named(rewards: Any) -> None:
+    normalizer = ClusterNormalizer()
+    with pytest.raises(DataError, match=r"rewards\[1\] is NaN; expected a finite number"):
+        normalizer(rewards, ["a"] * 3)
+    assert normalizer.snapshot() == {}
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4"])
+def test_numbers_of_ml_dtypes(name: str) -> None:
+    rewards: Any = np.array(REWARDS).astype(getattr(ml_dtypes, name))
+    ids: Any = np.array([5, 5, 7, 7]).astype(ml_dtypes.int4)
+    weights: Any = np.ones(4).astype(ml_dtypes.bfloat16)
+    advantages: Any = ClusterNormalizer()(rewards, ids, weights=weights)
+    assert advantages.dtype == (np.float64 if name == "int4" else np.float32)
+    np.testing.assert_allclose(advantages, EXPECTED, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32"])
+def test_jax(dtype: str) -> None:
+    jax: Any = pytest.importorskip("jax")
+    rewards = jax.numpy.asarray(REWARDS, dtype=dtype)
+    advantages: Any = ClusterNormalizer()(rewards, jax.numpy.asarray([5, 5, 7, 7]))
+    assert isinstance(advantages, jax.Array)
+    assert advantages.device == rewards.device
+    # JAX has no float64 unless it is asked to.
+    assert advantages.dtype == "float32"
+    np.testing.assert_allclose(advantages, EXPECTED, atol=1e-7)
+
+
+def test_verdicts_are_rewards() -> None:
+    for verdicts in ([True, False], np.array([True, False]), polars.Series([True, False])):
+        advantages: Any = ClusterNormalizer()(verdicts, ["a", "a"])
+        assert list(advantages) == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001], abs=1e-15)
 
 
 def test_numbers_of_other_kinds_in_a_list() -> None:
@@ -470,13 +570,26 @@ def test_ids_are_the_same_wherever_they_come_from() -> None:
         array.array("b", [7]),
         [np.int32(7)],
         [np.uint64(7)],
+        pandas.Series([7], dtype="Int64"),
+        pandas.Series([7], dtype="int64[pyarrow]"),
+        pandas.Series([7], dtype="category"),
+        pandas.Index([7]),
+        polars.Series([7]),
+        pyarrow.array([7]),
+        pyarrow.array([7]).dictionary_encode(),
         [Persona.ADA],
     ]
     normalizer = ClusterNormalizer()
     for ids in sources:
         normalizer.update([1.0], ids)
     names: list[Any] = [["7"], ("7",), np.array(["7"]), [np.str_("7")], [Name.SEVEN], [Text("7")]]
-    names.append(np.array(["7"], object))
+    names += [np.array(["7"], object), pandas.Series(["7"]), pandas.Series(["7"], dtype="string")]
+    names += [
+        pandas.Series(["7"], dtype="category"),
+        polars.Series(["7"], dtype=polars.Categorical),
+    ]
+    names += [polars.Series(["7"]), pyarrow.array(["7"]), pyarrow.array(["7"]).dictionary_encode()]
+    names += [pyarrow.chunked_array([["7"]]), polars.Series(["7"], dtype=polars.Enum(["7"]))]
     if hasattr(np.dtypes, "StringDType"):
         names.append(np.array(["7"], np.dtypes.StringDType()))
     for ids in names:
@@ -486,6 +599,56 @@ def test_ids_are_the_same_wherever_they_come_from() -> None:
         "7": ClusterStats(len(names), 2.0, 0.0),
     }
     assert {type(cluster) for cluster in normalizer.snapshot()} == {int, str}
+
+
+@pytest.mark.parametrize(
+    ("ids", "index", "missing"),
+    [
+        (pandas.Series([2**60, None], dtype="Int64"), 1, "<NA>"),
+        (pandas.Series(["a", None], dtype="category"), 1, "nan"),
+        (pandas.Series(["a", None]), 1, "nan"),
+        (polars.Series([2**60, None]), 1, "None"),
+        (polars.Series([None, "a"]), 0, "None"),
+        (pyarrow.array([2**60, None]), 1, "None"),
+        (pyarrow.chunked_array([["a"], [None]]), 1, "None"),
+        (np.ma.array([3, 4], mask=[False, True]), 1, "None"),
+        (["a", math.nan], 1, "nan"),
+    ],
+)
+def test_a_missing_id_is_named(ids: Any, index: int, missing: str) -> None:
+    out = "leave out what has no id, or give it one"
+    with pytest.raises(DataError, match=rf"clusters\[{index}\] is {missing}; .* string: {out}"):
+        ClusterNormalizer()([1.0, 2.0], ids)
+
+
+@pytest.mark.parametrize(
+    ("value", "what_to_do"),
+    [
+        (UUID(int=5), r"str\(id\) makes one of it"),
+        (("ada", 3), r"str\(id\) makes one of it"),
+        (frozenset("a"), r"str\(id\) makes one of it"),
+        (b"ada", r"id\.decode\(\) makes one of it"),
+        (1.5, r"int\(id\) or str\(id\) makes one of it"),
+        (True, r"int\(id\) or str\(id\) makes one of it"),
+        (None, "leave out what has no id, or give it one"),
+    ],
+)
+def test_what_is_no_id_is_refused_with_a_way_out(value: Any, what_to_do: str) -> None:
+    objects = np.empty(2, object)
+    objects[:] = ["a", value]
+    shown = re.escape(repr(value))
+    for ids in (
+        ["a", value],
+        ("a", value),
+        cast(Any, objects),
+        pandas.Series(["a", value], dtype=object),
+    ):
+        message = rf"clusters\[1\] is {shown}; {INT_OR_STRING}: {what_to_do}"
+        with pytest.raises(DataError, match=message):
+            ClusterNormalizer()([1.0, 2.0], ids)
+    for ids in (np.array([1.5]), torch.tensor([True])):
+        with pytest.raises(DataError, match=r"expected ints or strings: int\(id\) or str\(id\)"):
+            ClusterNormalizer()([1.0], cast(Any, ids))
 
 
 def test_ids_at_the_edges() -> None:
@@ -670,7 +833,6 @@ def test_options_may_be_numbers_of_numpy() -> None:
     assert normalizer([0.0, 1.0], [0, 0])[1] == pytest.approx(0.5 / (math.sqrt(0.5) + 0.5))
 
 
-INT_OR_STRING = "expected an int or a string"
 SHAPES = r"rewards has shape \(2, 3\), {} has {}; expected \(2,\) or \(2, 3\)"
 
 

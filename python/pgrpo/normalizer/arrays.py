@@ -2,7 +2,8 @@
 
 The core reads NumPy arrays of the plainest sort and exact lists of ids. Everything else that users
 have is turned into those here: without a copy where it lies in memory like one of them already.
-torch is recognised, never imported: a tensor can only come from a torch that is imported.
+torch, pandas, polars and pyarrow are recognised, never imported: a tensor can only come from a torch
+that is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,15 @@ from pgrpo.types import ClusterId
 if TYPE_CHECKING:
     import torch
 
-    Ids: TypeAlias = (
-        Sequence[ClusterId] | Sequence[Sequence[ClusterId]] | NDArray[Any] | torch.Tensor
-    )
+    class Column(Protocol):
+        """A column of pandas, polars or Arrow, or an array of JAX."""
+
+        def __array__(self, *args: Any, **options: Any) -> NDArray[Any]: ...
+
+    Array: TypeAlias = NDArray[Any] | torch.Tensor | Column
+    Ids: TypeAlias = Sequence[ClusterId] | Sequence[Sequence[ClusterId]] | Array
     """[N], [P] or [P, G] names of clusters, or of groups."""
-    Numbers: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | NDArray[Any] | torch.Tensor
+    Numbers: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | Array
     """[N], [P] or [P, G]."""
     FloatT = TypeVar("FloatT", np.float32, np.float64)
     OutT = TypeVar(
@@ -106,8 +111,8 @@ def read_rewards(rewards: Any, several: int | None) -> tuple[Plain, Shape, Calla
     """Rewards [N] or [P, G] as float32 or float64, that shape, and the way back from advantages to
     their kind. Where there are several of each rollout, R, they are [N, R] or [P, G, R].
 
-    float32 stays so, and so do narrower floats become; everything else becomes float64. None and
-    masked entries are NaN.
+    float32 stays so, and so do narrower floats become; everything else becomes float64. None, nulls
+    and masked entries are NaN.
 
     Raises:
         DataError: they are not real numbers of one or two dimensions.
@@ -162,8 +167,10 @@ def read_ids(ids: Any, name: str, shape: Shape = (0,)) -> NDArray[Any] | list[An
         raise DataError(f"{name} is {short(ids)}; expected [N] {expected}")
     found = _as_numpy(ids, name, expected)
     _check_shape(found.shape, name, shape)
-    if isinstance(found, np.ma.MaskedArray) and np.ma.is_masked(found):
-        raise DataError(f"{name} has masked entries; expected [N] {expected}")
+    if _has_nulls(ids):
+        # Among numbers nulls have become NaN; in a list they are what they were.
+        missing = _to_list(ids)
+        return _id_list(missing, name) if found.ndim == 1 else _id_rows(missing, name, shape)
     match found.dtype.kind:
         case "i" | "u":
             if found.dtype.kind == "u" and found.size and int(found.max()) >= MAX_ID:
@@ -179,7 +186,8 @@ def read_ids(ids: Any, name: str, shape: Shape = (0,)) -> NDArray[Any] | list[An
             # A list of no ids has no type.
             if not found.size and isinstance(ids, Sequence):
                 return []
-            raise DataError(f"{name} has dtype {found.dtype}; expected {expected}")
+            way_out = _way_out(found.ravel().tolist()[0]) if found.size else ""
+            raise DataError(f"{name} has dtype {found.dtype}; expected {expected}{way_out}")
 
 
 def read_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Plain:
@@ -219,8 +227,17 @@ def short(value: object) -> str:
 
 
 def _is_tensor(values: Any) -> bool:
-    torch: Any = sys.modules.get("torch")
-    return isinstance(values, getattr(torch, "Tensor", ()))
+    return _is_of(values, "torch", "Tensor")
+
+
+def _is_arrow(values: Any) -> bool:
+    return _is_of(values, "pyarrow", "Array", "ChunkedArray")
+
+
+def _is_of(values: Any, module: str, *types: str) -> bool:
+    """Whether it is of one of a module's types, which can only be if the module is imported."""
+    found = sys.modules.get(module)
+    return any(isinstance(values, getattr(found, name, ())) for name in types)
 
 
 def _is_buffer(values: Any) -> bool:
@@ -236,8 +253,14 @@ def _as_numpy(values: Any, name: str, expected: str) -> NDArray[Any]:
     try:
         if _is_tensor(values):
             return _from_torch(values)
+        if _is_of(values, "pandas", "Series", "Index"):
+            return _from_pandas(values)
+        if _is_of(values, "polars", "Series"):
+            return _from_polars(values)
+        if _is_arrow(values):
+            return values.to_numpy(zero_copy_only=False)
         if isinstance(values, np.ndarray):
-            return cast(NDArray[Any], values)
+            return _of_known_type(cast(NDArray[Any], values))
         if hasattr(values, "__dlpack__"):
             return _from_dlpack(values)
         return np.asarray(values)
@@ -254,13 +277,59 @@ def _from_torch(tensor: Any) -> NDArray[Any]:
     return tensor.numpy(force=True)
 
 
+def _from_pandas(series: Any) -> NDArray[Any]:
+    if isinstance(series.dtype, np.dtype):
+        return series.to_numpy()
+    # Nullable numbers know what NumPy calls them; text and categories are objects.
+    dtype = np.dtype(getattr(series.dtype, "numpy_dtype", object))
+    if dtype.kind not in "fiub":
+        return series.to_numpy(object)
+    if not series.hasnans:
+        return series.to_numpy(dtype)
+    return series.to_numpy(dtype if dtype.kind == "f" else np.float64, na_value=np.nan)
+
+
+def _from_polars(series: Any) -> NDArray[Any]:
+    polars: Any = sys.modules["polars"]
+    # Beside nulls polars takes float32 for short integers.
+    has_nulls = series.dtype.is_integer() and series.null_count()
+    return (series.cast(polars.Float64) if has_nulls else series).to_numpy()
+
+
 def _from_dlpack(values: Any) -> NDArray[Any]:
+    from_dlpack: Any = np.from_dlpack
     try:
-        return np.from_dlpack(values)
+        return from_dlpack(values)
     except (BufferError, RuntimeError, TypeError, ValueError):
+        if hasattr(values, "__array__"):
+            # DLPack knows no types of ml_dtypes, in which JAX has bfloat16.
+            return _of_known_type(np.asarray(values))
         # Memory of a device has to be copied, which has to be asked for.
-        from_dlpack: Any = np.from_dlpack
         return from_dlpack(values, device="cpu")
+
+
+def _of_known_type(values: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of ml_dtypes, of which NumPy knows only how many bytes they have, as NumPy's own."""
+    if values.dtype.kind != "V" or values.dtype.type.__module__ != "ml_dtypes":
+        return values
+    return values.astype(np.int64 if "int" in values.dtype.name else np.float32)
+
+
+def _has_nulls(values: Any) -> bool:
+    """Whether entries of a column, or of a masked array, are missing."""
+    if _is_of(values, "pandas", "Series", "Index"):
+        return values.hasnans
+    if _is_of(values, "polars", "Series"):
+        return values.null_count() > 0
+    if _is_arrow(values):
+        return values.null_count > 0
+    return isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values)
+
+
+def _to_list(values: Any) -> list[Any]:
+    if _is_arrow(values):
+        return values.to_pylist()
+    return values.to_list() if _is_of(values, "polars", "Series") else values.tolist()
 
 
 def _is_narrow(values: NDArray[Any]) -> bool:
@@ -273,9 +342,14 @@ def _plain(values: NDArray[Any], given: Any, name: str, dtype: type[Any]) -> NDA
         # A list is known by what is in it.
         what = f"is {short(given)}" if isinstance(given, Sequence) else f"has dtype {values.dtype}"
         raise DataError(f"{name} {what}; expected [N] or [P, G] numbers")
-    # NumPy would read the text "1.0" as a number.
-    if values.dtype.kind == "O" and any(isinstance(v, str | bytes) for v in values.flat):
-        raise DataError(f"{name} is {short(given)}; expected [N] or [P, G] numbers")
+    if values.dtype.kind == "O":
+        entries = values.ravel().tolist()
+        # NumPy would read the text "1.0" as a number.
+        if any(isinstance(entry, str | bytes) for entry in entries):
+            raise DataError(f"{name} is {short(given)}; expected [N] or [P, G] numbers")
+        if (missing := getattr(sys.modules.get("pandas"), "NA", None)) is not None:
+            kept = [None if entry is missing else entry for entry in entries]
+            values = np.array(kept, object).reshape(values.shape)
     try:
         # None is no number, and NumPy's float64 for it is NaN.
         if isinstance(values, np.ma.MaskedArray):
@@ -294,6 +368,17 @@ def _way_back(rewards: Any) -> Callable[[Plain], Any]:
         return lambda advantages: torch.from_numpy(advantages).to(rewards.device)
     if isinstance(rewards, np.ndarray):
         return lambda advantages: advantages
+    if _is_of(rewards, "pandas", "Series"):
+        pandas: Any = sys.modules["pandas"]
+        return lambda advantages: pandas.Series(advantages, rewards.index, name=rewards.name)
+    if _is_of(rewards, "polars", "Series"):
+        polars: Any = sys.modules["polars"]
+        return lambda advantages: polars.Series(rewards.name, advantages)
+    if _is_arrow(rewards):
+        pyarrow: Any = sys.modules["pyarrow"]
+        if isinstance(rewards, pyarrow.ChunkedArray):
+            return lambda advantages: pyarrow.chunked_array([advantages])
+        return pyarrow.array
     if hasattr(rewards, "__array_namespace__"):
         namespace, device = rewards.__array_namespace__(), rewards.device
         return lambda advantages: namespace.asarray(advantages, device=device)
@@ -358,7 +443,20 @@ def _plain_id(value: Any, name: str, index: int | str) -> ClusterId:
         if not -MAX_ID <= number < MAX_ID:
             raise _bad_int(f"{name}[{index}]", number)
         return number
-    raise DataError(f"{name}[{index}] is {short(value)}; expected an int or a string")
+    what = f"{name}[{index}] is {short(value)}"
+    raise DataError(f"{what}; expected an int or a string{_way_out(value)}")
+
+
+def _way_out(value: Any) -> str:
+    """What to do where an id is neither an int nor a string."""
+    missing = None, getattr(sys.modules.get("pandas"), "NA", None)
+    if any(value is each for each in missing) or (isinstance(value, float) and value != value):
+        return ": leave out what has no id, or give it one"
+    if isinstance(value, bytes):
+        return ": id.decode() makes one of it"
+    if isinstance(value, float | bool):
+        return ": int(id) or str(id) makes one of it"
+    return ": str(id) makes one of it"
 
 
 def _bad_int(where: str, value: int) -> DataError:

@@ -50,13 +50,15 @@ class ClusterNormalizer:
     gives 0 in the estimators that read groups alone; equal rewards give exactly 0, except under `rae`.
     Everything is computed in float64.
 
-    **Arrays.** Rewards are a list, a NumPy array, a torch tensor, anything else with DLPack, or a
-    buffer, and advantages come back as the same kind, on the same device: float64 for float64 and
-    integers, float32 for float32 and narrower floats. (Buffers other than `array.array` give a
-    memoryview; whatever else NumPy can read, and subclasses of its arrays, a NumPy array.) Nothing is
-    copied on the CPU where it is contiguous, aligned and in native byte order; from a GPU, each
-    array makes one trip, and advantages one back. Gradients do not flow through. `None` and masked
-    rewards are NaN. With `out=`, an array of the advantages' type and length (or a CPU tensor, or a
+    **Arrays.** Rewards are a list, a NumPy array, a torch tensor, a Series of pandas or polars, an
+    array of Arrow, anything else with DLPack (as JAX's arrays), or a buffer, and advantages come back
+    as the same kind: on the same device, with the index and the name of a Series; float64 for float64
+    and integers, float32 for float32 and narrower floats, those of ml_dtypes among them. (Buffers other
+    than `array.array` give a memoryview; whatever else NumPy can read, and subclasses of its arrays, a
+    NumPy array. JAX makes float64 what it is set to.) Nothing is copied on the CPU where it is
+    contiguous, aligned and in native byte order; from a GPU, each array makes one trip, and advantages
+    one back. Gradients do not flow through. `None`, nulls and masked rewards are NaN, which is what
+    `nan_policy` is for. With `out=`, an array of the advantages' type and shape (or a CPU tensor, or a
     buffer), they are written there, and it is returned; it may be `rewards` itself.
 
     **Shapes.** Rewards are [N], with a cluster id for each, or [P, G]: P groups of G rollouts, one a
@@ -70,8 +72,9 @@ class ClusterNormalizer:
     with `propagate` the advantage is NaN. Histories of several rewards are saved, loaded and merged
     together, and only where names and order are the same.
 
-    **Ids** of clusters and groups are ints of 64 bits or strings, also mixed: `1` and `"1"` are
-    different. Bools and floats are refused.
+    **Ids** of clusters and groups are ints of 64 bits or strings, also mixed, categories too: `1` and
+    `"1"` are different. Bools, floats and missing ids are refused, and so is whatever else could be
+    meant in two ways, as UUIDs and tuples.
 
     **Weights** [N], from 0 to below 2^20, let a reward count as so many, in its history and in its
     group. Where the others of a group are averaged (`rloo`, `auto`), each rollout is taken to weigh
