@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,8 @@ def test_state_goes_through_every_form(combine: str, tmp_path: Path) -> None:
 
 
 def test_foreign_state_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    # Threads that run this at once write to files of their own.
+    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
     normalizer = filled(combine="normalize_then_sum")
     before = normalizer.state_dict()
     others: list[ClusterNormalizer] = [
