@@ -12,7 +12,7 @@ use crate::histories::Sums;
 use crate::ids::DIRECT;
 use crate::moments::Moments;
 use crate::options::{Options, Order};
-use crate::slots::Slots;
+use crate::slots::{Seed, Slots};
 use crate::state::State;
 use crate::table::Triple;
 
@@ -70,6 +70,31 @@ impl Scratch {
         self.maps.clear();
     }
 
+    /// Bytes that all buffers take.
+    fn bytes(&self) -> usize {
+        fn of<T>(list: &Vec<T>) -> usize {
+            list.capacity() * size_of::<T>()
+        }
+        let Self {
+            slots,
+            cluster_slots,
+            group_slots,
+            keys,
+            batch,
+            before,
+            pool: _,
+            factors,
+            folded,
+            maps,
+            rows,
+            pairs,
+            by_index: _,
+        } = self;
+        let numbers = [slots, cluster_slots, group_slots].map(Slots::bytes);
+        let lists = [of(keys), of(batch), of(before), of(factors), of(maps), of(rows), of(pairs)];
+        folded.bytes() + numbers.iter().chain(&lists).sum::<usize>()
+    }
+
     /// Keys of the clusters, and their moments in this batch.
     pub(crate) fn parts(&self) -> impl Iterator<Item = (&u32, &Moments)> {
         let cells_are_clusters = self.batch.is_empty();
@@ -92,8 +117,8 @@ impl Scratch {
 /// The key of a cluster that nothing is known of: no row has it.
 const UNKNOWN: u32 = u32::MAX;
 
-/// Buffers for more cells, or more rewards of a batch that is not folded by index, are not kept.
-const KEPT: usize = 1 << 16;
+/// A thread keeps its buffers up to so many bytes in all.
+const KEPT_BYTES: usize = 4 << 20;
 
 /// Lends the thread's buffers, emptied.
 pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
@@ -103,9 +128,7 @@ pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
     let mut scratch = SCRATCH.take().unwrap_or_default();
     scratch.clear();
     let result = work(&mut scratch);
-    if [&scratch.keys, &scratch.slots.of].iter().all(|list| list.capacity() <= KEPT)
-        && scratch.rows.capacity() <= KEPT
-    {
+    if scratch.bytes() <= KEPT_BYTES {
         SCRATCH.set(Some(scratch));
     }
     result
@@ -190,12 +213,9 @@ impl<R: Real> Call<'_, R> {
         let Scratch { slots, cluster_slots, group_slots, folded, .. } = scratch;
         if let Some(groups) = groups {
             let pair = |entry: usize| (clusters.value(entry), groups.value(entry));
-            slots.assign(rewards.len(), pair, |(cluster, group)| {
-                let scattered = group.cast_unsigned().wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                cluster.cast_unsigned().wrapping_add(scattered)
-            });
+            slots.assign(rewards.len(), pair, Seed::pair);
         } else {
-            slots.assign(rewards.len(), |entry| clusters.value(entry), i64::cast_unsigned);
+            slots.assign(rewards.len(), |entry| clusters.value(entry), Seed::one);
         }
         let (threads, moments) = (self.options.num_threads, &mut folded.moments);
         fold(rewards, &slots.of, weights, usize::MAX, threads, &mut scratch.rows, moments);
@@ -211,8 +231,8 @@ impl<R: Real> Call<'_, R> {
         }
         let Some(groups) = groups else { return };
         let first = |cell: usize| slots.first[cell] as usize;
-        cluster_slots.assign(moments.len(), |cell| clusters.value(first(cell)), i64::cast_unsigned);
-        group_slots.assign(moments.len(), |cell| groups.value(first(cell)), i64::cast_unsigned);
+        cluster_slots.assign(moments.len(), |cell| clusters.value(first(cell)), Seed::one);
+        group_slots.assign(moments.len(), |cell| groups.value(first(cell)), Seed::one);
         scratch.batch.resize(cluster_slots.first.len(), Moments::default());
         folded.groups.resize(group_slots.first.len(), Moments::default());
         for (cell, &moments) in moments.iter().enumerate() {

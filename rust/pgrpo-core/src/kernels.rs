@@ -213,6 +213,9 @@ pub(crate) fn about<R: Real, I: Id>(shift: f64, rewards: &[R], ids: &[I], rows: 
 
 /// Cells whose maps fit into registers.
 const PERMUTED: usize = 64;
+/// Rewards from which loading the registers pays: a call of 64 rewards takes 0.92 to 0.97 of the time
+/// without.
+const PERMUTED_FROM: usize = 256;
 
 /// [`apply`] for `f32` and few cells, whose maps are looked up in registers: false if this is not
 /// the case.
@@ -225,7 +228,7 @@ pub(crate) fn permute<R: Real, I: Id>(
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        if pairs.len() > PERMUTED || rewards.len() < PERMUTED || level() < Level::Avx512 {
+        if pairs.len() > PERMUTED || rewards.len() < PERMUTED_FROM || level() < Level::Avx512 {
             return false;
         }
         let (Some(rewards), Some(ids)) = (as_f32(rewards), as_u32(ids)) else { return false };
