@@ -344,3 +344,13 @@ def test_a_shared_table_is_of_one_reward(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reward_weights are given; a shared table is of one"):
         ClusterNormalizer.shared(tmp_path / "table", reward_weights=[1.0, 2.0])
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
+def test_out_of_another_shape_is_refused_first(combine: str) -> None:
+    normalizer = several(combine=combine)
+    rewards = np.ones((4, 3))
+    for out in (np.empty(3), np.empty((4, 3)), np.empty(12)):
+        with pytest.raises(DataError, match=r"out has|expected \(4,\)"):
+            normalizer(rewards, [0, 0, 1, 1], out=out)
+    assert all(reward.snapshot() == {} for reward in normalizer.rewards.values())

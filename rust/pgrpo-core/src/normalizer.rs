@@ -360,7 +360,7 @@ impl Visit<'_> {
     }
 
     /// Refuses all that can be refused of a batch but its rewards' values.
-    pub(crate) fn check<R: Real>(
+    fn check<R: Real>(
         &self,
         batch: &Batch<'_, R>,
         halves: Halves,

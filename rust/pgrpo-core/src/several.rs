@@ -111,9 +111,8 @@ impl Several<'_> {
             self.visits[0].run(&batch, halves, totals)?;
         } else {
             let columns = self.columns(batch);
-            for (visit, rewards) in self.visits.iter().zip(&columns) {
-                visit.check(&batch.of(rewards), halves, length)?;
-            }
+            // What is refused of one reward is refused of the first, before anything is merged.
+            batch.of(&columns[0]).check(length)?;
             self.run_each(batch, &columns, halves, out.is_some().then_some(&mut totals))?;
         }
         for (out, total) in out.into_iter().flatten().zip(totals) {
@@ -122,7 +121,7 @@ impl Several<'_> {
         Ok(())
     }
 
-    /// Runs each reward for itself, which has been checked, and adds up the advantages.
+    /// Runs each reward for itself, and adds up the advantages.
     fn run_each<R: Real>(
         &self,
         batch: &Batch<'_, R>,
