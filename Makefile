@@ -20,7 +20,7 @@ INSTALL := $(UV_INSTALL) --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
-  bench-step bench-step-vllm wheel loom tsan fuzz bench-core constraints clean
+  bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO and P-GRPO on MovieLens with SmolLM2, on a CPU
 	$(BIN)/pgrpo compare examples/movielens-100k.toml --estimators grpo,pgrpo --seeds 0 --out $(OUT)
@@ -106,6 +106,15 @@ wheel: $(VENV)/uv.stamp  ## a wheel for CPython >= 3.10 and glibc >= 2.17, check
 	  --out $(WHEELS)
 	$(TOOL) auditwheel show $(WHEELS)/pgrpo-*.whl
 	$(BIN)/python tests/wheel/run.py $(WHEELS) --pythons $(PYTHONS)
+
+# What cargo package warns of is no error to it.
+crate:  ## pgrpo-core on its own: examples, documentation and package, without warnings
+	cargo test --quiet --package pgrpo-core --doc
+	set -e; for example in threads shards; do \
+	  cargo run --quiet --package pgrpo-core --example $$example; done
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --package pgrpo-core --no-deps
+	cargo package --package pgrpo-core --allow-dirty >target/package.log 2>&1 || { cat target/package.log; false; }
+	! grep --after-context 9 '^warning' target/package.log
 
 # Optimised is what the models spend their time in, not what the crate's other tests need.
 LOOM_OPTIMISED := loom generator tracing tracing-core scoped-tls smallvec pgrpo-core

@@ -6,10 +6,10 @@ use std::fmt::Debug;
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use pgrpo_core::Snapshot;
-use pgrpo_core::elements::Real;
-use pgrpo_core::moments::is_finite_reward;
-use pgrpo_core::{AnyId, Batch, Error, Ids, NanPolicy, Normalizer, Options, Order, RULES};
+use pgrpo_core::{
+    AnyId, Batch, Error, Ids, NanPolicy, Normalizer, Options, Order, RULES, Real, Snapshot,
+    is_finite_reward,
+};
 
 fuzz_target!(|bytes: &[u8]| {
     // Bytes that end too early are no case.

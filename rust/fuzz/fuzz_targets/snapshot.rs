@@ -40,6 +40,7 @@ fn any_snapshot(bytes: &mut Unstructured) -> Result<Snapshot> {
     Ok(Snapshot {
         clusters: any_entries(bytes)?,
         pending: any_entries(bytes)?,
+        pool: any_history(bytes)?,
         num_nonfinite: bytes.arbitrary()?,
     })
 }
@@ -54,12 +55,20 @@ fn any_entry(bytes: &mut Unstructured) -> Result<Entry> {
         1 => ClusterId::Int(bytes.arbitrary()?),
         _ => ClusterId::Name(bytes.arbitrary()?),
     };
-    let mut number = || match bytes.int_in_range(0..=3)? {
+    let rewards = any_history(bytes)?;
+    let mut triple = || Ok([any_number(bytes)?, any_number(bytes)?, any_number(bytes)?]);
+    let (parts, baseline, advantages) = (triple()?, triple()?, triple()?);
+    Ok(Entry { id, rewards, parts, baseline, advantages })
+}
+
+fn any_history(bytes: &mut Unstructured) -> Result<Moments> {
+    let mut number = || any_number(bytes);
+    Ok(Moments { count: number()?, origin: number()?, offset: number()?, m2: number()? })
+}
+
+fn any_number(bytes: &mut Unstructured) -> Result<f64> {
+    match bytes.int_in_range(0..=3)? {
         0 => bytes.arbitrary(),
         _ => Ok(f64::from(bytes.arbitrary::<i8>()?)),
-    };
-    let mut triple = || Ok([number()?, number()?, number()?]);
-    let (parts, baseline, advantages) = (triple()?, triple()?, triple()?);
-    let rewards = Moments { count: number()?, origin: number()?, offset: number()?, m2: number()? };
-    Ok(Entry { id, rewards, parts, baseline, advantages })
+    }
 }

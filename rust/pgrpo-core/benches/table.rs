@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use pgrpo_core::{Histories, Moments};
+use pgrpo_core::Moments;
+use pgrpo_core::internals::Histories;
 
 const CLUSTERS: u32 = 64;
 

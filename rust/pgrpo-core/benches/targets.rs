@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 #[path = "../tests/usual/mod.rs"]
 mod usual;
 
-use pgrpo_core::{Batch, Histories, Ids, Moments, Normalizer};
+use pgrpo_core::internals::Histories;
+use pgrpo_core::{Batch, Ids, Moments, Normalizer};
 use usual::usual;
 
 const CLUSTERS: u32 = 64;

@@ -71,6 +71,17 @@ impl OwnedIds<'_> {
 }
 
 /// What a call is given: arrays of N entries each.
+///
+/// ```
+/// use pgrpo_core::{AnyId, Batch, Ids};
+///
+/// let clusters = ["novice", "expert", "novice"].map(AnyId::Name);
+/// let batch = Batch {
+///     weights: Some(&[1.0, 0.5, 1.0]),
+///     ..Batch::new(&[0.0, 1.0, 0.5], Ids::Any(&clusters))
+/// };
+/// # assert_eq!(batch.rewards.len(), 3);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a, R> {
     /// Raw rewards.
@@ -88,6 +99,12 @@ pub struct Batch<'a, R> {
 }
 
 impl<'a, R: Real> Batch<'a, R> {
+    /// Rewards and their clusters, and nothing else.
+    #[must_use]
+    pub fn new(rewards: &'a [R], clusters: Ids<'a>) -> Self {
+        Self { rewards, clusters, groups: None, weights: None, score_norms: None, lengths: None }
+    }
+
     /// Checks everything but the rewards' values.
     pub(crate) fn check(&self, out: Option<usize>) -> Result<(), Error> {
         let rewards = self.rewards.len();

@@ -38,11 +38,9 @@ impl Real for f32 {
 }
 
 /// An id as it lies in memory.
-pub trait Id: Copy + Eq + Send + Sync + 'static {
+pub(crate) trait Id: Copy + Eq + Send + Sync + 'static {
     /// Its place in a table of cells; a negative id has one beyond all tables.
     fn index(self) -> usize;
-    /// Its value.
-    fn value(self) -> i64;
     /// The highest [`index`](Self::index); 0 of none.
     #[inline(always)]
     fn highest(ids: &[Self]) -> usize {
@@ -54,10 +52,6 @@ impl Id for u32 {
     #[inline(always)]
     fn index(self) -> usize {
         self as usize
-    }
-    #[inline(always)]
-    fn value(self) -> i64 {
-        i64::from(self)
     }
 }
 
@@ -71,20 +65,12 @@ impl Id for i32 {
         // In 32 bits, eight at once.
         ids.iter().fold(0, |highest, id| id.cast_unsigned().max(highest)) as usize
     }
-    #[inline(always)]
-    fn value(self) -> i64 {
-        i64::from(self)
-    }
 }
 
 impl Id for i64 {
     #[inline(always)]
     fn index(self) -> usize {
         usize::try_from(self).unwrap_or(usize::MAX)
-    }
-    #[inline(always)]
-    fn value(self) -> i64 {
-        self
     }
 }
 
@@ -153,7 +139,7 @@ impl Row {
 
 /// What a cell does to its rewards: `A = ((r - origin) - offset) * scale`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Affine {
+pub(crate) struct Affine {
     /// Subtracted first, without loss where rewards are near it.
     pub origin: f64,
     /// Subtracted then.

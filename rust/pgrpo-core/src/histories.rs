@@ -7,7 +7,7 @@ use crate::table::{Refused, Row, Table, Triple};
 /// [`Moments`] by cluster key, shared by threads.
 ///
 /// # Progress
-/// That of [`Table`]: reading waits for nobody, merging is lock-free.
+/// That of a table: reading waits for nobody, merging is lock-free.
 #[derive(Debug, Default)]
 pub struct Histories {
     table: Table,
@@ -108,7 +108,7 @@ impl Histories {
 
 /// Sums by cluster key, each [`Triple`] of which only ever grows by addition and shrinks by decay.
 #[derive(Debug, Default)]
-pub struct Sums {
+pub(crate) struct Sums {
     table: Table,
 }
 

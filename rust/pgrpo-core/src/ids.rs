@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Integers from 0 up to here are keys as they are; rows of a table up to the highest one in use take
 /// up address space, but memory only where they are written to.
-pub const DIRECT: i64 = 1 << 22;
+pub(crate) const DIRECT: i64 = 1 << 22;
 
 /// Name of a cluster; integers and strings never collide.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

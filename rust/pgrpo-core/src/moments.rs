@@ -16,6 +16,15 @@ pub fn is_finite_reward(reward: f64) -> bool {
 /// has all of them. Equal samples keep `offset` and `m2` at zero exactly.
 ///
 /// Counts are fractional where samples were weighted or forgotten.
+///
+/// ```
+/// use pgrpo_core::Moments;
+///
+/// let [one, other]: [Moments; 2] = [[0.0, 1.0], [2.0, 3.0]].map(|part| part.into_iter().collect());
+/// let both = one.merge(other);
+/// assert_eq!((both.count, both.mean(), both.m2), (4.0, 1.5, 5.0));
+/// assert_eq!(both.retract(other).unwrap().mean(), 0.5);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Moments {
     /// Number of samples, or sum of their weights.

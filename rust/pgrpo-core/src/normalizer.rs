@@ -18,9 +18,23 @@ use crate::options::{NanPolicy, Options};
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
 use crate::state::{Entry, State};
-use crate::table::{Refused, Table, Triple};
+use crate::table::{Refused, Triple};
 
 /// An estimator with its options and everything it remembers.
+///
+/// ```
+/// use pgrpo_core::{Batch, Ids, Normalizer, Options, Rule};
+///
+/// let normalizer = Normalizer::new(Options::new(Rule::named("pgrpo")?))?;
+/// let mut advantages = [0.0_f32; 2];
+/// normalizer.advantages(&Batch::new(&[0.0, 1.0], Ids::I32(&[7, 7])), &mut advantages)?;
+/// // The history of cluster 7 has mean 0.5 and deviation 0.5 now; eps is 1e-4.
+/// assert_eq!(advantages, [-0.9998, 0.9998]);
+/// // A reward of 1 is as good for another batch as it was for the first one.
+/// normalizer.normalize(&Batch::new(&[1.0, 0.5], Ids::I32(&[7, 7])), &mut advantages)?;
+/// assert_eq!(advantages, [0.9998, 0.0]);
+/// # Ok::<(), pgrpo_core::Error>(())
+/// ```
 ///
 /// Histories are kept under every estimator, so that clusters can be watched and compared. All
 /// methods may be called by many threads at once. A call checks its batch before the first merge,
@@ -59,6 +73,16 @@ impl Drop for Visit<'_> {
 }
 
 /// The right to replace what a [`Normalizer`] remembers: nobody enters as long as it lasts.
+///
+/// ```
+/// use pgrpo_core::{AnyId, Batch, Ids, Normalizer, Options, Rule};
+///
+/// let normalizer = Normalizer::new(Options::new(Rule::named("pgrpo")?))?;
+/// normalizer.update(&Batch::new(&[0.0, 1.0], Ids::I64(&[1, 2])))?;
+/// assert_eq!(normalizer.alone().forget([AnyId::Int(1)])?, 1);
+/// assert_eq!(normalizer.snapshot().clusters.len(), 1);
+/// # Ok::<(), pgrpo_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Alone<'a> {
     normalizer: &'a Normalizer,
@@ -81,14 +105,22 @@ impl Normalizer {
         Ok(Self::with_state(options, state))
     }
 
-    /// A normalizer that remembers in tables of a region, of which there must be
-    /// [`Kept::num_streams`](crate::state::Kept::num_streams).
+    /// A normalizer that remembers in a region, which must have
+    /// [`Kept::num_streams`](crate::Kept::num_streams) streams.
     ///
     /// # Errors
-    /// [`Error::Option`] names the option out of range.
-    pub fn shared(options: Options, region: Region, tables: Vec<Table>) -> Result<Self, Error> {
+    /// [`Error::Option`] names the option out of range, or `num_streams`.
+    pub fn shared(options: Options, region: Region) -> Result<Self, Error> {
         options.check()?;
-        let state = State::shared(options.kept(), options.track_delta, region, tables);
+        let (found, expected) = (region.num_streams(), options.kept().num_streams());
+        if found != expected as usize {
+            return Err(Error::Option {
+                name: "num_streams",
+                value: found.to_string(),
+                expected: format!("{expected}, which these options keep"),
+            });
+        }
+        let state = State::shared(options.kept(), options.track_delta, region);
         Ok(Self::with_state(options, state))
     }
 

@@ -58,8 +58,18 @@ impl FromStr for NanPolicy {
     }
 }
 
-/// Everything that can be chosen; `docs/estimators.md` has the formulas. What holds where nothing was
-/// chosen is for whoever asks users: in Python, `pgrpo.normalizer.Options`.
+/// Everything that can be chosen; [`estimators`](crate::estimators) has the formulas.
+///
+/// ```
+/// use pgrpo_core::{Normalizer, Options, Rule};
+///
+/// let options = Options { prior_count: 8.0, ..Options::new(Rule::named("pgrpo")?) };
+/// let normalizer = Normalizer::new(options)?;
+///
+/// let error = Normalizer::new(Options { eps: 0.0, ..normalizer.options().clone() }).unwrap_err();
+/// assert_eq!(error.to_string(), "eps is 0.0; expected a number from 1e-100 on");
+/// # Ok::<(), pgrpo_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The rule.
@@ -140,6 +150,29 @@ impl Options {
     #[must_use]
     pub fn reads_groups(&self) -> bool {
         self.estimator.needs_groups || self.track_diagnostics
+    }
+
+    /// A rule, and what is usual of all else: population deviations with an `eps` of 1e-4; the batch is
+    /// folded in before its advantages are read; non-finite rewards are refused; nothing is forgotten,
+    /// bounded or kept besides; one thread. Python's `Options` begin with the same.
+    #[must_use]
+    pub fn new(estimator: &'static Rule) -> Self {
+        Self {
+            estimator,
+            ddof: 0,
+            eps: 1e-4,
+            order: Order::UpdateThenNormalize,
+            nan_policy: NanPolicy::Raise,
+            forgetting: 1.0,
+            prior_count: 0.0,
+            sigma_floor: 0.0,
+            clip: None,
+            min_count: 1.0,
+            frequency_weight: 0.0,
+            track_diagnostics: false,
+            track_delta: false,
+            num_threads: 1,
+        }
     }
 
     /// Which sums these options need.

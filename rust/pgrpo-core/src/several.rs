@@ -154,7 +154,7 @@ impl Several<'_> {
             for (total, _) in totals.iter_mut().zip(&empty).filter(|(_, empty)| **empty) {
                 *total = f64::NAN;
             }
-            whiten(totals, batch.weights, &options.scale());
+            whiten(totals, batch.weights, options);
             if options.nan_policy == NanPolicy::Zero {
                 for (total, _) in totals.iter_mut().zip(&empty).filter(|(_, empty)| **empty) {
                     *total = 0.0;

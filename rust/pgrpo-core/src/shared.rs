@@ -18,7 +18,7 @@
 //! written to.
 //!
 //! # Progress
-//! That of [`Table`](crate::table::Table), between processes as between threads. A process that is
+//! That of a [`Normalizer`](crate::Normalizer), between processes as between threads. A process that is
 //! killed, at whichever instant, leaves every row as it was before or after a whole commit. What it
 //! may leave behind besides: a claimed inline buffer (that row goes on with the other one and with
 //! spares) or a spare node that nobody uses, or a name, a key and nodes that the index does not lead

@@ -1,6 +1,6 @@
 //! What a normalizer remembers, as values and as bytes.
 //!
-//! The layout of the bytes is described in `docs/snapshot.md`.
+//! The layout of the bytes is described in the project's `docs/snapshot.md`.
 
 use std::collections::HashSet;
 
@@ -10,6 +10,21 @@ use crate::moments::{Moments, is_finite_reward};
 use crate::state::Entry;
 
 /// Everything a normalizer remembers, as plain values.
+///
+/// ```
+/// use pgrpo_core::{Batch, Ids, Normalizer, Options, Rule, Snapshot};
+///
+/// let options = Options::new(Rule::named("pgrpo")?);
+/// let normalizer = Normalizer::new(options.clone())?;
+/// normalizer.update(&Batch::new(&[0.0, 1.0], Ids::I32(&[7, 7])))?;
+/// let bytes = normalizer.snapshot().encode();
+///
+/// let restored = Normalizer::new(options)?;
+/// restored.restore(&Snapshot::decode(&bytes)?)?;
+/// assert_eq!(restored.snapshot(), normalizer.snapshot());
+/// assert_eq!(restored.snapshot().clusters[0].rewards.mean(), 0.5);
+/// # Ok::<(), pgrpo_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Clusters with a history.

@@ -8,14 +8,14 @@ use crate::moments::Moments;
 use crate::shared::Region;
 use crate::snapshot::Snapshot;
 use crate::sync::{AtomicU64, Ordering};
-use crate::table::{INTERNED, Table, Triple};
+use crate::table::{INTERNED, Triple};
 
 /// Which sums are kept beside the rewards' histories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// Those of parts, which random effects are estimated from.
     pub parts: bool,
-    /// Those of the rule's baseline, by the name of their [kind](crate::estimators::Baseline::name).
+    /// Those of the rule's baseline, by the name of their [kind](crate::Rule::baseline).
     pub baseline: Option<&'static str>,
     /// Those of advantages, for diagnostics.
     pub advantages: bool,
@@ -44,7 +44,7 @@ pub struct Entry<I = ClusterId> {
     pub rewards: Moments,
     /// Number of parts, sum of their squared sizes, sum of squares within them.
     pub parts: Triple,
-    /// What the rule's baseline is made from, see [`Baseline`](crate::estimators::Baseline).
+    /// What the rule's baseline is made from, see [`Rule::baseline`](crate::Rule::baseline).
     pub baseline: Triple,
     /// Number of advantages, their sum, sum of their squares.
     pub advantages: Triple,
@@ -64,7 +64,7 @@ impl<I> Entry<I> {
 
 /// The running sums of every cluster.
 #[derive(Debug)]
-pub struct Streams {
+pub(crate) struct Streams {
     /// Histories of rewards.
     pub rewards: Histories,
     /// See [`Kept::parts`].
@@ -170,14 +170,9 @@ impl State {
         }
     }
 
-    /// In tables of a region, as many as [`Kept::num_streams`].
-    pub(crate) fn shared(
-        kept: Kept,
-        track_delta: bool,
-        region: Region,
-        tables: Vec<Table>,
-    ) -> Self {
-        let mut tables = tables.into_iter();
+    /// In the rows of a region, which has [`Kept::num_streams`] streams.
+    pub(crate) fn shared(kept: Kept, track_delta: bool, mut region: Region) -> Self {
+        let mut tables = region.take_tables().into_iter();
         let mut next = || tables.next().expect("a region has the tables it was laid out with");
         let streams = Streams {
             rewards: next().into(),

@@ -15,7 +15,7 @@ use crate::index::Word;
 use crate::sync::{AtomicU64, Ordering, fence};
 
 /// Keys from here on are numbers that interning gave out; keys below are what users call a cluster.
-pub const INTERNED: u32 = 1 << 31;
+pub(crate) const INTERNED: u32 = 1 << 31;
 
 /// What a row holds; what the three numbers mean is up to the user of the table.
 pub type Triple = [f64; 3];

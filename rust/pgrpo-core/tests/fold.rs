@@ -7,11 +7,10 @@ use std::process::Command;
 
 mod usual;
 
-use pgrpo_core::elements::Real;
 use pgrpo_core::estimators::{dr_grpo, grpo, rloo};
-use pgrpo_core::simd::{Level, level};
+use pgrpo_core::internals::{Level, level};
 use pgrpo_core::{
-    Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, RULES, Snapshot,
+    Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, RULES, Real, Snapshot,
 };
 use usual::usual;
 

@@ -1,9 +1,6 @@
 //! Snapshots as bytes: exact both ways, and refused where anything about them is wrong.
 
-use pgrpo_core::moments::Moments;
-use pgrpo_core::snapshot::Snapshot;
-use pgrpo_core::state::Entry;
-use pgrpo_core::{ClusterId, Error};
+use pgrpo_core::{ClusterId, Entry, Error, Moments, Snapshot};
 use proptest::prelude::*;
 
 /// CRC-64/XZ, bit by bit.

@@ -7,8 +7,7 @@ use std::ffi::{c_char, c_int, c_long};
 use numpy::ndarray::{Dimension, IntoDimension};
 use numpy::npyffi::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_TYPES};
 use numpy::{Element, PyArray, PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
-use pgrpo_core::AnyId;
-use pgrpo_core::elements::Real;
+use pgrpo_core::{AnyId, Real};
 use pyo3::prelude::*;
 use pyo3::types::{PyInt, PyList, PyString, PyTuple};
 

@@ -3,8 +3,7 @@
 use std::borrow::Cow;
 
 use numpy::Element;
-use pgrpo_core::elements::Real;
-use pgrpo_core::{Batch, Error, Normalizer, Options, Visit};
+use pgrpo_core::{Batch, Error, Normalizer, Options, Real, Visit};
 use pyo3::prelude::*;
 
 use crate::arrays::{Grid, Ids, Reals, fresh_mut, ids, numbers, reals_mut, rewards, rows, zeros};

@@ -3,8 +3,7 @@
 
 use numpy::PyArray1;
 use pgrpo_core::shared::{Layout, Region};
-use pgrpo_core::state::Kept;
-use pgrpo_core::{Alone, Options, Snapshot};
+use pgrpo_core::{Alone, Kept, Options, Snapshot};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyNotImplemented};
 
@@ -115,9 +114,8 @@ impl Normalizer {
         // them meanwhile may spoil histories, but not lead outside: they are read as atomics only.
         #[allow(unsafe_code, reason = "memory that other processes have mapped too")]
         let region = unsafe { Region::open(start, length, layout, &agreed, alone) };
-        let (region, tables) =
-            region.map_err(|mismatch| ConfigError::new_err(mismatch.to_string()))?;
-        let core = pgrpo_core::Normalizer::shared(options, region, tables).map_err(to_python)?;
+        let region = region.map_err(|mismatch| ConfigError::new_err(mismatch.to_string()))?;
+        let core = pgrpo_core::Normalizer::shared(options, region).map_err(to_python)?;
         let mapped = Mapped { path, watch, _array: memory.unbind() };
         mapped.check()?;
         Ok(Self { core, memory: Some(mapped) })

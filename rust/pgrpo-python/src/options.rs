@@ -1,6 +1,5 @@
 //! `pgrpo.normalizer.Options` read, and what Python is told of options and estimators.
 
-use pgrpo_core::estimators::Baseline;
 use pgrpo_core::{NanPolicy, Options, Order, RULES};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -141,7 +140,7 @@ impl Rule {
     /// Whether score norms have an effect.
     #[getter]
     fn reads_score_norms(&self) -> bool {
-        matches!(self.0.baseline, Some(Baseline::Regression(_)))
+        self.0.reads_score_norms()
     }
 
     /// Whether rewards are weighed by lengths of completions, which a batch must have then.

@@ -3,6 +3,7 @@
 use crate::elements::{Affine, Real};
 use crate::estimators::{Folded, Rule, Scale, advantages_of, grpo};
 use crate::moments::Moments;
+use crate::options::Options;
 
 /// `A = (a - mean_B(a)) / (sigma_B(a) + eps)`, of the weighted sum a over the rewards of a rollout of
 /// `(r - mean_G) / (sigma_G + eps)`; the second mean and deviation are those of all rollouts of the call.
@@ -49,7 +50,7 @@ fn maps(folded: &Folded, scale: &Scale, maps: &mut Vec<Affine>) {
 /// Weights \[N\] are 1 if there are none; NaN values are left out, and left as they are.
 ///
 /// Without any weight, the values become 0.
-pub fn whiten<R: Real>(values: &mut [R], weights: Option<&[f64]>, scale: &Scale) {
+pub fn whiten<R: Real>(values: &mut [R], weights: Option<&[f64]>, options: &Options) {
     let mut all = Moments::default();
     for (at, value) in values.iter().map(|value| value.to_f64()).enumerate() {
         if !value.is_nan() {
@@ -57,7 +58,7 @@ pub fn whiten<R: Real>(values: &mut [R], weights: Option<&[f64]>, scale: &Scale)
             all = all.merge(Moments { count, origin: value, ..Moments::default() });
         }
     }
-    let map = scale.standardize(&all);
+    let map = options.scale().standardize(&all);
     for value in values.iter_mut().filter(|value| !value.to_f64().is_nan()) {
         *value = R::from_f64(((value.to_f64() - map.origin) - map.offset) * map.scale);
     }

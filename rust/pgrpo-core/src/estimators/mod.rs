@@ -1,7 +1,7 @@
 //! The rules that turn raw rewards into advantages, one file each.
 //!
 //! A rule gives each cell (a cluster, or the rollouts of a group that belong to one cluster) an
-//! [`Affine`] map of its rewards, out of running sums alone: no rule looks at single rewards.
+//! affine map of its rewards, out of running sums alone: no rule looks at single rewards.
 //!
 //! Its file has its formula, and its [`Rule`]: what else is to know of it. [`RULES`] lists them.
 //!
@@ -33,7 +33,7 @@ use crate::table::Triple;
 
 /// How a spread becomes a divisor: `sigma + eps`; eps is never put under the root.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scale {
+pub(crate) struct Scale {
     /// Degrees of freedom taken off a count: 0 or 1.
     pub ddof: u8,
     /// Added to deviations.
@@ -82,7 +82,7 @@ pub(crate) fn advantages_of(rewards: &Moments, map: &Affine) -> Moments {
 
 /// A batch by cells, with what is remembered of their clusters.
 #[derive(Clone, Debug, Default)]
-pub struct Folded {
+pub(crate) struct Folded {
     /// By cell: its rewards in this batch.
     pub moments: Vec<Moments>,
     /// By cell: place of its cluster in the lists below. Empty where cells are clusters.
@@ -109,7 +109,7 @@ pub struct Folded {
 
 /// What an estimator treats alike.
 #[derive(Clone, Copy, Debug)]
-pub struct Cell<'a> {
+pub(crate) struct Cell<'a> {
     /// Place of the cluster.
     pub cluster: usize,
     /// Place of the group.
@@ -240,7 +240,7 @@ pub struct Rule {
     /// Whether a group of one always gives 0: nothing is learned from such groups alone.
     pub zero_alone: bool,
     /// Options of a [`Scale`] that have no effect, beside those of histories where it reads none.
-    pub idle: &'static [&'static str],
+    pub(crate) idle: &'static [&'static str],
     /// Whether it keeps running sums of a cluster's parts.
     pub keeps_parts: bool,
     /// Whether rewards are weighed by lengths of completions, which a batch must have then.
@@ -249,14 +249,14 @@ pub struct Rule {
     /// summed up, by [`whiten`](gdpo_multi::whiten).
     pub whitens: bool,
     /// What it keeps of a cluster for its baseline, beside the history.
-    pub baseline: Option<Baseline>,
+    pub(crate) baseline: Option<Baseline>,
     /// Appends the map of each cell, in their order.
-    pub maps: fn(&Folded, &Scale, &mut Vec<Affine>),
+    pub(crate) maps: fn(&Folded, &Scale, &mut Vec<Affine>),
 }
 
 /// Three running numbers of each cluster that a rule's baseline is made from.
 #[derive(Clone, Copy)]
-pub enum Baseline {
+pub(crate) enum Baseline {
     /// Sums of x², xy and y² of a regression. This is what a cell adds to them: of the cell, its
     /// rewards weighted by their score norms too, and the history before the batch. It alone reads
     /// score norms.
@@ -308,6 +308,18 @@ impl Rule {
     /// [`Error::Option`] tells the names there are.
     pub fn named(name: &str) -> Result<&'static Self, Error> {
         choose("estimator", name, &RULES.map(|rule| (rule.name, rule)))
+    }
+
+    /// What it keeps of a cluster for its baseline, beside the history, by the name of its kind.
+    #[must_use]
+    pub fn baseline(&self) -> Option<&'static str> {
+        self.baseline.map(Baseline::name)
+    }
+
+    /// Whether score norms have an effect.
+    #[must_use]
+    pub fn reads_score_norms(&self) -> bool {
+        matches!(self.baseline, Some(Baseline::Regression(_)))
     }
 
     /// Options that have no effect on advantages with this `frequency_weight`, which reads the counts

@@ -40,9 +40,9 @@ impl Shared {
     fn open(&self, alone: bool) -> (Region, Histories) {
         let (start, length) = (self.start.cast(), self.layout.length());
         // SAFETY: mapped with this length until self is dropped, which every test does last.
-        let (region, tables) =
-            unsafe { Region::open(start, length, self.layout, "", alone) }.unwrap();
-        (region, Histories::from(tables.into_iter().next().unwrap()))
+        let mut region = unsafe { Region::open(start, length, self.layout, "", alone) }.unwrap();
+        let rewards = Histories::from(region.take_tables().remove(0));
+        (region, rewards)
     }
 }
 

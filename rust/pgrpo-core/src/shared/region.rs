@@ -144,15 +144,40 @@ impl fmt::Display for Mismatch {
 
 impl std::error::Error for Mismatch {}
 
-/// A mapped region: the ids of its clusters and what it counts. The rows are the tables that
-/// [`open`](Self::open) returns beside it.
+/// A mapped region: the ids of its clusters, what it counts, and the rows of each stream.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU8, Ordering};
+///
+/// use pgrpo_core::shared::{Layout, Region};
+/// use pgrpo_core::{Batch, Ids, Normalizer, Options, Rule};
+///
+/// let options = Options::new(Rule::named("pgrpo")?);
+/// let layout = Layout::new(100, options.kept().num_streams())?;
+/// // In earnest, a file that all processes map: they begin with a page.
+/// let memory: Vec<AtomicU8> = (0..layout.length() + 64).map(|_| AtomicU8::new(0)).collect();
+/// let at = memory.as_ptr().align_offset(64);
+/// for (byte, value) in memory[at..].iter().zip(layout.header("agreed")) {
+///     byte.store(value, Ordering::SeqCst);
+/// }
+/// let normalizers = [true, false].map(|alone| {
+///     let start = memory[at..].as_ptr().cast_mut().cast();
+///     // SAFETY: aligned atomics that outlive the normalizers.
+///     let region = unsafe { Region::open(start, layout.length(), layout, "agreed", alone) };
+///     Normalizer::shared(options.clone(), region.unwrap()).unwrap()
+/// });
+/// normalizers[0].update(&Batch::new(&[0.0, 1.0], Ids::I32(&[7, 7])))?;
+/// assert_eq!(normalizers[1].snapshot().clusters[0].rewards.count, 2.0);
+/// # Ok::<(), pgrpo_core::Error>(())
+/// ```
 pub struct Region {
     index: Index,
     header: Arena<Word>,
+    tables: Vec<Table>,
 }
 
 impl Region {
-    /// A region that lies in memory of somebody else, and the table of each stream.
+    /// A region that lies in memory of somebody else.
     ///
     /// `options` and the layout must be those that it was made with. Nobody else but the caller may
     /// use the region meanwhile if `alone` is given: what killed processes left behind is then taken
@@ -165,14 +190,14 @@ impl Region {
     ///
     /// # Safety
     /// `start` is aligned to 64 bytes and has `length` readable and writable bytes for as long as
-    /// the region and its tables are used, and all its users touch them by atomic operations alone.
+    /// the region is used, and all its users touch them by atomic operations alone.
     pub unsafe fn open(
         start: *mut u8,
         length: usize,
         layout: Layout,
         options: &str,
         alone: bool,
-    ) -> Result<(Self, Vec<Table>), Mismatch> {
+    ) -> Result<Self, Mismatch> {
         if length < HEADER || !start.addr().is_multiple_of(64) {
             return Err(refused("length", length, format!("at least {HEADER} aligned bytes")));
         }
@@ -200,7 +225,17 @@ impl Region {
                 table.repair(std::iter::once(POOL).chain(index.keys()));
             }
         }
-        Ok((Self { index, header }, tables))
+        Ok(Self { index, header, tables })
+    }
+
+    /// The rows of each stream, which are its user's then.
+    pub(crate) fn take_tables(&mut self) -> Vec<Table> {
+        std::mem::take(&mut self.tables)
+    }
+
+    /// Number of streams, until their rows are taken.
+    pub(crate) fn num_streams(&self) -> usize {
+        self.tables.len()
     }
 
     /// The keys of cluster ids.
@@ -211,7 +246,7 @@ impl Region {
 
     /// Non-finite rewards that all users of the region left out of the histories.
     #[must_use]
-    pub fn num_nonfinite(&self) -> u64 {
+    pub(crate) fn num_nonfinite(&self) -> u64 {
         self.header.get(NUM_NONFINITE).0.load(Ordering::SeqCst)
     }
 
@@ -228,7 +263,7 @@ impl Region {
     }
 
     /// Adds to [`num_nonfinite`](Self::num_nonfinite).
-    pub fn add_nonfinite(&self, found: u64) {
+    pub(crate) fn add_nonfinite(&self, found: u64) {
         self.header.get(NUM_NONFINITE).0.fetch_add(found, Ordering::SeqCst);
     }
 }

@@ -12,10 +12,13 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::{Layout, Mismatch, Region};
+use crate::estimators::pgrpo;
 use crate::histories::Histories;
 use crate::ids::{AnyId, ClusterId};
 use crate::index::Index;
 use crate::moments::Moments;
+use crate::normalizer::Normalizer;
+use crate::options::Options;
 
 const OPTIONS: &str = "forgetting=1.0";
 
@@ -65,8 +68,9 @@ impl Memory {
         assert!(length <= self.length());
         let start = self.lines.as_ptr().cast_mut().cast();
         // SAFETY: aligned lines of atomics, which outlive every handle of a test.
-        let (region, tables) = unsafe { Region::open(start, length, layout, options, alone) }?;
-        Ok(Handle { region, streams: tables.into_iter().map(Histories::from).collect() })
+        let mut region = unsafe { Region::open(start, length, layout, options, alone) }?;
+        let streams = region.take_tables().into_iter().map(Histories::from).collect();
+        Ok(Handle { region, streams })
     }
 
     fn open(&self, alone: bool) -> Handle {
@@ -353,4 +357,14 @@ proptest! {
         drop(handle);
         use_all(&memory.open(alone), alone);
     }
+}
+
+#[test]
+fn a_normalizer_refuses_a_region_of_other_streams() {
+    let memory = Memory::new(64, 2);
+    let start = memory.lines.as_ptr().cast_mut().cast();
+    // SAFETY: as above.
+    let region = unsafe { Region::open(start, memory.length(), memory.layout, OPTIONS, true) };
+    let error = Normalizer::shared(Options::new(&pgrpo::RULE), region.unwrap()).unwrap_err();
+    assert_eq!(error.to_string(), "num_streams is 2; expected 1, which these options keep");
 }
