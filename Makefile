@@ -140,8 +140,8 @@ FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cdebug-assert
   -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters \
   pc-table trace-compares stack-depth) -Cllvm-args=-simplifycfg-branch-fold-threshold=0
 
-fuzz:  ## arbitrary bytes as snapshots, and arbitrary batches, if there is a nightly toolchain
-	@if rustc +nightly --version >/dev/null 2>&1; then $(MAKE) fuzz-snapshot fuzz-border; \
+fuzz:  ## arbitrary bytes as snapshots and in shared regions, and arbitrary batches, if there is a nightly toolchain
+	@if rustc +nightly --version >/dev/null 2>&1; then $(MAKE) fuzz-snapshot fuzz-border fuzz-region; \
 	else echo "make fuzz: skipped, for there is no nightly toolchain (rustup toolchain install nightly)"; fi
 
 fuzz-%:
@@ -149,7 +149,7 @@ fuzz-%:
 	  --target x86_64-unknown-linux-gnu --target-dir target/fuzz
 	mkdir -p target/fuzz/corpus/$* target/fuzz/artifacts/$*
 	target/fuzz/x86_64-unknown-linux-gnu/release/$* target/fuzz/corpus/$* rust/fuzz/corpus/$* \
-	  -artifact_prefix=target/fuzz/artifacts/$*/ -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 \
+	  -artifact_prefix=target/fuzz/artifacts/$*/ -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 -timeout=20 \
 	  -verbosity=0 -print_final_stats=1
 
 # As a whole, verl wants other versions than these; two of its files are read.
