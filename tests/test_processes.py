@@ -20,6 +20,12 @@ def output(source: str, *arguments: object) -> str:
     return done.stdout.strip()
 
 
+def let_memory_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo settings by which the system's allocator keeps what it is given back."""
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+
+
 FORKS = """
 import os, signal, sys, threading, warnings
 import numpy as np
@@ -151,9 +157,36 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_memory_of_forgotten_clusters_is_given_back() -> None:
+def test_memory_of_forgotten_clusters_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_memory_go(monkeypatch)
     grown = int(output(MEMORY))
     assert grown < 40e6, f"{grown} bytes for 1.2 million names that are gone"
+
+
+SCRATCH = """
+import numpy as np
+from pgrpo import ClusterNormalizer
+
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+
+rewards = np.ones(3_000_000, np.float32)
+ids, out = np.full(len(rewards), 4_000_000, np.int32), np.zeros_like(rewards)
+normalizer = ClusterNormalizer("auto")
+normalizer(rewards[:8], ids[:8], ids[:8], out=out[:8])
+before = resident()
+normalizer(rewards, ids, ids, out=out)
+normalizer.normalize(rewards, ids, ids, out=out)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_room_to_work_in_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_memory_go(monkeypatch)
+    assert int(output(SCRATCH)) < 40e6
 
 
 SCRIBBLES = """

@@ -70,31 +70,6 @@ impl Scratch {
         self.maps.clear();
     }
 
-    /// Bytes that all buffers take.
-    fn bytes(&self) -> usize {
-        fn of<T>(list: &Vec<T>) -> usize {
-            list.capacity() * size_of::<T>()
-        }
-        let Self {
-            slots,
-            cluster_slots,
-            group_slots,
-            keys,
-            batch,
-            before,
-            pool: _,
-            factors,
-            folded,
-            maps,
-            rows,
-            pairs,
-            by_index: _,
-        } = self;
-        let numbers = [slots, cluster_slots, group_slots].map(Slots::bytes);
-        let lists = [of(keys), of(batch), of(before), of(factors), of(maps), of(rows), of(pairs)];
-        folded.bytes() + numbers.iter().chain(&lists).sum::<usize>()
-    }
-
     /// Keys of the clusters, and their moments in this batch.
     pub(crate) fn parts(&self) -> impl Iterator<Item = (&u32, &Moments)> {
         let cells_are_clusters = self.batch.is_empty();
@@ -117,8 +92,9 @@ impl Scratch {
 /// The key of a cluster that nothing is known of: no row has it.
 const UNKNOWN: u32 = u32::MAX;
 
-/// A thread keeps its buffers up to so many bytes in all.
-const KEPT_BYTES: usize = 4 << 20;
+/// Buffers for more cells, or more rewards of a batch that is not folded by index, are not kept. None
+/// is longer than the longest of those that are looked at.
+const KEPT: usize = 1 << 16;
 
 /// Lends the thread's buffers, emptied.
 pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
@@ -128,7 +104,9 @@ pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
     let mut scratch = SCRATCH.take().unwrap_or_default();
     scratch.clear();
     let result = work(&mut scratch);
-    if scratch.bytes() <= KEPT_BYTES {
+    if [&scratch.keys, &scratch.slots.of].iter().all(|list| list.capacity() <= KEPT)
+        && scratch.rows.capacity() <= KEPT
+    {
         SCRATCH.set(Some(scratch));
     }
     result

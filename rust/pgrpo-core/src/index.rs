@@ -39,8 +39,7 @@ pub(crate) struct Node([Word; FANOUT]);
 #[allow(unsafe_code, reason = "nodes come out of zeroed pages")]
 unsafe impl Zeroed for Node {}
 
-/// What is used of each arena. Word [`COUNTERS`] of the counters says how much of the names; the next
-/// two, how many nodes and how many keys.
+/// What is counted: words of names, nodes and keys in use, each in a word of its own.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 enum Counter {

@@ -46,12 +46,6 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    /// Bytes that its lists take.
-    pub(crate) fn bytes(&self) -> usize {
-        let lists = [&self.of, &self.first, &self.table];
-        lists.map(Vec::capacity).iter().sum::<usize>() * size_of::<u32>()
-    }
-
     /// Numbers `num_entries` entries by their keys, in order of first appearance.
     pub(crate) fn assign<K: Copy + Eq>(
         &mut self,

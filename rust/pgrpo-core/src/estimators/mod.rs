@@ -156,29 +156,6 @@ impl Folded {
         weights.clear();
     }
 
-    /// Bytes that all lists take.
-    pub(crate) fn bytes(&self) -> usize {
-        let Self {
-            moments,
-            cluster_of,
-            group_of,
-            weights,
-            groups,
-            by_length,
-            histories,
-            own,
-            parts,
-            baselines,
-        } = self;
-        let numbers = [cluster_of, group_of].map(Vec::capacity).iter().sum::<usize>();
-        let all = [moments, groups, by_length, histories, own].map(Vec::capacity);
-        let triples = [parts, baselines].map(Vec::capacity).iter().sum::<usize>();
-        numbers * size_of::<u32>()
-            + weights.capacity() * size_of::<f64>()
-            + all.iter().sum::<usize>() * size_of::<Moments>()
-            + triples * size_of::<Triple>()
-    }
-
     /// Every cell.
     pub fn cells(&self) -> impl Iterator<Item = Cell<'_>> {
         self.moments.iter().enumerate().map(|(cell, moments)| Cell {
