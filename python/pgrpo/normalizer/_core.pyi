@@ -1,6 +1,6 @@
 """The Rust core: rewards to advantages over the plainest of arrays."""
 
-from typing import Any, final
+from typing import Any, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,21 +92,11 @@ class Rule:
     def without_effect(self, frequency_weight: float) -> list[str]:
         """Options that have no effect on advantages, with this `frequency_weight`."""
 
-@final
-class Several:
-    """The same for several rewards of each rollout, which have an axis more: [N, R] or [P, G, R]."""
+@type_check_only
+class _Calls:
+    """The methods that are given a batch. Each returns `NotImplemented`, and has done nothing, where an
+    argument is not of the plainest kind."""
 
-    def __new__(
-        cls,
-        options: Options,
-        names: list[str],
-        weights: list[float],
-        sums_first: bool,
-        parts: list[Normalizer],
-        /,
-    ) -> Several:
-        """`parts` keep the histories: one of the weighted sum if `sums_first`, else one of each reward.
-        Their options have neither a `clip` nor an estimator that whitens, which are of the whole."""
     def advantages(
         self,
         rewards: Any,
@@ -142,7 +132,23 @@ class Several:
     def retract(self, rewards: Any, clusters: Any, weights: Any, /) -> Any: ...
 
 @final
-class Normalizer:
+class Several(_Calls):
+    """The same for several rewards of each rollout, which have an axis more: [N, R] or [P, G, R]."""
+
+    def __new__(
+        cls,
+        options: Options,
+        names: list[str],
+        weights: list[float],
+        sums_first: bool,
+        parts: list[Normalizer],
+        /,
+    ) -> Several:
+        """`parts` keep the histories: one of the weighted sum if `sums_first`, else one of each reward.
+        Their options have neither a `clip` nor an estimator that whitens, which are of the whole."""
+
+@final
+class Normalizer(_Calls):
     """What `pgrpo.ClusterNormalizer` holds, and documents.
 
     Rewards and `out` are arrays of float32 or float64, ids arrays of int32 or int64 or lists or tuples
@@ -159,39 +165,6 @@ class Normalizer:
     ) -> Normalizer:
         """`memory` is that of a shared table: its path, its bytes, which are kept, its capacity, the
         options that all processes must agree on, and whether nobody else has it mapped."""
-    def advantages(
-        self,
-        rewards: Any,
-        clusters: Any,
-        groups: Any,
-        weights: Any,
-        score_norms: Any,
-        lengths: Any,
-        out: Any,
-        /,
-    ) -> Any: ...
-    def update(
-        self,
-        rewards: Any,
-        clusters: Any,
-        groups: Any,
-        weights: Any,
-        score_norms: Any,
-        lengths: Any,
-        /,
-    ) -> Any: ...
-    def normalize(
-        self,
-        rewards: Any,
-        clusters: Any,
-        groups: Any,
-        weights: Any,
-        score_norms: Any,
-        lengths: Any,
-        out: Any,
-        /,
-    ) -> Any: ...
-    def retract(self, rewards: Any, clusters: Any, weights: Any, /) -> Any: ...
     @property
     def num_nonfinite(self) -> int: ...
     def delta(self) -> bytes: ...
