@@ -17,7 +17,7 @@ const BASE: u32 = 2;
 #[cfg(not(loom))]
 const SEGMENTS: usize = 27;
 #[cfg(loom)]
-const SEGMENTS: usize = 3;
+const SEGMENTS: usize = 4;
 
 /// A type whose value of all zero bytes is its `Default`.
 ///
