@@ -178,7 +178,7 @@ def read_ids(ids: Any, name: str, shape: Shape = (0,)) -> NDArray[Any] | list[An
                 where = ", ".join(map(str, place))
                 raise _bad_int(f"{name}[{where}]", int(found[place]))
             kept = np.int32 if found.dtype == np.int32 else np.int64
-            return np.require(found, kept, ["C", "A", "E"])
+            return _in_a_row(found, kept)
         case "U" | "T" | "O":
             values: list[Any] = found.tolist()
             return _id_list(values, name) if found.ndim == 1 else _id_rows(values, name, shape)
@@ -237,7 +237,9 @@ def _is_arrow(values: Any) -> bool:
 def _is_of(values: Any, module: str, *types: str) -> bool:
     """Whether it is of one of a module's types, which can only be if the module is imported."""
     found = sys.modules.get(module)
-    return any(isinstance(values, getattr(found, name, ())) for name in types)
+    if found is None:
+        return False
+    return isinstance(values, tuple(getattr(found, name, ()) for name in types))
 
 
 def _is_buffer(values: Any) -> bool:
@@ -251,6 +253,8 @@ def _is_buffer(values: Any) -> bool:
 def _as_numpy(values: Any, name: str, expected: str) -> NDArray[Any]:
     """As an array of any type and shape, without a copy where possible."""
     try:
+        if isinstance(values, np.ndarray):
+            return _of_known_type(cast(NDArray[Any], values))
         if _is_tensor(values):
             return _from_torch(values)
         if _is_of(values, "pandas", "Series", "Index"):
@@ -259,8 +263,6 @@ def _as_numpy(values: Any, name: str, expected: str) -> NDArray[Any]:
             return _from_polars(values)
         if _is_arrow(values):
             return values.to_numpy(zero_copy_only=False)
-        if isinstance(values, np.ndarray):
-            return _of_known_type(cast(NDArray[Any], values))
         if hasattr(values, "__dlpack__"):
             return _from_dlpack(values)
         return np.asarray(values)
@@ -317,13 +319,15 @@ def _of_known_type(values: NDArray[Any]) -> NDArray[Any]:
 
 def _has_nulls(values: Any) -> bool:
     """Whether entries of a column, or of a masked array, are missing."""
+    if isinstance(values, np.ndarray):
+        return isinstance(values, np.ma.MaskedArray) and bool(np.ma.is_masked(values))
     if _is_of(values, "pandas", "Series", "Index"):
         return values.hasnans
     if _is_of(values, "polars", "Series"):
         return values.null_count() > 0
     if _is_arrow(values):
         return values.null_count > 0
-    return isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values)
+    return False
 
 
 def _to_list(values: Any) -> list[Any]:
@@ -356,9 +360,23 @@ def _plain(values: NDArray[Any], given: Any, name: str, dtype: type[Any]) -> NDA
             values = np.ma.filled(values.astype(dtype), np.nan)
         # Too large a number becomes infinite, which is dealt with as one.
         with np.errstate(over="ignore"):
-            return np.require(values, dtype, ["C", "A", "E"])
+            return _in_a_row(values, dtype)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{name} is {short(given)}; expected [N] or [P, G] numbers") from None
+
+
+def _in_a_row(values: NDArray[Any], dtype: type[Any]) -> NDArray[Any]:
+    """Contiguous, aligned and of a type in native byte order, without a copy where it is so."""
+    flags = values.flags
+    # NumPy takes longer to find that out than the core over a small batch.
+    if (
+        type(values) is np.ndarray
+        and values.dtype == dtype
+        and flags.c_contiguous
+        and flags.aligned
+    ):
+        return values
+    return np.require(values, dtype, ["C", "A", "E"])
 
 
 def _way_back(rewards: Any) -> Callable[[Plain], Any]:
