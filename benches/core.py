@@ -38,7 +38,7 @@ from typing import Any
 import history
 import numpy as np
 import torch
-from core_peers import EPS, Contender, Memory, aligned, peers, spin, trl_rule, verl_rule
+from core_peers import EPS, Contender, Memory, aligned, peers, rules_of_others, spin
 from numpy.typing import NDArray
 
 from pgrpo import ClusterNormalizer
@@ -315,21 +315,24 @@ def time_rules(result: Result, rounds: int) -> None:
     normalizer = ClusterNormalizer("grpo", ddof=1)
     clusters = np.arange(64, dtype=np.int32)
     names = {"step": normalizer.advantages, "clusters": clusters}
+    numpys = {**names, "rewards": rewards.numpy()}
     contenders = {
         "pgrpo": Contender("step(rewards, clusters)", names),
-        "TRL": trl_rule(8),
-        "verl": verl_rule(64, 8),
+        "pgrpo, NumPy": Contender("step(rewards, clusters)", numpys),
+        **rules_of_others(64, 8),
     }
     expected = eval(contenders["TRL"].call, {"rewards": rewards, **contenders["TRL"].names})
     for name, contender in contenders.items():
         found = eval(contender.call, {"rewards": rewards, **contender.names})
         # verl adds 1e-6 to standard deviations, the others 1e-4.
+        found = torch.as_tensor(found)
         if not torch.allclose(found.flatten(), expected.flatten(), atol=3e-3):
             raise SystemExit(f"{name}: other advantages than TRL's")
     times = timed(result, "64 groups of 8, GRPO", {"rewards": rewards}, contenders, rounds)
     for name in ("TRL", "verl"):
-        what = f"64 x 8 rewards against the rule of {name}"
-        result.add(Row(7, what, ratio(times, name, "pgrpo"), 10, at_least=True))
+        for kind, ours in (("tensors", "pgrpo"), ("NumPy", "pgrpo, NumPy")):
+            what = f"64 x 8 rewards, ours as {kind}, against the rule of {name}"
+            result.add(Row(7, what, ratio(times, name, ours), 10, at_least=True))
 
 
 def together(*jobs: Callable[[], object]) -> None:

@@ -9,22 +9,17 @@ running mean, so that no peer trades accuracy for speed. All run on one thread.
 
 from __future__ import annotations
 
-import ast
 import ctypes
-import importlib.util
-import inspect
 import math
 import subprocess
-import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Optional, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import rules
 import torch
 from numba import njit
 from numpy.typing import NDArray
@@ -248,69 +243,22 @@ class TorchPeer:
         return histories(self.count.numpy(), self.mean.numpy(), self.m2.numpy())
 
 
-def trl_rule(group_size: int) -> Contender:
-    """The lines by which TRL's `GRPOTrainer` turns rewards [P, G] into advantages [N], themselves.
-
-    They stand in the middle of a method, and are cut out of its source.
-    """
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    method = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    first, last = "        unscorable_mask = ", "        advantages = torch.nan_to_num("
-    start, end = method.index(first), method.index(last)
-    lines = method[start : method.index("\n", end)]
-    head = "def rule(self, rewards_per_func, num_generations, device):"
-    source = f"{head}\n{lines}\n        return advantages"
-    namespace = dict(vars(sys.modules[GRPOTrainer.__module__]))
-    exec(textwrap.dedent(source).replace("\n        ", "\n    "), namespace)
-    trainer = SimpleNamespace(
-        multi_objective_aggregation="sum_then_normalize",
-        scale_rewards="group",
-        reward_weights=torch.ones(1),
-        reward_funcs=[None],
-    )
-    call = "rule(self, rewards.view(-1, 1), group_size, rewards.device)"
-    return Contender(call, {"rule": namespace["rule"], "self": trainer, "group_size": group_size})
-
-
-def verl_rule(num_groups: int, group_size: int) -> Contender:
-    """The vectorised GRPO of verl itself, of rewards [P, G] as of completions of one token.
-
-    verl as a whole wants other versions of what is here; the function needs torch and one file beside.
-    """
-    root = importlib.util.find_spec("verl")
-    if root is None or not root.submodule_search_locations:
-        raise SystemExit("verl is not installed: pip install --no-deps verl==0.9.1")
-    folder = Path(root.submodule_search_locations[0])
-    namespace: dict[str, Any] = {
-        "torch": torch,
-        "np": np,
-        "Optional": Optional,
-        "AlgoConfig": object,
-    }
-    wanted = {
-        "utils/groupwise.py": (
-            "_resolve_device",
-            "_to_1d_numpy_object_array",
-            "as_torch_index",
-            "group_mean_std",
-        ),
-        "trainer/ppo/core_algos.py": ("compute_grpo_vectorized_outcome_advantage",),
-    }
-    for name, functions in wanted.items():
-        tree = ast.parse((folder / name).read_text("utf-8"))
-        defined = (node for node in tree.body if isinstance(node, ast.FunctionDef))
-        found = [node for node in defined if node.name in functions]
-        for node in found:
-            node.decorator_list.clear()  # It would enter the function into a registry.
-        module = ast.Module([ast.parse("from __future__ import annotations").body[0], *found], [])
-        exec(compile(module, name, "exec"), namespace)
+def rules_of_others(num_groups: int, group_size: int) -> dict[str, Contender]:
+    """GRPO of TRL and vectorised GRPO of verl, of rewards [P, G] as of completions of one token."""
+    trl, verl = rules.folder_of("trl"), rules.folder_of("verl")
+    if trl is None or verl is None:
+        raise SystemExit("TRL and verl are wanted: make bench-core installs them")
+    function = rules.verl_rules(verl).compute_grpo_vectorized_outcome_advantage
     names = {
-        "rule": namespace["compute_grpo_vectorized_outcome_advantage"],
+        "rule": function,
         "mask": torch.ones(num_groups * group_size, 1),
         "index": np.repeat(np.arange(num_groups), group_size),
     }
-    return Contender("rule(rewards.view(-1, 1), mask, index)[0]", names)
+    of_trl = {"rule": rules.trl_rule(trl), "group_size": group_size}
+    return {
+        "TRL": Contender("rule(rewards.view(-1, 1), group_size)", of_trl),
+        "verl": Contender("rule(rewards.view(-1, 1), mask, index)[0]", names),
+    }
 
 
 @njit(nogil=True)

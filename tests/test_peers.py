@@ -1,13 +1,9 @@
-"""Other libraries' own code for the same rules: the same advantages.
-
-verl (0.9.1) is in no extra, for it brings ray and much else; its tests run where it can be imported.
-"""
+"""Other libraries' own code for the same rules: the same advantages."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,45 +34,11 @@ GROUPS = np.arange(NUM_GROUPS * SIZE) // SIZE
 
 
 @pytest.fixture(scope="module")
-def trl_advantages() -> Callable[..., torch.Tensor]:
-    """The lines of TRL's trainer between rewards and advantages, as a function of its settings.
-
-    Cut out of its files: to import them takes long, and they would take our folder `vllm` for vLLM.
-    """
-    found = find_spec("trl")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("TRL is not installed")
-    folder = Path(found.submodule_search_locations[0]) / "trainer"
-
-    def functions(file: str, name: str) -> list[ast.FunctionDef]:
-        nodes = ast.walk(ast.parse((folder / file).read_text()))
-        return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
-
-    (method,) = functions("grpo_trainer.py", "_generate_and_score_completions")
-    lines = [ast.unparse(statement) for statement in method.body]
-    first = next(i for i, line in enumerate(lines) if line.startswith("unscorable_mask ="))
-    last = next(i for i, line in enumerate(lines) if "nan_to_num(advantages" in line)
-    cut = [*functions("utils.py", "nanstd"), *method.body[first : last + 1]]
-    code = compile(ast.Module(list(cut), []), str(folder), "exec")
-
-    def advantages(rewards: torch.Tensor, **settings: Any) -> torch.Tensor:
-        usual: dict[str, Any] = {
-            "multi_objective_aggregation": "sum_then_normalize",
-            "scale_rewards": "group",
-        }
-        usual |= {"reward_funcs": [None] * rewards.shape[1], **settings}
-        usual.setdefault("reward_weights", torch.ones(rewards.shape[1], dtype=rewards.dtype))
-        names: dict[str, Any] = {
-            "self": SimpleNamespace(**usual),
-            "rewards_per_func": rewards,
-            "device": "cpu",
-        }
-        names |= {"num_generations": SIZE}
-        names |= {"torch": torch}
-        exec(code, names)
-        return names["advantages"]
-
-    return advantages
+def rules() -> Iterator[Any]:
+    """The module of the benches that cuts the rules of others out of their files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benches"))
+        yield import_module("rules")
 
 
 @pytest.mark.parametrize(
@@ -88,11 +50,9 @@ def trl_advantages() -> Callable[..., torch.Tensor]:
         ("gdpo_multi", {"multi_objective_aggregation": "normalize_then_sum"}),
     ],
 )
-def test_trl_agrees(
-    trl_advantages: Callable[..., torch.Tensor], estimator: str, settings: dict[str, Any]
-) -> None:
+def test_trl_agrees(rules: Any, estimator: str, settings: dict[str, Any]) -> None:
     rewards = some_rewards()
-    expected = trl_advantages(rewards, **settings)
+    expected = rules.trl_rule(rules.folder_of("trl"))(rewards, SIZE, **settings)
     assert expected.abs().max() > 0.5
     normalizer = pgrpo.ClusterNormalizer(estimator, ddof=1, nan_policy="zero")
     found = normalizer(rewards[:, 0], np.zeros(len(GROUPS), int), GROUPS)
@@ -101,8 +61,8 @@ def test_trl_agrees(
 
 
 @pytest.fixture(scope="module")
-def verl_algos() -> Any:
-    return pytest.importorskip("verl.trainer.ppo.core_algos")
+def verl_algos(rules: Any) -> Any:
+    return rules.verl_rules(rules.folder_of("verl"))
 
 
 @pytest.mark.parametrize(
