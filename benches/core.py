@@ -272,7 +272,8 @@ def timed(
     """Times of contenders, of which those with histories are checked to do the same job first."""
     say(title)
     load = Load()
-    check(arrays, {name: c for name, c in contenders.items() if c.histories})
+    if comparable := {name: c for name, c in contenders.items() if c.histories}:
+        check(arrays, comparable)
     times = measure(arrays, contenders, rounds)
     result.noise[title] = load.shares()
     size = math.prod(arrays["rewards"].shape)
