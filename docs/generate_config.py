@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pgrpo.clusters import builtin as clusterers
 from pgrpo.config import sections
 from pgrpo.data.movielens import MovieLensConfig
+from pgrpo.data.panel import PanelConfig, WordRule
 from pgrpo.data.personas import PersonasConfig
 from pgrpo.data.table import TableConfig
 from pgrpo.normalizer import RULES, Options
@@ -32,6 +33,8 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[model]", sections.ModelConfig),
     ("[model.lora]", sections.LoraConfig),
     ('[data] with name = "movielens"', MovieLensConfig),
+    ('[data] with name = "panel"', PanelConfig),
+    ("[data.words], its entries", WordRule),
     ('[data] with name = "personas"', PersonasConfig),
     ('[data] with name = "jsonl" or "parquet"', TableConfig),
     ("[clustering]", sections.ClusteringConfig),

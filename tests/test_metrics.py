@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrpo.normalizer import ClusterNormalizer, ClusterStats
+from pgrpo.runs.log import Log
 from pgrpo.runs.metrics import (
     EXTREMES,
     PAIRS,
     cluster_records,
+    collapse,
     equal_groups,
     extremes,
     fairness,
+    one_of_each,
     peak_memory_bytes,
     processor_name,
     warnings,
 )
-from pgrpo.runs.records import MAX_CLUSTERS, FairnessRecord
+from pgrpo.runs.records import MAX_CLUSTERS, FairnessRecord, StepRecord
 from pgrpo.types import Example, Prompt, Rollout
 
 EPS = 1e-4
@@ -218,3 +222,57 @@ def test_the_machine() -> None:
     assert after is not None
     assert after >= before > 100_000_000
     assert after >= block.nbytes
+
+
+def steps(folder: Path, *parts: tuple[int, dict[str, float]]) -> Log[StepRecord]:
+    """A log of so many steps with these values, then so many with others, ..."""
+    log = Log(folder / "metrics.jsonl", StepRecord)
+    step = 0
+    for count, values in parts:
+        for _ in range(count):
+            step += 1
+            log.append(StepRecord.model_validate({"step": step, **values}))
+    return log
+
+
+HEALTHY = {"entropy": 1.2, "equal_groups": 0.3, "truncated": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({}, []),
+        ({"entropy": 0.13}, []),
+        ({"entropy": 0.11}, ["entropy fell from 1.20 to 0.110 nats"]),
+        ({"equal_groups": 0.85}, ["85% of the groups"]),
+        ({"truncated": 0.99}, ["ended 99% of the completions of the last steps, and 10%"]),
+        ({"truncated": 0.99, "equal_groups": 0.9, "entropy": 0.0}, ["entropy", "90%", "99%"]),
+    ],
+)
+def test_collapse_is_warned_of(tmp_path: Path, end: dict[str, float], said: list[str]) -> None:
+    found = collapse(steps(tmp_path, (30, HEALTHY), (10, {**HEALTHY, **end})))
+    assert len(found) == len(said)
+    for warning, words in zip(found, said, strict=True):
+        assert words in warning
+
+
+def test_what_was_so_from_the_beginning_is_no_collapse(tmp_path: Path) -> None:
+    always = {"entropy": 0.0, "equal_groups": 1.0, "truncated": 1.0}
+    assert collapse(steps(tmp_path, (40, always))) == []
+
+
+def test_a_short_run_tells_nothing_of_collapse(tmp_path: Path) -> None:
+    assert collapse(steps(tmp_path, (9, HEALTHY), (10, {**HEALTHY, "entropy": 0.0}))) == []
+    assert collapse(Log(tmp_path / "none.jsonl", StepRecord)) == []
+
+
+@given(st.lists(st.sampled_from("abc")))
+def test_one_of_each_takes_kinds_in_turn(kinds: list[str]) -> None:
+    entries = list(enumerate(kinds))
+    found = one_of_each(entries, lambda entry: entry[1])
+    assert sorted(found) == entries
+    rounds = [sum(other == kind for other in kinds[:place]) for place, kind in found]
+    assert rounds == sorted(rounds)
+    for number in set(rounds):
+        places = [place for (place, _), turn in zip(found, rounds, strict=True) if turn == number]
+        assert places == sorted(places)

@@ -257,7 +257,8 @@ class Parsed(HTMLParser):
     @property
     def verdict(self) -> str:
         start = self.text.index("reward: choice")
-        return self.text[start : self.text.index("Summary", start)]
+        ends = [self.text.find(heading, start) for heading in ("Who is served", "Summary")]
+        return self.text[start : min(end for end in ends if end >= 0)]
 
 
 def parse(path: Path) -> Parsed:
@@ -575,11 +576,193 @@ def test_held_out_error_is_at_least_that_of_the_prompts(tmp_path: Path) -> None:
 
 def test_held_out_rewards_of_their_own_have_no_chance_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert report([run], tmp_path).text.count("chance, 0.250") == 3
+    page = report([run], tmp_path)
+    assert page.text.count("chance, 0.250") == 2 and "Grey: | chance." in page.text
+    assert [level["y"] for level in levels(page)] == [0.25]
     with open(run / "config.toml", "a", encoding="utf-8") as file:
         file.write('[[evaluation]]\nname = "overlap"\n')
     page = report([run], tmp_path)
     assert page.text.count("chance, 0.250") == 2 and "scored by rewards of their own" in page.text
+    assert "Grey:" not in page.text and levels(page) == []
+
+
+def levels(page: Parsed) -> list[Tree]:
+    """The named lines of the chart of held-out rewards over the steps."""
+    found = [
+        f["layout"]["annotations"] for f in page.figures.values() if "annotations" in f["layout"]
+    ]
+    return max(found, key=len, default=[])
+
+
+BASELINES = {
+    "chance": 0.25,
+    "most popular": 0.45,
+    "one rule for all": 0.42,
+    "one rule per person": 0.66,
+}
+
+
+def with_baselines(runs: list[Path], **of_clusters: Mapping[str, float]) -> list[Path]:
+    for run in runs:
+        info = json.loads((run / "run.json").read_text())
+        info["baselines"] = BASELINES
+        for name, cluster in info["clusters"].items():
+            cluster["baselines"] = {**BASELINES, **of_clusters.get(f"c{name}", {})}
+        (run / "run.json").write_text(json.dumps(info))
+    return runs
+
+
+def test_baselines_are_lines_marks_and_columns(tmp_path: Path) -> None:
+    runs = with_baselines(two_arms(tmp_path, (0.4, 0.3)), c3={"one rule for all": 0.11})
+    page = report(runs, tmp_path)
+    assert {level["text"]: level["y"] for level in levels(page)} == {
+        "one rule per person 0.660": 0.66,
+        "most popular 0.450": 0.45,
+        "one rule for all 0.420": 0.42,
+        "chance 0.250": 0.25,
+    }
+    (header,) = (row for row in page.rows if row[:4] == ["Cluster", "Users", "Share", "Prompts"])
+    assert header[4:8] == ["one rule per person", "most popular", "one rule for all", "chance"]
+    rows = {row[0].split("mostly")[0].strip(): row for row in page.rows if len(row) == len(header)}
+    assert rows["3"][6] == "0.110" and rows["2"][6] == "0.420"
+    assert rows["4"][3] == "20"
+    marks = {
+        trace["name"]: trace["x"]
+        for figure in page.figures.values()
+        for trace in figure["data"]
+        if trace.get("name") in BASELINES
+    }
+    assert marks["one rule for all"] == [0.42, 0.42, 0.42, 0.11, 0.42]
+    assert set(marks) == {"chance", "one rule for all", "one rule per person"}
+
+
+def test_a_baseline_that_one_run_lacks_is_not_shown(tmp_path: Path) -> None:
+    runs = with_baselines(two_arms(tmp_path, (0.4, 0.3), 2))
+    info = json.loads((runs[0] / "run.json").read_text())
+    del info["baselines"]["most popular"]
+    (runs[0] / "run.json").write_text(json.dumps(info))
+    assert "most popular" not in str(levels(report(runs, tmp_path)))
+
+
+def test_the_first_sentence_says_who_is_served_how_well(tmp_path: Path) -> None:
+    runs = with_baselines(two_arms(tmp_path, (0.6, 0.3)), c3={"one rule for all": 0.11})
+    for run in runs[3:]:
+        # Cluster 1 is served worse than by guessing by grpo, cluster 2 not by more than its error.
+        edit_lines(
+            run / "evaluations.jsonl",
+            lambda e: e["clusters"].update(
+                {
+                    "1": {**score(20, 135), "num_prompts": 135},
+                    "2": {**score(20, 85), "num_prompts": 85},
+                }
+            ),
+        )
+    verdict = write_report(runs, tmp_path / "report.html")
+    study = Study.of(read_runs(runs))
+    pgrpo, grpo = (round(100 * study.held_out(arm, 40).mean) for arm in study.arms)
+    assert verdict.lead == (
+        f"Asked what people chose next, pgrpo is right in {pgrpo} % and grpo is right in {grpo} % of the "
+        "cases; guessing in 25 %, one rule for everybody in 42 % and a rule for each person in 66 %. "
+        "Served worse than by guessing: nobody by pgrpo, 27 % by grpo and 10 % by one rule for everybody."
+    )
+    page = parse(tmp_path / "report.html")
+    assert page.text.index(verdict.lead) < page.text.index(verdict.headline)
+    without = report(two_arms(tmp_path / "other", (0.6, 0.3)), tmp_path)
+    assert "Asked what people chose" not in without.text
+
+
+def test_the_gain_is_told_apart_into_history_and_clusters(tmp_path: Path) -> None:
+    def arm(name: str, gains: Sequence[float], **config: str) -> list[Path]:
+        return [
+            make_run(
+                tmp_path / f"{name}-{seed}",
+                name.split(":")[0],
+                seed,
+                gain=gain,
+                config={f"estimator.{key}": value for key, value in config.items()},
+            )
+            for seed, gain in enumerate(gains)
+        ]
+
+    runs = [
+        *arm("grpo", (0.0, 0.0, 0.02), history="cluster"),
+        *arm("pgrpo:one", (0.5, 0.5, 0.52), history="one"),
+        *arm("pgrpo", (0.5, 0.52, 0.5)),
+        *arm("pgrpo:shuffled", (0.3, 0.2, 0.25), history="shuffled"),
+    ]
+    study = Study.of(read_runs(runs))
+    outcome = {
+        arm.name: [run.evaluations.at(40, "reward") for run in arm.runs] for arm in study.arms
+    }
+    wanted = [
+        ("having a history", "pgrpo (one history)", "grpo"),
+        ("whose history it is", "pgrpo", "pgrpo (one history)"),
+        ("both together", "pgrpo", "grpo"),
+        ("clusters that are not of random users", "pgrpo", "pgrpo (shuffled clusters)"),
+    ]
+    assert [(gain.what, gain.after.name, gain.before.name) for gain in study.gains] == wanted
+    for gain in study.gains:
+        each = np.array(outcome[gain.after.name]) - np.array(outcome[gain.before.name])
+        assert gain.paired.each == pytest.approx(each)
+        low, high = stats.t.interval(0.95, 2, each.mean(), stats.sem(each))
+        assert gain.paired.difference is not None
+        assert gain.paired.difference.low == pytest.approx(low)
+        assert gain.paired.difference.high == pytest.approx(high)
+    verdict = write_report(runs, tmp_path / "report.html")
+    (sentence,) = (s for s in verdict.sentences if s.startswith("Seed by seed"))
+    gain = study.gains[0].paired.difference
+    assert gain is not None and f"having a history gives {number(gain.mean, sign=True)}" in sentence
+    assert sentence.count(WITHIN_NOISE) == 1
+    assert "Where the gain comes from" in parse(tmp_path / "report.html").text
+    assert not Study.of(read_runs(runs[:3])).gains
+
+
+def test_held_out_rewards_are_drawn_over_rollouts_and_time_as_well(tmp_path: Path) -> None:
+    page = report(two_arms(tmp_path, (0.4, 0.3)), tmp_path)
+    over = {
+        figure["layout"]["xaxis"]["title"]["text"]: figure["data"]
+        for figure in page.figures.values()
+        if figure["data"][0].get("mode") == "lines+markers" and "title" in figure["layout"]["xaxis"]
+    }
+    steps = [0, 10, 20, 30, 40]
+    assert over["rollouts"][0]["x"] == pytest.approx([step * PROMPTS * GROUP for step in steps])
+    runs = read_runs([tmp_path / f"pgrpo-{seed}" for seed in range(3)])
+    totals = [
+        np.mean([run.steps["timing_s/total"][:step].sum() / 60 for run in runs]) for step in steps
+    ]
+    assert over["minutes"][0]["x"] == pytest.approx(totals)
+    assert "Over the minutes" not in report([make_run(tmp_path / "alone")], tmp_path).text
+
+
+def test_equal_clusters_have_no_smallest_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    for cluster in info["clusters"].values():
+        cluster["share"] = 0.2
+    (run / "run.json").write_text(json.dumps(info))
+    assert "smallest" not in report([run], tmp_path).text
+
+
+def test_samples_are_of_every_cluster_and_held_out_ones_stand_side_by_side(tmp_path: Path) -> None:
+    runs = two_arms(tmp_path, (0.4, 0.3), 1)
+    for run in runs:
+        logged = [
+            {"step": step, "prompt": f"{c}, {k}", "completion": f"{run.name} at {step}", "reward": 1.0, "cluster_id": c, "user": k}
+            for step in (0, 40)
+            for c in ("0", "0", "0", "1")
+            for k in range(2)
+        ]  # fmt: skip
+        write_lines(run / "held_out.jsonl", logged)
+        write_lines(run / "samples.jsonl", [{**record, "step": 1} for record in logged])
+    page = report(runs, tmp_path)
+    start = page.rows.index(["Cluster, user", "Prompt", "pgrpo", "grpo"])
+    rows = page.rows[start + 1 : start + 5]
+    assert [row[1] for row in rows] == ["0, 0", "1, 0", "0, 1", "1, 1"]
+    assert rows[0][2:] == ["pgrpo-0 at 40reward 1.000", "grpo-0 at 40reward 1.000"]
+    start = next(
+        i for i, row in enumerate(page.rows) if row[:3] == ["Arm", "Step", "Cluster, user"]
+    )
+    assert [row[2][0] for row in page.rows[start + 1 : start + 3]] == ["0", "1"]
 
 
 LONG, MANY = 3 * READ_STEPS + 7, 60
@@ -625,11 +808,11 @@ def test_long_runs_of_many_clusters_give_a_bounded_page_that_says_so(tmp_path: P
     assert "one in 4 was read, and all of the first and the last ten." in page.text
     assert "moving mean over 51 steps of those read" in page.text
     assert f"at most {figures.POINTS} points" in page.text
-    shown = [f"c{c}" for c in (*range(8), *range(20, 28), *range(52, 60))]
+    shown = [f"c{c}" for c in (*range(EACH), *range(20, 20 + EACH), *range(60 - EACH, 60))]
     assert [name for name in (f"c{c}" for c in range(MANY)) if f"{name} " in page.text] == shown
     assert (
-        f"Of {MANY} clusters {3 * EACH} are drawn: the 8 largest, the 8 smallest and the 8 with the "
-        "lowest reward at the end." in page.text
+        f"Of {MANY} clusters {3 * EACH} are drawn: the {EACH} largest, the {EACH} smallest and the {EACH} with "
+        "the lowest reward at the end." in page.text
     )
     # The first and the last steps are all there, and the ones between at their places.
     study = Study.of(read_runs(runs))

@@ -53,7 +53,11 @@ def test_the_same_seed_repeats_bit_by_bit_and_another_does_not(run: Path, tmp_pa
 
 
 def test_the_contract_other_tools_rely_on(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} - {".lock", "evaluations.jsonl"} == {
+    assert {path.name for path in run.iterdir()} - {
+        ".lock",
+        "evaluations.jsonl",
+        "held_out.jsonl",
+    } == {
         "config.toml",
         "run.json",
         "metrics.jsonl",

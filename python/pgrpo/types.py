@@ -49,6 +49,11 @@ class Dataset:
     """Names of the F features."""
     vocabulary: tuple[str, ...] = ()
     """Words of a generated language, from which `model.name = "tiny"` makes its tokenizer."""
+    observed: Sequence[Example] = ()
+    """All that the training period knows of the users' choices, where that is more than `train`: a
+    rule that is fitted may learn from choices that are too early to be asked for."""
+    notes: tuple[str, ...] = ()
+    """What a user should be told of how the data was read, such as who was left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,5 +42,6 @@ def fresh(path: Path) -> Path:
 
 def say(verdict: Verdict, report: Path) -> None:
     """The outcome in words, and where to look at it."""
-    print("\n".join(["", verdict.headline, *verdict.sentences]))
+    lead = [verdict.lead] if verdict.lead else []
+    print("\n".join(["", *lead, verdict.headline, *verdict.sentences]))
     print(f"report: {report.resolve().as_uri()}")

@@ -21,7 +21,8 @@ class Description(TypedDict):
     share: float
     """Share of all users."""
     about: str
-    """How its users differ from all users, such as `above average in likes War`."""
+    """How its users differ from all users, such as `above average in likes War`; empty where no
+    feature tells them apart."""
 
 
 def describe(
@@ -47,6 +48,6 @@ def describe(
         descriptions[cluster_id] = {
             "num_users": len(rows),
             "share": len(rows) / len(assignment),
-            "about": about or "like all users",
+            "about": about,
         }
     return descriptions

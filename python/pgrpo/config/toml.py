@@ -76,20 +76,18 @@ def resolved_tree(config: BaseModel) -> Tree:
 
     def dump(section: BaseModel) -> Tree:
         idle: set[str] = section.inactive() if isinstance(section, Section) else set()
-        tree: Tree = {}
-        for key in [*type(section).model_fields, *(section.model_extra or {})]:
-            value: Any = getattr(section, key)
-            if value is None or key in idle:
-                continue
-            if isinstance(value, BaseModel):
-                value = dump(value)
-            elif isinstance(value, list):
-                entries = cast(list[Any], value)
-                value = [
-                    dump(entry) if isinstance(entry, BaseModel) else entry for entry in entries
-                ]
-            tree[key] = value
-        return tree
+        keys = [*type(section).model_fields, *(section.model_extra or {})]
+        values = {key: getattr(section, key) for key in keys if key not in idle}
+        return {key: plain(value) for key, value in values.items() if value is not None}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return dump(value)
+        if isinstance(value, list):
+            return [plain(entry) for entry in cast(list[Any], value)]
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in cast(Tree, value).items()}
+        return value
 
     return dump(config)
 

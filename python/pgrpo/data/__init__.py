@@ -11,6 +11,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from pgrpo.data.movielens import MovieLensConfig, load_movielens
+from pgrpo.data.panel import PanelConfig, load_panel
 from pgrpo.data.personas import PersonasConfig, load_personas
 from pgrpo.data.table import TableConfig, load_table
 from pgrpo.types import Dataset
@@ -18,7 +19,7 @@ from pgrpo.types import Dataset
 __all__ = ["DataConfig", "load_dataset"]
 
 DataConfig: TypeAlias = Annotated[
-    MovieLensConfig | PersonasConfig | TableConfig, Field(discriminator="name")
+    MovieLensConfig | PanelConfig | PersonasConfig | TableConfig, Field(discriminator="name")
 ]
 """The section `[data]`: of the data set that `name` names."""
 
@@ -34,6 +35,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     match config:
         case MovieLensConfig():
             return load_movielens(config)
+        case PanelConfig():
+            return load_panel(config)
         case PersonasConfig():
             return load_personas(config)
         case TableConfig():

@@ -81,7 +81,8 @@ def load_movielens(config: MovieLensConfig) -> Dataset:
 
     `columns` of an example: `answer` (the right completion; for `answer = "free"` its letter),
     `options` (the films' texts as shown), `labels` (their letters), `position` (index of the right
-    one), `film` (its title).
+    one), `film` (its title), `attributes` (each film's popularity word and first genre) and
+    `popularity` (its number of ratings in the training period).
 
     Raises:
         DataError: files are missing, ambiguous, empty or malformed (names file and line), or leave
@@ -305,6 +306,11 @@ class _Source:
                 "labels": labels,
                 "position": position,
                 "film": ratings.films[film].title,
+                "attributes": [
+                    [self.films.word_of[option], ratings.films[option].genres[0]]
+                    for option in options
+                ],
+                "popularity": self.films.count_of[options].tolist(),
             },
             choices=choices,
         )

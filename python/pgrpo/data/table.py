@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,11 +11,9 @@ import numpy as np
 from pydantic import Field
 
 from pgrpo.config import Section
+from pgrpo.data.rows import read_jsonl, read_parquet, value_in
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray, Json
-
-Row = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for error messages, and its values by column."""
 
 
 class TableConfig(Section):
@@ -65,7 +61,7 @@ def _load(config: TableConfig, path: str) -> tuple[list[Example], dict[str, Floa
         raise DataError(f"{path} {state}; expected a {config.name} file")
     examples: list[Example] = []
     values: dict[str, list[list[float]]] = {}
-    for place, row in _read_jsonl(file) if config.name == "jsonl" else _read_parquet(file):
+    for place, row in read_jsonl(file) if config.name == "jsonl" else read_parquet(file):
         example = _example(config, place, row)
         numbers = [_number(place, column, row) for column in config.feature_columns]
         values.setdefault(example.user, []).append(numbers)
@@ -76,10 +72,10 @@ def _load(config: TableConfig, path: str) -> tuple[list[Example], dict[str, Floa
 
 
 def _example(config: TableConfig, place: str, row: Mapping[str, Any]) -> Example:
-    text = _value(place, config.prompt_column, row)
+    text = value_in(place, config.prompt_column, row)
     if not isinstance(text, str) or not text:
         raise DataError(f"{place}: column {config.prompt_column} is {text!r}; expected a text")
-    user = _value(place, config.user_column, row)
+    user = value_in(place, config.user_column, row)
     if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
         raise DataError(
             f"{place}: column {config.user_column} is {user!r}; expected a text or whole number"
@@ -96,7 +92,7 @@ def _example(config: TableConfig, place: str, row: Mapping[str, Any]) -> Example
 def _choices(column: str | None, place: str, row: Mapping[str, Any]) -> tuple[str, ...] | None:
     if column is None:
         return None
-    value = _value(place, column, row)
+    value = value_in(place, column, row)
     entries = cast(list[Any], value) if isinstance(value, list) else []
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
         raise DataError(f"{place}: column {column} is {value!r}; expected a list of texts")
@@ -106,59 +102,7 @@ def _choices(column: str | None, place: str, row: Mapping[str, Any]) -> tuple[st
 
 
 def _number(place: str, column: str, row: Mapping[str, Any]) -> float:
-    value = _value(place, column, row)
+    value = value_in(place, column, row)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{place}: column {column} is {value!r}; expected a finite number")
     return float(value)
-
-
-def _value(place: str, column: str, row: Mapping[str, Any]) -> Any:
-    if column not in row:
-        raise DataError(f"{place}: no column {column!r}; found {', '.join(row)}")
-    if row[column] is None:
-        raise DataError(f"{place}: column {column} has no value")
-    return row[column]
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise DataError(f"{path}:{number} is not JSON: {problem}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} is not a JSON object")
-            yield f"{path}:{number}", cast(dict[str, Any], row)
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        arrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", _as_json(f"{path} row {number}", row)
-    except (arrow.ArrowException, OSError) as problem:
-        raise DataError(f"{path} is not a readable Parquet file: {problem}") from None
-
-
-def _as_json(place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Parquet has types that JSON has not, and checkpoints and metrics write columns as JSON."""
-    for column, value in row.items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            kind = type(value).__name__
-            raise DataError(
-                f"{place}: column {column} holds a {kind}; expected numbers, texts or lists"
-            ) from None
-    return row

@@ -50,6 +50,8 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
     classes: Mapping[int, str] = field(default_factory=dict[int, str])
     """Column -> `n` (numbers), `text` (prose) or `key` (code)."""
+    sorts: bool = False
+    """Whether a click on a column's heading sorts the rows by it."""
 
 
 @dataclass(frozen=True)

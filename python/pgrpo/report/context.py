@@ -94,6 +94,32 @@ class Context:
             said.append(f"A line has at most {figures.POINTS} points, evenly spaced.")
         return " ".join(said)
 
+    @property
+    def outcome_name(self) -> str:
+        """What arms are compared by, in words."""
+        study = self.study
+        if study.evaluated:
+            return f"held-out reward at step {study.evaluated[1]}"
+        return f"training reward over the last {plural(study.window, 'step')}"
+
+    def levels(self) -> dict[str, float]:
+        """What held-out rewards are compared with: the baselines, else chance where it is known."""
+        study = self.study
+        if study.baselines or study.own_evaluation or study.chance is None:
+            return study.baselines
+        return {"chance": study.chance}
+
+    def about_levels(self) -> str:
+        """What the baselines are."""
+        if len(self.study.baselines) < 2:
+            return ""
+        return (
+            "Dashed: what simple rules get on the same prompts. “Most popular” takes what people took "
+            "most often; the other rules are logits, fitted to the choices of the training period for "
+            "everybody, for each cluster and for each person. What lies above the rule for all is "
+            "personal."
+        )
+
     def selection(self) -> str:
         """Which clusters are drawn, where not all are."""
         all_of_them, shown = len(self.study.clusters), len(self.study.shown)

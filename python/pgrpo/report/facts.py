@@ -10,6 +10,7 @@ from pgrpo.report.context import Context
 from pgrpo.report.runs import Run
 from pgrpo.report.study import Arm, differing_settings
 from pgrpo.report.verdict import number, plural
+from pgrpo.runs.metrics import one_of_each
 from pgrpo.runs.records import SampleRecord
 
 SAMPLES_PER_STEP = 4
@@ -29,6 +30,7 @@ def samples(page: Context) -> Section | None:
             continue
         for step in dict.fromkeys((run.samples[0].step, run.samples[-1].step)):
             chosen = [sample for sample in run.samples if sample.step == step]
+            chosen = one_of_each(chosen, lambda sample: sample.cluster_id)
             rows += [_sample(page, arm, sample) for sample in chosen[:per_step]]
     if not rows:
         return None
@@ -37,7 +39,49 @@ def samples(page: Context) -> Section | None:
         "Samples",
         [Table(header, rows, {1: "n", 3: "text", 4: "text", 5: "n", 6: "n"})],
         f"At most {plural(per_step, 'logged rollout')} of the first and of the last step of one "
-        "seed of each arm: an impression, not a measurement. Long texts open on a click.",
+        "seed of each arm, of every cluster in turn: an impression, not a measurement. Long texts open "
+        "on a click.",
+    )
+
+
+def held_out_samples(page: Context) -> Section | None:
+    """The same held-out prompts, answered by each arm's first seed."""
+    found: dict[tuple[str, str, str], dict[str, SampleRecord]] = {}
+    for arm in page.study.arms:
+        run = next((run for run in arm.runs if run.held_out), None)
+        for sample in run.held_out if run else ():
+            asked = (str(sample.cluster_id), str(sample.user), sample.prompt)
+            found.setdefault(asked, {})[arm.name] = sample
+    if not found:
+        return None
+    asked = one_of_each(list(found), lambda key: key[0])[:SAMPLE_ROWS]
+    rows: list[list[Cell | str]] = []
+    for key in asked:
+        cluster, user, prompt = key
+        row: list[Cell | str] = [
+            Cell(figures.shorten(cluster, 18), page.cluster_colors.get(cluster, ""), small=[user]),
+            folded(prompt, 160),
+        ]
+        for arm in page.study.arms:
+            said = found[key].get(arm.name)
+            if said is None:
+                row.append("–")
+                continue
+            cell = folded(said.completion, 120)
+            reward = "–" if said.reward is None else number(said.reward)
+            row.append(Cell(cell.text, small=[f"reward {reward}"], full=cell.full))
+        rows.append(row)
+    names = [arm.name for arm in page.study.arms]
+    return section(
+        "Held-out samples",
+        [
+            Table(
+                ["Cluster, user", "Prompt", *names],
+                rows,
+                dict.fromkeys(range(1, 2 + len(names)), "text"),
+            )
+        ],
+        "Greedy completions of one seed of each arm at its last evaluation, of every cluster in turn.",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pgrpo.report.statistics import Estimate
-from pgrpo.report.study import Curve
+from pgrpo.report.study import Curve, Paired
 from pgrpo.types import FloatArray
 
 Figure = dict[str, Any]
@@ -116,13 +116,16 @@ def spreads(drawn: Sequence[tuple[Line, Curve]], height: int = 220) -> Figure:
     return {"data": traces, "layout": layout}
 
 
-def evaluations(drawn: Sequence[Dots], chance: float | None, height: int = 320) -> Figure:
-    """Held-out reward over the steps, with standard errors."""
+def evaluations(
+    drawn: Sequence[Dots], levels: Mapping[str, float], title: str = "step", height: int = 320
+) -> Figure:
+    """Held-out reward with standard errors over the steps, or over what else `title` names; levels
+    that do not change are dashed lines under their names."""
     traces = [
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": escape(dots.name),
+            "name": label(dots.name, 60),
             "x": list(dots.positions),
             "y": _values([e.mean for e in dots.estimates]),
             "error_y": _errors(dots),
@@ -133,17 +136,42 @@ def evaluations(drawn: Sequence[Dots], chance: float | None, height: int = 320) 
         for dots in drawn
     ]
     layout = _layout(height)
-    layout["xaxis"] |= _step_axis(np.concatenate([np.array(d.positions, float) for d in drawn]))
+    positions = np.concatenate([np.array(dots.positions, float) for dots in drawn])
+    if title == "step":
+        layout["xaxis"] |= _step_axis(positions)
+    else:
+        layout["xaxis"] |= {"title": {"text": title}, "rangemode": "tozero"}
     layout["hovermode"] = "x unified"
-    if chance is not None:
-        layout["shapes"] = [_reference(chance)]
+    layout["shapes"] = [_reference(level) for level in levels.values()]
+    if levels:
+        # Shapes do not widen an axis; a point without a mark does.
+        ends = [float(positions.min())] * len(levels)
+        traces.append(
+            {"type": "scatter", "mode": "markers", "x": ends, "y": _values(list(levels.values())),
+             "marker": {"opacity": 0}, "hoverinfo": "skip"}
+        )  # fmt: skip
+    layout["annotations"] = [
+        # Names of neighbouring levels stand at opposite ends.
+        {"xref": "paper", "x": place % 2, "xanchor": "right" if place % 2 else "left", "y": level,
+         "yanchor": "bottom", "showarrow": False, "font": {"size": 11},
+         "text": f"{label(name, 40)} {level:.3f}"}
+        for place, (name, level) in enumerate(levels.items())
+    ]  # fmt: skip
     return {"data": traces, "layout": layout}
 
 
+LEVEL_MARKS = ("line-ns-open", "x-thin-open", "diamond-open", "square-open", "star-open")
+"""Marks of levels that rows are compared with, in grey."""
+
+
 def before_and_after(
-    names: Sequence[str], before: Sequence[Dots], after: Sequence[Dots], chance: float | None
+    names: Sequence[str],
+    before: Sequence[Dots],
+    after: Sequence[Dots],
+    levels: Mapping[str, Sequence[float]],
 ) -> Figure:
-    """One row per name: an open mark before, a filled one after, one lane per arm."""
+    """One row per name: an open mark before, a filled one after, one lane per arm; levels that the row
+    is compared with as grey marks."""
     lanes = len(after)
     height = 70 + len(names) * (22 + 15 * lanes)
     traces: list[Trace] = []
@@ -161,7 +189,7 @@ def before_and_after(
                 {
                     "type": "scatter",
                     "mode": "markers",
-                    "name": f"{escape(dots.name)}, {when}",
+                    "name": f"{label(dots.name, 60)}, {when}",
                     "x": _values([e.mean for e in dots.estimates]),
                     "y": rows,
                     "error_x": _errors(dots) if when == "after" else {"visible": False},
@@ -170,18 +198,55 @@ def before_and_after(
                     "hovertemplate": "%{x:.3f}",
                 }
             )  # fmt: skip
-    layout = _layout(height)
-    layout["margin"]["l"] = 16
-    layout["yaxis"] |= {
-        "tickvals": list(range(len(names))),
-        "ticktext": [escape(shorten(name, 28)) for name in names],
-        "range": [len(names) - 0.5, -0.5],
-        "showgrid": False,
-        "ticklabelstandoff": 6,
-    }
-    layout["xaxis"] |= {"showgrid": True, "title": {"text": "held-out reward"}}
-    if chance is not None:
-        layout["shapes"] = [_reference(chance, vertical=True)]
+    for symbol, (name, values) in zip(LEVEL_MARKS, levels.items(), strict=False):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label(name, 40),
+                "x": _values(values),
+                "y": list(range(len(names))),
+                "marker": {"color": "#8c8c8c", "size": 13, "symbol": symbol, "line": {"width": 2}},
+                "hovertemplate": "%{x:.3f}",
+            }
+        )
+    layout = _row_layout(height, names, "held-out reward")
+    return {"data": traces, "layout": layout}
+
+
+def differences(names: Sequence[str], drawn: Sequence[Paired]) -> Figure:
+    """One row per name: the mean difference with its interval, and a faint mark for each seed."""
+    traces: list[Trace] = []
+    for row, paired in enumerate(drawn):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "one seed",
+                "x": _values(paired.each),
+                "y": [row] * len(paired.each),
+                "marker": {"color": translucent(ARM_COLORS[0], 0.35), "size": 7},
+                "hovertemplate": "%{x:+.3f}",
+            }
+        )
+        if paired.difference is not None:
+            low, mean, high = (getattr(paired.difference, name) for name in ("low", "mean", "high"))
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": "mean",
+                    "x": _values([mean]),
+                    "y": [row],
+                    "error_x": {"type": "data", "symmetric": False, "array": _values([high - mean]),
+                                "arrayminus": _values([mean - low]), "thickness": 2, "width": 5,
+                                "color": ARM_COLORS[0]},
+                    "marker": {"color": ARM_COLORS[0], "size": 11},
+                    "hovertemplate": "%{x:+.3f}",
+                }
+            )  # fmt: skip
+    layout = _row_layout(76 + 44 * len(names), names, "difference of the reward")
+    layout["shapes"] = [_reference(0.0, vertical=True)]
     return {"data": traces, "layout": layout}
 
 
@@ -204,21 +269,9 @@ def stacked(rows: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure
         }
         for part, seconds in parts.items()
     ]
-    layout = _layout(70 + 42 * len(rows))
+    layout = _row_layout(70 + 42 * len(rows), rows, "seconds per step")
+    layout["xaxis"]["rangemode"] = "tozero"
     layout |= {"barmode": "stack", "bargap": 0.35, "uniformtext": {"mode": "hide", "minsize": 11}}
-    layout["margin"]["l"] = 16
-    layout["yaxis"] |= {
-        "tickvals": list(range(len(rows))),
-        "ticktext": [escape(shorten(name, 28)) for name in rows],
-        "range": [len(rows) - 0.5, -0.5],
-        "showgrid": False,
-        "ticklabelstandoff": 6,
-    }
-    layout["xaxis"] |= {
-        "showgrid": True,
-        "title": {"text": "seconds per step"},
-        "rangemode": "tozero",
-    }
     return {"data": traces, "layout": layout}
 
 
@@ -255,6 +308,12 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:head].rstrip()}…{text[len(text) - (length - 1 - head) :].lstrip()}"
 
 
+def label(text: str, length: int) -> str:
+    """A text of somebody else's as plotly shows it as it stands: of HTML it knows tags and entities,
+    and quotes are not among these."""
+    return escape(shorten(text, length), quote=False)
+
+
 def translucent(color: str, alpha: float) -> str:
     """A #rrggbb colour with an opacity."""
     r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
@@ -268,7 +327,7 @@ def _line(line: Line) -> Trace:
     return {
         "type": "scatter",
         "mode": mode,
-        "name": escape(line.name),
+        "name": label(line.name, 60),
         **_places(steps),
         "y": _packed(mean),
         "line": {"color": line.color, "width": 2.2},
@@ -374,6 +433,21 @@ def _reference(at: float, vertical: bool = False) -> dict[str, Any]:
         "layer": "below",
         "line": {"color": "#8c8c8c", "width": 1.4, "dash": "dash"},
     }
+
+
+def _row_layout(height: int, names: Sequence[str], title: str) -> dict[str, Any]:
+    """A layout with an axis of names, the first one at the top, and numbers along the other."""
+    layout = _layout(height)
+    layout["margin"]["l"] = 16
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(names))),
+        "ticktext": [label(name, 34) for name in names],
+        "range": [len(names) - 0.5, -0.5],
+        "showgrid": False,
+        "ticklabelstandoff": 6,
+    }
+    layout["xaxis"] |= {"showgrid": True, "title": {"text": title}}
+    return layout
 
 
 def _layout(height: int, percent: bool = False) -> dict[str, Any]:

@@ -21,18 +21,20 @@ from pgrpo.report.study import Study, differing_settings
 from pgrpo.report.verdict import enumerate_words, plural, verdict
 
 SECTIONS = (
+    results.held_out_by_cluster,
     results.summary,
+    results.gains,
     results.differences,
     results.warnings,
-    results.reward,
     results.held_out,
-    results.held_out_by_cluster,
+    results.reward,
     results.clusters,
     results.fairness,
     learning.corollary,
     learning.histories,
     learning.optimisation,
     learning.time,
+    facts.held_out_samples,
     facts.samples,
     facts.settings,
     facts.environment,

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from pgrpo.report import figures
-from pgrpo.report.blocks import Block, Cell, Grid, Section, Table, estimate, legend, section
+from pgrpo.report.blocks import (
+    Block,
+    Cell,
+    Grid,
+    Key,
+    Panel,
+    Section,
+    Table,
+    estimate,
+    legend,
+    section,
+)
 from pgrpo.report.context import Context
 from pgrpo.report.figures import Dots
 from pgrpo.report.study import EVALUATIONS, Arm
@@ -12,7 +27,15 @@ from pgrpo.report.verdict import (
     enumerate_words,
     interval,
     number,
+    percent,
 )
+
+COMPARED = ("chance", "one rule for all", "one rule per person")
+"""Baselines that stand beside each cluster's rewards: what nobody's taste, everybody's and one's own
+taste foretell."""
+
+GLYPHS = "|×◇□☆"
+"""The grey marks of `figures.LEVEL_MARKS`, as text."""
 
 
 def summary(page: Context) -> Section:
@@ -137,27 +160,88 @@ def reward(page: Context) -> Section | None:
     )
 
 
+def gains(page: Context) -> Section | None:
+    """What having a history gives, and what it gives that it is the cluster's."""
+    found = page.study.gains
+    if not found:
+        return None
+    figure = figures.differences([gain.what for gain in found], [gain.paired for gain in found])
+    rows: list[list[Cell | str]] = []
+    for gain in found:
+        difference = gain.paired.difference
+        each = ", ".join(number(x, sign=True) for x in gain.paired.each) or "–"
+        row: list[Cell | str] = [
+            gain.what,
+            Cell(gain.after.name, page.arm_colors[gain.after.name]),
+            Cell(gain.before.name, page.arm_colors[gain.before.name]),
+            each,
+        ]
+        if difference is None:
+            row += ["–", "–"]
+        else:
+            noise = [] if difference.clear else [WITHIN_NOISE]
+            row += [number(difference.mean, sign=True), Cell(interval(difference), small=noise)]
+        rows.append(row)
+    header = ["What differs", "Arm", "minus", "Seed by seed", "Mean", "95 % interval"]
+    return section(
+        "Where the gain comes from",
+        [
+            page.place(figure, "Differences between arms that differ in one respect"),
+            Table(header, rows, dict.fromkeys(range(3, 6), "n")),
+        ],
+        f"Differences of {page.outcome_name} between arms that differ in one respect, seed by seed "
+        "(faint), with Student's interval over the seeds. A history gives a signal where a group's "
+        "rewards are all equal; that it is the cluster's own matters where clusters are rewarded on "
+        "different scales.",
+    )
+
+
 def held_out(page: Context) -> Section | None:
-    """Evaluations over the steps."""
+    """Evaluations over the steps, the rollouts and the time they took."""
     study = page.study
-    drawn: list[Dots] = []
+    drawn: dict[str, list[Dots]] = {"step": [], "rollouts": [], "minutes": []}
     for arm in study.arms:
         steps = study.evaluations(arm)
-        if steps:
-            estimates = [study.held_out(arm, step) for step in steps]
-            drawn.append(Dots(arm.name, page.arm_colors[arm.name], steps, estimates))
-    if not drawn:
+        if not steps:
+            continue
+        estimates = [study.held_out(arm, step) for step in steps]
+        rollouts = study.until(arm, "num_rollouts", steps)
+        minutes = [seconds / 60 for seconds in study.until(arm, "timing_s/total", steps)]
+        for kind, places in zip(drawn, (steps, rollouts, minutes), strict=True):
+            if np.isfinite(places).all():
+                drawn[kind].append(Dots(arm.name, page.arm_colors[arm.name], places, estimates))
+    if not drawn["step"]:
         return None
     prompts = sorted({int(n) for run in study.runs for n in run.evaluations["num_prompts"]})
     count = enumerate_words([f"{n:,}" for n in prompts])
-    chance = None if study.own_evaluation else study.chance
     own = ", scored by rewards of their own" if study.own_evaluation else ""
-    figure = figures.evaluations(drawn, chance)
+    levels = page.levels()
+    blocks: list[Block] = [
+        legend(page.arm_colors),
+        page.place(figures.evaluations(drawn["step"], levels), "Held-out reward over the steps"),
+    ]
+    if len(study.arms) > 1:
+        panels = [
+            Panel(
+                Key(f"Over the {kind}"),
+                page.place(
+                    figures.evaluations(dots, {}, kind, 210), f"Held-out reward over the {kind}"
+                ),
+                about=about,
+            )
+            for kind, about in (
+                ("rollouts", "completions that were generated and scored"),
+                ("minutes", "of all steps, without evaluations and checkpoints"),
+            )
+            if (dots := drawn[kind])
+        ]
+        blocks.append(Grid(panels))
     return section(
         "Held-out prompts",
-        [legend(page.arm_colors, chance), page.place(figure, "Held-out reward over the steps")],
+        blocks,
         f"Greedy decoding on {count} held-out prompts{own}. Error bars: one standard error, as in "
         "the summary.",
+        page.about_levels(),
         f"At most {EVALUATIONS} evaluations of an arm are drawn, evenly spaced."
         if max(len(run.evaluations.steps) for run in study.runs) > EVALUATIONS
         else "",
@@ -165,7 +249,7 @@ def held_out(page: Context) -> Section | None:
 
 
 def held_out_by_cluster(page: Context) -> Section | None:
-    """Evaluations per cluster before and after."""
+    """Evaluations per cluster, before and after, beside what simple rules get there."""
     study = page.study
     if not (study.evaluated and study.cluster_evaluations):
         return None
@@ -175,19 +259,65 @@ def held_out_by_cluster(page: Context) -> Section | None:
         estimates = [study.held_out(arm, step, name) for name in study.shown]
         return Dots(arm.name, page.arm_colors[arm.name], range(len(study.shown)), estimates)
 
+    known = [study.baselines_of(name) for name in study.shown]
+    levels = {
+        rule: [rules.get(rule, math.nan) for rules in known]
+        for rule in COMPARED
+        if any(rule in rules for rules in known)
+    }
+    if not levels and study.chance is not None and not study.own_evaluation:
+        levels = {"chance": [study.chance] * len(study.shown)}
     figure = figures.before_and_after(
         study.shown,
         [dots(arm, first) for arm in study.arms],
         [dots(arm, last) for arm in study.arms],
-        None if study.own_evaluation else study.chance,
+        levels,
     )
+    marks = [f"{glyph} {rule}" for glyph, rule in zip(GLYPHS, levels, strict=False)]
     return section(
-        "Held-out prompts by cluster",
-        [page.place(figure, "Held-out reward of each cluster before and after")],
-        f"Largest share first. Open: step {first}; filled: step {last}, with one standard error.",
+        "Who is served how well",
+        [
+            legend(page.arm_colors),
+            page.place(figure, "Held-out reward of each cluster"),
+            _served(page),
+        ],
+        "Held-out reward of each cluster, the largest share of users first. "
+        f"Open: step {first}; filled: step {last}, with one standard error.",
+        f"Grey: {enumerate_words(marks)}." if marks else "",
         page.scales(held_out=True),
         page.selection(),
     )
+
+
+def _served(page: Context) -> Block:
+    """Clusters, also those that are not drawn, in a table that sorts."""
+    study = page.study
+    assert study.evaluated is not None
+    rules = list(study.baselines)
+    header = ["Cluster", "Users", "Share", "Prompts", *rules]
+    header += [f"{arm.name}, step {step}" for arm in study.arms for step in study.evaluated]
+    rows: list[list[Cell | str]] = []
+    for name in study.listed:
+        info, baselines = study.clusters[name], study.baselines_of(name)
+        prompts = study.runs[0].evaluations.at(study.evaluated[1], f"clusters/{name}/num_prompts")
+        row: list[Cell | str] = [
+            Cell(
+                figures.shorten(name, 30),
+                page.cluster_colors.get(name, ""),
+                small=[figures.shorten(info.about, 90)] if info.about else [],
+            ),
+            str(info.num_users or "–"),
+            percent(info.share),
+            number(prompts) if not math.isfinite(prompts) else str(int(prompts)),
+            *(number(baselines.get(rule, math.nan)) for rule in rules),
+        ]
+        row += [
+            estimate(study.held_out(arm, step, name))
+            for arm in study.arms
+            for step in study.evaluated
+        ]
+        rows.append(row)
+    return Table(header, rows, dict.fromkeys(range(1, len(header)), "n"), sorts=True)
 
 
 def clusters(page: Context) -> Section | None:

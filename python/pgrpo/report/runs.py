@@ -113,6 +113,8 @@ class Run:
     evaluations: Table
     samples: tuple[SampleRecord, ...]
     """Those of the first and of the last step that have some."""
+    held_out: tuple[SampleRecord, ...]
+    """Held-out completions of the last evaluation that has some."""
 
     @property
     def seeds(self) -> tuple[tuple[str, str], ...]:
@@ -165,7 +167,7 @@ def _read(folder: RunFolder, first: int, last: int, common: int, stride: int) ->
             *range(common - LAST_STEPS + 1, common + 1),
         }
         records = folder.metrics.at(sorted(step for step in wanted if first <= step <= last))
-    logged = folder.samples.ends()
+    logged, held_out = folder.samples.ends(), folder.held_out.ends()
     return Run(
         name=run_name(folder.path),
         settings=_read_settings(folder.path / "config.toml"),
@@ -175,6 +177,7 @@ def _read(folder: RunFolder, first: int, last: int, common: int, stride: int) ->
         stride=stride,
         evaluations=Table(folder.evaluations, folder.evaluations.path),
         samples=tuple(folder.samples.at(sorted(set(logged)))) if logged else (),
+        held_out=tuple(folder.held_out.at([held_out[1]])) if held_out else (),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -18,6 +18,7 @@ from pgrpo.report.statistics import (
     Estimate,
     mean,
     mean_and_band,
+    mean_change,
     moving_mean,
     over_seeds,
     tukey_difference,
@@ -29,9 +30,21 @@ from pgrpo.types import FloatArray
 EVALUATIONS = 100
 """Most evaluations of an arm that are drawn: each is a mark with an error bar."""
 
-EACH = 8
+EACH = 3
 """Clusters of each kind that are drawn, the largest, the smallest and the worst, where there are more
-than all of these: what a page of some dozen arms can hold."""
+than all of these; a table has more of them."""
+
+EACH_LISTED = 40
+"""Clusters of each kind in that table."""
+
+GAINS = (
+    (("grpo", "cluster"), ("pgrpo", "one"), "having a history"),
+    (("pgrpo", "one"), ("pgrpo", "cluster"), "whose history it is"),
+    (("grpo", "cluster"), ("pgrpo", "cluster"), "both together"),
+    (("pgrpo", "shuffled"), ("pgrpo", "cluster"), "clusters that are not of random users"),
+    (("pgrpo", "cluster"), ("auto", "cluster"), "leaning on the group as well"),
+)
+"""Pairs of arms, by estimator and history, that differ in one respect, and the respect."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +113,10 @@ class Study:
 
     @property
     def minority(self) -> str | None:
-        """The cluster with the smallest known share, where there are several."""
+        """The cluster with the smallest known share; None where another has as small a one."""
         known = [name for name, info in self.clusters.items() if info.share > 0]
-        return known[-1] if len(known) > 1 else None
+        shares = [self.clusters[name].share for name in known]
+        return known[-1] if len(known) > 1 and shares[-2] > shares[-1] + 1e-9 else None
 
     @property
     def chance(self) -> float | None:
@@ -152,16 +166,27 @@ class Study:
         steps = sorted(set[int].intersection(*found))
         return steps[::-1][:: max(1, -(-len(steps) // EVALUATIONS))][::-1]
 
-    @cached_property
+    @property
     def shown(self) -> list[str]:
-        """The clusters that are drawn, by falling share: all, or of more than 3 * EACH the largest, the
-        smallest and those that ended worst, averaged over the arms."""
+        """The clusters that are drawn, by falling share."""
+        return self._some(EACH)
+
+    @property
+    def listed(self) -> list[str]:
+        """The clusters of the table, by falling share."""
+        return self._some(EACH_LISTED)
+
+    def _some(self, each: int) -> list[str]:
+        """All clusters, or of more than 3 * each the largest, the smallest and those that ended worst,
+        averaged over the arms."""
         sizes = {name: info.share for name, info in self.clusters.items()}
-        if len(sizes) <= 3 * EACH:
-            return list(sizes)
-        ends = {c: mean([self.achieved(arm, c).mean for arm in self.arms]) for c in sizes}
-        known = {name: end for name, end in ends.items() if math.isfinite(end)}
-        return extremes(sizes, known, EACH)
+        return extremes(sizes, self._ends if len(sizes) > 3 * each else {}, each)
+
+    @cached_property
+    def _ends(self) -> dict[str, float]:
+        """Cluster -> what was achieved there, averaged over the arms, where it is known."""
+        ends = {c: mean([self.achieved(arm, c).mean for arm in self.arms]) for c in self.clusters}
+        return {name: end for name, end in ends.items() if math.isfinite(end)}
 
     def curve(self, arm: Arm, path: str) -> Curve | None:
         """A number of the steps, by its path, over an arm's runs; None where no run has it."""
@@ -189,6 +214,16 @@ class Study:
         """Mean over the steps of each run, and over seeds."""
         means = [mean(run.steps[path][self._even(run.steps.steps)]) for run in arm.runs]
         return over_seeds(means).mean
+
+    def until(self, arm: Arm, path: str, steps: Sequence[int]) -> list[float]:
+        """Sum of a quantity over all steps up to each of `steps`, averaged over seeds. Steps that were
+        not read count as the ones before them."""
+        sums: list[FloatArray] = []
+        for run in arm.runs:
+            taken, values = run.steps.steps, run.steps[path]
+            known = np.cumsum(np.diff(taken, prepend=0) * values)
+            sums.append(np.interp(steps, [0.0, *taken], [0.0, *known]))
+        return np.mean(sums, axis=0).tolist()
 
     def _even(self, steps: FloatArray) -> NDArray[np.bool_]:
         """Which of the steps that were read lie evenly: the ends of a run are read more closely. All of
@@ -255,6 +290,47 @@ class Study:
             return None
         return tukey_difference(outcomes, a.name, b.name)
 
+    def arm_of(self, estimator: str, history: str) -> Arm | None:
+        """The one arm with this estimator and history; None where there is none, or several."""
+        found = [
+            arm
+            for arm in self.arms
+            if arm.runs[0].settings["estimator.name"] == estimator
+            and arm.runs[0].settings["estimator.history"] == history
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def paired(self, a: Arm, b: Arm, cluster: str | None = None) -> Paired:
+        """`outcome` of b minus a, seed by seed, over the seeds that both have."""
+        outcomes = [
+            {run.settings.get("run.seed", ""): self.outcome(run, cluster) for run in arm.runs}
+            for arm in (a, b)
+        ]
+        shared = [seed for seed in outcomes[0] if seed in outcomes[1]]
+        before, after = ([outcome[seed] for seed in shared] for outcome in outcomes)
+        change = np.array(after) - np.array(before)
+        return Paired(change[np.isfinite(change)].tolist(), mean_change(before, after))
+
+    @cached_property
+    def gains(self) -> list[Gain]:
+        """What a history gives and what clusters give, as far as there are arms to tell it; empty
+        where rewards do not compare."""
+        if not self.same_rewards:
+            return []
+        found = ((self.arm_of(*a), self.arm_of(*b), what) for a, b, what in GAINS)
+        return [Gain(a, b, what, self.paired(a, b)) for a, b, what in found if a and b]
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """Rule -> reward on the held-out prompts, of the rules that every run knows; by falling
+        reward."""
+        return _means([run.info.baselines for run in self.runs]) if self.evaluated else {}
+
+    def baselines_of(self, cluster: str) -> dict[str, float]:
+        """The same on the held-out prompts of one cluster."""
+        infos = [run.info.clusters.get(cluster, ClusterInfo()) for run in self.runs]
+        return _means([info.baselines for info in infos]) if self.cluster_evaluations else {}
+
     def spread(self, arm: Arm) -> Spread | None:
         """How unequally the clusters fare at the end; None with fewer than two of them."""
         rewards = {c: self.achieved(arm, c) for c in self.clusters}
@@ -285,6 +361,34 @@ class Spread:
     gap: Estimate
     """Best cluster minus worst, their errors taken as independent."""
     gini: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two arms, seed by seed."""
+
+    each: list[float]
+    """[S] of the seeds that both arms have."""
+    difference: Difference | None
+    """Their mean with Student's interval; None for fewer than two."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one arm has over another that differs from it in one respect."""
+
+    before: Arm
+    after: Arm
+    what: str
+    """The respect."""
+    paired: Paired
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of what all mappings know, by falling value."""
+    known = [name for name in found[0] if all(name in one for one in found)]
+    means = {name: mean([one[name] for one in found]) for name in known}
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
 
 
 def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:

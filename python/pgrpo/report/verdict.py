@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ class Verdict:
 
     headline: str
     sentences: tuple[str, ...]
+    lead: str = ""
+    """What it means for the people, before all; empty where that cannot be told."""
 
 
 def verdict(study: Study) -> Verdict:
@@ -35,7 +37,84 @@ def verdict(study: Study) -> Verdict:
     warned = sum(len(run.info.warnings) for run in study.runs)
     if warned:
         notes.append(f"{plural(warned, 'warning')}: see “Warnings” in the report.")
-    return Verdict(said.headline, (*said.sentences, *notes))
+    gains = [sentence] if (sentence := _gains(study)) else []
+    return Verdict(said.headline, (*said.sentences, *gains, *notes), _lead_sentence(study))
+
+
+def _lead_sentence(study: Study) -> str:
+    """How often people get what they would have chosen, by whom, and who is served worse than by
+    guessing; for rewards that are shares of right answers."""
+    if study.evaluated is None or "chance" not in study.baselines:
+        return ""
+    arms = {arm.name: study.held_out(arm, study.evaluated[1]).mean for arm in study.arms}
+    best = sorted(arms.items(), key=lambda item: -item[1])
+    if not all(0 <= reward <= 1 for reward in (*arms.values(), *study.baselines.values())):
+        return ""
+    rules = {name: study.baselines[name] for name in LEAD_RULES if name in study.baselines}
+    said = [f"{name} is right in {percent(reward)}" for name, reward in best[:3]]
+    others = [
+        f"{words} in {percent(rules[name])}" for name, words in LEAD_RULES.items() if name in rules
+    ]
+    sentence = (
+        f"Asked what people chose next, {enumerate_words(said)} of the cases; "
+        f"{enumerate_words(others)}."
+    )
+    return " ".join([sentence, *_below_chance(study, [name for name, _ in best[:3]])])
+
+
+LEAD_RULES = {
+    "chance": "guessing",
+    "one rule for all": "one rule for everybody",
+    "one rule per person": "a rule for each person",
+}
+"""Baselines of the first sentence, in words."""
+
+
+def _below_chance(study: Study, arms: Sequence[str]) -> list[str]:
+    """A sentence on the people in clusters that are served worse than by guessing, by more than a
+    standard error; none where clusters are not told apart."""
+    if not study.cluster_evaluations:
+        return []
+    levels = {name: study.baselines_of(name) for name in study.clusters}
+    known = [name for name in study.clusters if "chance" in levels[name]]
+    if len(known) < 2:
+        return []
+
+    def share(worse: Callable[[str], bool]) -> float:
+        return sum(study.clusters[name].share for name in known if worse(name))
+
+    def served(arm: Arm) -> Callable[[str], bool]:
+        def worse(name: str) -> bool:
+            reward = study.achieved(arm, name)
+            return reward.mean + np.nan_to_num(reward.se) < levels[name]["chance"]
+
+        return worse
+
+    rule = share(lambda name: levels[name].get("one rule for all", 1.0) < levels[name]["chance"])
+    shares = {arm.name: share(served(arm)) for arm in study.arms if arm.name in arms}
+    if not rule and not any(shares.values()):
+        return ["No cluster is served worse than by guessing."]
+    words = [f"{percent(part) if part else 'nobody'} by {name}" for name, part in shares.items()]
+    words += [f"{percent(rule)} by one rule for everybody"] if rule else []
+    return [f"Served worse than by guessing: {enumerate_words(words)}."]
+
+
+def _gains(study: Study) -> str:
+    """Which of the two, having a history or whose it is, a gain comes from."""
+    parts = {gain.what: gain.paired.difference for gain in study.gains}
+    found = {
+        what: difference
+        for what in ("having a history", "whose history it is")
+        if (difference := parts.get(what)) is not None
+    }
+    if len(found) < 2:
+        return ""
+    words = [
+        f"{what} gives {number(difference.mean, sign=True)}"
+        + ("" if difference.clear else f" ({WITHIN_NOISE})")
+        for what, difference in found.items()
+    ]
+    return f"Seed by seed, {enumerate_words(words)}."
 
 
 def _single(study: Study, arm: Arm) -> Verdict:
@@ -156,7 +235,7 @@ def _minority(study: Study, ranked: Sequence[Arm], cluster: str) -> str:
         prompts = table.at(study.evaluated[1], f"clusters/{cluster}/num_prompts")
         size += f", {plural(int(np.nan_to_num(prompts)), 'held-out prompt')}"
     lead = _lead(study, ranked, cluster)
-    return f"In the smallest cluster, “{cluster}” ({size}): {enumerate_words(values)}. {lead}"
+    return f"In the smallest cluster, “{isolated(cluster)}” ({size}): {enumerate_words(values)}. {lead}"
 
 
 def _interval(difference: Difference) -> str:
@@ -198,6 +277,11 @@ def value(estimate: Estimate) -> str:
 def percent(share: float) -> str:
     """A share as a percentage, with a decimal below ten."""
     return "–" if not math.isfinite(share) else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
+
+
+def isolated(name: str) -> str:
+    """A name that may run from right to left, kept from turning the text around it."""
+    return f"\u2068{name}\u2069"
 
 
 def plural(n: int, noun: str) -> str:

@@ -24,6 +24,7 @@ class RunFolder:
         metrics: the log of the steps.
         evaluations: the log of the held-out evaluations.
         samples: the log of rollouts.
+        held_out: the log of held-out completions.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +33,7 @@ class RunFolder:
         self.metrics = Log(self.path / "metrics.jsonl", StepRecord)
         self.evaluations = Log(self.path / "evaluations.jsonl", EvaluationRecord)
         self.samples = Log(self.path / "samples.jsonl", SampleRecord)
+        self.held_out = Log(self.path / "held_out.jsonl", SampleRecord)
         self._lock = FileLock(self.path / ".lock", timeout=0)
         self._is_new = False
 
@@ -109,5 +111,5 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget what the logs say of later steps, which will be taken again; after step 0, of the
         evaluation before the first step too."""
-        for log in (self.metrics, self.evaluations, self.samples):
+        for log in (self.metrics, self.evaluations, self.samples, self.held_out):
             log.rewind(step)

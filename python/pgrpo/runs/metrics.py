@@ -6,7 +6,8 @@ import heapq
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from pgrpo.config.sections import EstimatorConfig
 from pgrpo.normalizer import ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rollout.collector import Batch
+from pgrpo.runs.log import Log
 from pgrpo.runs.records import (
     MAX_CLUSTERS,
     ClusterRecord,
@@ -72,25 +74,43 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
 
 
 def sample_records(batch: Batch, wanted: int) -> list[SampleRecord]:
-    """So many of the step's rollouts, spread evenly over its groups."""
-    flat = [
-        entry
-        for group in batch.groups
-        for entry in zip(group.rollouts, group.rewards, group.advantages, strict=True)
+    """So many of the step's rollouts, in their order: of every cluster one, then of every cluster
+    another, ..., each from another group as long as there is one."""
+    rollouts = [
+        (g, place) for g, group in enumerate(batch.groups) for place in range(len(group.rollouts))
     ]
-    places = np.linspace(0, len(flat) - 1, min(wanted, len(flat))).round().astype(int).tolist()
+    groups_in_turn = sorted(rollouts, key=lambda rollout: rollout[1])
+    in_turn = one_of_each(groups_in_turn, lambda r: batch.groups[r[0]].prompt.cluster_id)
     return [
-        SampleRecord(
-            step=batch.step,
-            prompt=rollout.prompt.example.text,
-            completion=rollout.completion,
-            reward=_finite(float(reward)),
-            advantage=float(advantage),
-            cluster_id=rollout.prompt.cluster_id,
-            user=rollout.prompt.example.user,
-        )
-        for rollout, reward, advantage in map(flat.__getitem__, places)
+        sample_record(batch.step, batch.groups[g], place) for g, place in sorted(in_turn[:wanted])
     ]
+
+
+def sample_record(step: int, group: Group, place: int = 0) -> SampleRecord:
+    """One rollout of a group, as it is logged."""
+    rollout = group.rollouts[place]
+    return SampleRecord(
+        step=step,
+        prompt=rollout.prompt.example.text,
+        completion=rollout.completion,
+        reward=_finite(float(group.rewards[place])),
+        advantage=_finite(float(group.advantages[place])),
+        cluster_id=rollout.prompt.cluster_id,
+        user=rollout.prompt.example.user,
+    )
+
+
+EntryT = TypeVar("EntryT")
+
+
+def one_of_each(entries: Sequence[EntryT], kind: Callable[[EntryT], Hashable]) -> list[EntryT]:
+    """The entries reordered: the first of every kind, then the second of every kind, ..."""
+    met: Counter[Hashable] = Counter()
+    turns: list[tuple[int, int]] = []
+    for place, entry in enumerate(entries):
+        turns.append((met[kind(entry)], place))
+        met[kind(entry)] += 1
+    return [entries[place] for _, place in sorted(turns)]
 
 
 def cluster_records(
@@ -235,6 +255,55 @@ def warnings(diagnostics: Diagnostics, aggregation: str) -> list[str]:
                 f"mean advantage {mean:+.2f} with loss.aggregation grpo favours "
                 f"{'short' if mean > 0 else 'long'} completions; dapo and dr_grpo do not"
             )
+    return found
+
+
+COLLAPSE_STEPS = 10
+"""Steps at the beginning and at the end of a run that are compared."""
+
+EQUAL_GROUPS, CUT_OFF, ENTROPY_LEFT = 0.8, 0.95, 0.1
+"""Beyond these shares of a step's groups and completions, and below this part of the entropy that a
+run began with, its policy may have collapsed."""
+
+
+def collapse(records: Log[StepRecord]) -> list[str]:
+    """What tells that a policy may have collapsed: it says one thing only, or does not come to an end.
+
+    The means of the last steps are judged, beside those of the first; a run that is too short to
+    have both tells nothing.
+    """
+    ends = records.ends()
+    if ends is None or ends[1] - ends[0] + 1 < 2 * COLLAPSE_STEPS:
+        return []
+    first, last = (
+        list(records.at(range(start, start + COLLAPSE_STEPS)))
+        for start in (ends[0], ends[1] - COLLAPSE_STEPS + 1)
+    )
+
+    def mean(steps: Sequence[StepRecord], name: str) -> float:
+        values = [value for step in steps if (value := getattr(step, name)) is not None]
+        return float(np.mean(values)) if values else math.nan
+
+    found: list[str] = []
+    before, after = mean(first, "entropy"), mean(last, "entropy")
+    if after < ENTROPY_LEFT * before:
+        found.append(
+            f"entropy fell from {before:.2f} to {after:.3f} nats a token: the policy hardly varies "
+            "what it says; a lower learning rate or loss.kl_coef keep it from that"
+        )
+    equal = mean(last, "equal_groups")
+    # A group of one is equal to itself.
+    if equal > EQUAL_GROUPS and any(step.equal_groups != 1 for step in (*first, *last)):
+        found.append(
+            f"{equal:.0%} of the groups of the last steps have rewards that are all equal: estimators "
+            "that compare within a group have hardly anything left to learn from"
+        )
+    before, after = mean(first, "truncated"), mean(last, "truncated")
+    if after > CUT_OFF > before:
+        found.append(
+            f"generation.max_new_tokens ended {after:.0%} of the completions of the last steps, and "
+            f"{before:.0%} of those of the first: the policy no longer comes to an end"
+        )
     return found
 
 

@@ -223,10 +223,10 @@ Text: TypeAlias = Annotated[str, AfterValidator(_writable)]
 
 
 class SampleRecord(Record):
-    """A line of samples.jsonl: one rollout."""
+    """A line of samples.jsonl or held_out.jsonl: one completion."""
 
     step: int
-    """as in metrics.jsonl"""
+    """as in metrics.jsonl; of a held-out completion as in evaluations.jsonl"""
     prompt: Text
     """the example's text, before a chat template"""
     completion: Text
@@ -234,7 +234,7 @@ class SampleRecord(Record):
     reward: float | None = None
     """raw; `null` where there is none"""
     advantage: float | None = None
-    """what the update used; 0 for a rollout without a reward"""
+    """what the update used; 0 for a rollout without a reward, `null` for a held-out completion"""
     cluster_id: int | Text | None = None
     """as it is, a number or a string"""
     user: int | Text | None = None
@@ -250,6 +250,8 @@ class ClusterInfo(Record):
     """of all users"""
     about: str = ""
     """how its users' features differ from everybody's"""
+    baselines: dict[str, float] = {}
+    """rule -> its mean reward on the cluster's held-out prompts of an evaluation"""
 
 
 class RunInfo(Record):
@@ -282,9 +284,14 @@ class RunInfo(Record):
     held-out examples; `null` without choices"""
     reward_name: str = "reward"
     """names of the rewards, joined by ` + `"""
+    baselines: dict[str, float] = {}
+    """rule -> its mean reward on the held-out prompts of an evaluation: `chance`, `most popular` and
+    logits fitted to the choices of the training period, `one rule for all`, `one rule per cluster` and
+    `one rule per person`. Empty where `choice` is not the only reward of an evaluation, or examples do
+    not say what there was to choose from"""
     clusters: dict[str, ClusterInfo] = {}
     """cluster -> `num_users`, its users; `share`, of all users; `about`, how its users' features differ
-    from everybody's"""
+    from everybody's; `baselines`, as above, on its own held-out prompts"""
     warnings: list[str] = Field(default=[])
     """what the histories tell that may go wrong, a sentence each, as of the end of the run or of its
     last start ([estimators.md](estimators.md#diagnostics-and-warnings))"""

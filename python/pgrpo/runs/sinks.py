@@ -68,13 +68,14 @@ class Sinks:
         self._display.step(record, samples)
         self._tell(lambda tracker: tracker.step(record, samples))
 
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Write and show an evaluation.
+    def evaluation(self, record: EvaluationRecord, samples: Sequence[SampleRecord] = ()) -> None:
+        """Write and show an evaluation, and write some of its completions.
 
         Raises:
             RunFolderError: the disk refuses.
         """
         self._folder.evaluations.append(record)
+        self._folder.held_out.append(*samples)
         self._display.evaluation(record)
         self._tell(lambda tracker: tracker.evaluation(record))
 

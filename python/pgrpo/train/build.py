@@ -65,7 +65,10 @@ class Assembly:
     def dataset(self) -> Dataset:
         """What prompts are made of."""
         self._note(f"loading data set {self.config.data.name}")
-        return load_dataset(self.config.data)
+        dataset = load_dataset(self.config.data)
+        for note in dataset.notes:
+            self._note(note)
+        return dataset
 
     @cached_property
     def members(self) -> Membership:

@@ -15,10 +15,14 @@ from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.runs.folder import RunFolder
-from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord
+from pgrpo.runs.metrics import one_of_each, sample_record
+from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import latest_checkpoint
-from pgrpo.types import Dataset, Example, FloatArray, Prompt
+from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt
+
+SAMPLES = 24
+"""Held-out completions of an evaluation that are logged."""
 
 
 def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
@@ -39,8 +43,9 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
 
 def evaluate(
     step: int, engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, token_budget: int
-) -> EvaluationRecord:
-    """Mean reward of greedy completions, over all prompts and per cluster.
+) -> tuple[EvaluationRecord, list[SampleRecord]]:
+    """Mean reward of greedy completions, over all prompts and per cluster; and some of them, the same
+    prompts every time and of every cluster as many, as far as SAMPLES reach.
 
     Args:
         step: taken before it.
@@ -49,7 +54,7 @@ def evaluate(
         scorer: gives each completion its reward.
         token_budget: most prompt tokens of one call of the engine.
     """
-    rewards: list[float] = []
+    scored: list[Group] = []
     start = 0
     while start < len(prompts):
         end, used = start, 0
@@ -59,9 +64,9 @@ def evaluate(
             used += len(prompts[end].token_ids)
             end += 1
         groups = engine.generate(prompts[start:end], 1, seed=0, greedy=True)
-        rewards += [group.rewards[0] for group in scorer.score(groups)]
+        scored += scorer.score(groups)
         start = end
-    values = np.array(rewards)
+    values = np.array([group.rewards[0] for group in scored])
     if not np.isfinite(values).any():
         raise PluginError("no held-out completion got a reward")
     places: dict[str, list[int]] = {}
@@ -76,11 +81,13 @@ def evaluate(
             num_prompts=len(chosen),
         )
 
-    return EvaluationRecord(
+    record = EvaluationRecord(
         step=step,
         **vars(summary(values)),
         clusters={name: summary(values[where]) for name, where in sorted(places.items())},
     )
+    shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
+    return record, [sample_record(step, group) for group in shown]
 
 
 def evaluate_run(
@@ -116,9 +123,10 @@ def evaluate_run(
                 dataset = load_dataset(_with_candidates(config.data, count))
             prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
             budget = config.optimizer.token_budget
-            result = evaluate(
+            record, _ = evaluate(
                 checkpoint.step, parts.engine, prompts, parts.held_out_scorer, budget
-            ).model_dump()
+            )
+            result = record.model_dump()
             error = result["std"] / result["num_prompts"] ** 0.5
             shown = getattr(config.data, "candidates", None) if count is None else count
             results.append({"candidates": shown, "standard_error": error, **result})

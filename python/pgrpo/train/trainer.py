@@ -28,9 +28,11 @@ from pgrpo.runs.display import Display, Stopwatch
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
 from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
+from pgrpo.train.baselines import baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint
 from pgrpo.train.evaluation import evaluate, held_out
+from pgrpo.types import FloatArray
 
 
 def train(config: Config, folder: RunFolder, display: Display) -> Verdict:
@@ -70,6 +72,7 @@ class Trainer:
         self.held_out_scorer = parts.held_out_scorer
         examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
         self.held_out_prompts = [parts.builder.build(example) for example in examples]
+        self.baselines = self._fit_baselines()
         self.policy = parts.policy
         self.engine = parts.engine
         self.collector = parts.collector
@@ -195,7 +198,7 @@ class Trainer:
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         sinks.evaluation(
-            evaluate(
+            *evaluate(
                 step,
                 self.engine,
                 self.held_out_prompts,
@@ -224,9 +227,35 @@ class Trainer:
 
     def _warnings(self) -> list[str]:
         """What stands to be warned of, judged by all steps so far."""
-        return metrics.warnings(
+        found = metrics.warnings(
             self.collector.normalizer.diagnostics(), self.config.loss.aggregation
         )
+        return [*metrics.collapse(self.folder.metrics), *found]
+
+    def _fit_baselines(self) -> dict[str, FloatArray]:
+        """What rules get on the held-out prompts, [H] by name; empty where their reward is not known
+        of every option, as that of `choice` is: 1 for the one that was taken."""
+        scored_by = self.config.evaluation or self.config.rewards
+        if not self.held_out_prompts or [section.name for section in scored_by] != ["choice"]:
+            return {}
+        self.display.note("fitting baselines")
+        examples = [prompt.example for prompt in self.held_out_prompts]
+        found = baselines(self.dataset, examples, self.members.histories("cluster", 0))
+        return {name: scored_by[0].weight * rewards for name, rewards in found.items()}
+
+    def _cluster_info(self) -> dict[str, ClusterInfo]:
+        """Who the clusters are, and what the baselines get on their held-out prompts."""
+        names = np.array([str(prompt.cluster_id) for prompt in self.held_out_prompts])
+
+        def means(cluster: str) -> dict[str, float]:
+            own = names == cluster
+            rules = self.baselines.items() if own.any() else ()
+            return {rule: float(rewards[own].mean()) for rule, rewards in rules}
+
+        return {
+            cluster: ClusterInfo.model_validate({**about, "baselines": means(cluster)})
+            for cluster, about in self.members.about.items()
+        }
 
     def _write_info(self, status: str) -> None:
         """run.json: what the report has to know besides the logs."""
@@ -247,7 +276,8 @@ class Trainer:
             num_held_out_examples=len(self.dataset.evaluation),
             chance=float(np.mean([1 / n for n in lengths])) if lengths else None,
             reward_name=" + ".join(section.name for section in self.config.rewards),
-            clusters={c: ClusterInfo.model_validate(a) for c, a in self.members.about.items()},
+            baselines={name: float(rewards.mean()) for name, rewards in self.baselines.items()},
+            clusters=self._cluster_info(),
             warnings=self._warnings(),
         )
         self.folder.write_info(info)
