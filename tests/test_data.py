@@ -551,6 +551,18 @@ def test_utility_counts_different_words_of_style_and_genre(completion: str, util
     assert persona_utility(columns, completion) == pytest.approx(utility)
 
 
+def test_a_single_word_is_chosen_and_worth_its_place() -> None:
+    dataset = load_dataset(PersonasConfig(name="personas", words=1, num_examples=64))
+    everything = [*STYLE_WORDS.values(), *GENRE_WORDS.values()]
+    assert dataset.train[0].choices == tuple(" ".join(everything).split())
+    columns = {"persona": "formal-jazz", "words": 1, "shift": 0.0}
+    for kind, table, worth in (("jazz", GENRE_WORDS, 1.0), ("formal", STYLE_WORDS, 0.5)):
+        utilities = [persona_utility(columns, word) for word in table[kind].split()]
+        assert utilities == pytest.approx(worth * np.arange(1, 9) / 8)
+    assert persona_utility(columns, "riff walking") == persona_utility(columns, "") == 0.0
+    assert persona_utility(columns, "walking riff") == 1.0
+
+
 def test_an_odd_number_of_words_asks_for_more_style() -> None:
     columns = {"persona": "formal-jazz", "words": 3, "shift": 0.0}
     assert persona_utility(columns, "therefore moreover swing") == 1.0
@@ -577,7 +589,7 @@ def test_raw_rewards_are_on_scales_of_their_own() -> None:
     [
         {},
         {"persona": "nobody", "words": 6, "shift": 0.0},
-        {"persona": "dry-techno", "words": 1, "shift": 0.0},
+        {"persona": "dry-techno", "words": 0, "shift": 0.0},
         {"persona": "dry-techno", "words": 6},
     ],
 )

@@ -43,5 +43,8 @@ def fresh(path: Path) -> Path:
 def say(verdict: Verdict, report: Path) -> None:
     """The outcome in words, and where to look at it."""
     lead = [verdict.lead] if verdict.lead else []
-    print("\n".join(["", *lead, verdict.headline, *verdict.sentences]))
+    # Signs that isolate names from the text around them are for pages; terminals show them as boxes.
+    isolates = dict.fromkeys(map(ord, "\u2068\u2069"))
+    said = ["", *lead, verdict.headline, *verdict.sentences]
+    print("\n".join(said).translate(isolates))
     print(f"report: {report.resolve().as_uri()}")

@@ -113,20 +113,30 @@ VOCABULARY = tuple(
 )
 
 
+CHOICES = tuple(
+    word for words in (*STYLE_WORDS.values(), *GENRE_WORDS.values()) for word in words.split()
+)
+"""What a completion of one word is chosen from."""
+
+
 def persona_utility(columns: Mapping[str, Json], completion: str) -> float:
     """Say how good a completion is for its persona, on a scale all personas share: u in [0, 1].
 
     Of the first W = `words` words, W - W//2 should be different words of the persona's style and
-    W//2 of its genre (never more than the 8 there are); u is the mean of the two shares reached.
+    W//2 of its genre (never more than the 8 there are); u is the mean of the two shares reached. A
+    single word is the better the later it stands among the 8 of its genre, place / 8, and a word of
+    the style is worth half of that.
 
     Raises:
         DataError: `columns` are not those of a personas example.
     """
     persona = _persona(columns)
     num_words = columns.get("words")
-    if not isinstance(num_words, int) or num_words < 2:
-        raise DataError(f"column words is {num_words!r}; expected a number from 2 upwards")
+    if not isinstance(num_words, int) or num_words < 1:
+        raise DataError(f"column words is {num_words!r}; expected a number from 1 upwards")
     said = set(completion.split()[:num_words])
+    if num_words == 1:
+        return _appeal(persona, *said) if said else 0.0
     style, genre = set(STYLE_WORDS[persona.style].split()), set(GENRE_WORDS[persona.genre].split())
     wanted_style = min(num_words - num_words // 2, len(style))
     wanted_genre = min(num_words // 2, len(genre))
@@ -147,6 +157,14 @@ def persona_reward(columns: Mapping[str, Json], completion: str) -> float:
     return persona.offset + persona.scale * (persona_utility(columns, completion) + shift)
 
 
+def _appeal(persona: Persona, word: str) -> float:
+    """Utility of a completion of one word."""
+    for words, worth in ((GENRE_WORDS[persona.genre], 1.0), (STYLE_WORDS[persona.style], 0.5)):
+        if word in words.split():
+            return worth * (1 + words.split().index(word)) / len(words.split())
+    return 0.0
+
+
 def _persona(columns: Mapping[str, Json]) -> Persona:
     name = columns.get("persona")
     if not isinstance(name, str) or name not in PERSONAS:
@@ -159,8 +177,8 @@ class PersonasConfig(Section):
     own."""
 
     name: Literal["personas"]
-    words: int = Field(default=6, ge=2)
-    """Words of a completion."""
+    words: int = Field(default=6, ge=1)
+    """Words of a completion; a single one is chosen from the words of all styles and genres."""
     minority_share: float = Field(default=0.04, gt=0, lt=1)
     """Share of the prompts that come from the smallest persona."""
     num_examples: int = Field(default=4096, ge=1)
@@ -219,6 +237,7 @@ def _example(persona: Persona, user: str, num_words: int, rng: np.random.Generat
             "words": num_words,
             "shift": float(rng.normal(0.0, SHIFT)),
         },
+        choices=CHOICES if num_words == 1 else None,
     )
 
 
