@@ -25,6 +25,10 @@ from sklearn.linear_model import LogisticRegression
 
 from pgrpo.types import ClusterId, Dataset, Example, FloatArray
 
+MAX_CHOICES = 10_000
+"""Most choices that the rules are fitted to, spread evenly over all there are: for so many a quarter of
+a minute is enough."""
+
 SPREADS = (0.1, 0.3, 1.0, 3.0)
 """Prior standard deviations that are tried for how far weights of clusters and people lie from
 everybody's, whose own is 1 (in log odds per word)."""
@@ -45,16 +49,19 @@ def baselines(
 ) -> dict[str, FloatArray]:
     """Reward that each rule gets for each held-out example, [H], by the rule's name.
 
-    Where options tie for a rule's best, the reward is the mean of theirs. Empty where examples do not
-    say what there was to choose from (columns `attributes`, `popularity` and `position`).
+    Where options tie for a rule's best, the reward is the mean of theirs. The rules are fitted to at
+    most MAX_CHOICES choices. Empty where examples do not say what there was to choose from (columns
+    `attributes`, `popularity` and `position`).
 
     Args:
         dataset: whose choices of the training period the rules are fitted to.
         held_out: examples that they are judged by.
         cluster_of: every user's cluster.
     """
+    examples = dataset.observed or dataset.train
+    places = np.linspace(0, len(examples) - 1, min(MAX_CHOICES, len(examples))).round().astype(int)
     judged = [_choice(example) for example in held_out]
-    known = [_choice(example) for example in dataset.observed or dataset.train]
+    known = [_choice(examples[place]) for place in places.tolist()]
     if not known or None in judged or None in known:
         return {}
     asked, seen = cast(list[_Choice], judged), cast(list[_Choice], known)
