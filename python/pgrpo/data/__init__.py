@@ -13,6 +13,7 @@ from pydantic import Field
 from pgrpo.data.movielens import MovieLensConfig, load_movielens
 from pgrpo.data.panel import PanelConfig, load_panel
 from pgrpo.data.personas import PersonasConfig, load_personas
+from pgrpo.data.rated import load_rated
 from pgrpo.data.table import TableConfig, load_table
 from pgrpo.types import Dataset
 
@@ -33,6 +34,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         DataError: the data is missing, empty or malformed, or leaves no example.
     """
     match config:
+        case MovieLensConfig(task="rated"):
+            return load_rated(config)
         case MovieLensConfig():
             return load_movielens(config)
         case PanelConfig():

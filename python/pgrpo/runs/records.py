@@ -280,8 +280,8 @@ class RunInfo(Record):
     num_held_out_examples: int | None = None
     """and those held out"""
     chance: float | None = None
-    """reward of guessing, if one of the choices is worth 1: the mean of 1 / choices over up to 64
-    held-out examples; `null` without choices"""
+    """reward of guessing: that of the baseline where there is one, else, if one of the choices is worth
+    1, the mean of 1 / choices over up to 64 held-out examples; `null` without choices"""
     reward_name: str = "reward"
     """names of the rewards, joined by ` + `"""
     baselines: dict[str, float] = {}

@@ -6,10 +6,10 @@ for everybody, one for each cluster, and one for each person. What lies between 
 the last is personal; a model that stays below the first has learned nothing of the people.
 
 The logits are fitted by scikit-learn to the choices of the training period alone. An option's score is
-the sum of the weights of its attributes' words, and the weights are those under which the options
-that were taken beat the others of their situation, pair by pair (Bradley and Terry 1952). Clusters and
-people have weights of their own that deviate from everybody's; how far they may is set by the last
-known choice of every person, which is held back for that.
+the sum of the weights of its attributes' words, and the weights are those under which options that
+were taken, or liked more, beat the others of their situation, pair by pair (Bradley and Terry 1952).
+Clusters and people have weights of their own that deviate from everybody's; how far they may is set by
+the last known choice of every person, which is held back for that.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ everybody's, whose own is 1 (in log odds per word)."""
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """One situation: A options, of which somebody took one."""
+    """One situation: A options, of which somebody took or liked some more than others."""
 
     user: str
     words: tuple[tuple[str, ...], ...]
     popularity: FloatArray
-    taken: int
+    rewards: FloatArray
+    """[A] 1 for what was taken and 0 for the others, or what each is worth by column `values`."""
 
 
 def baselines(
@@ -67,7 +68,7 @@ def baselines(
     asked, seen = cast(list[_Choice], judged), cast(list[_Choice], known)
     everybody = dict.fromkeys(cluster_of, 0)
     return {
-        "chance": np.array([1 / len(choice.words) for choice in asked]),
+        "chance": np.array([choice.rewards.mean() for choice in asked]),
         "most popular": _rewards(asked, [choice.popularity for choice in asked]),
         "one rule for all": _Logit.fitted(seen, everybody).rewards(asked),
         "one rule per cluster": _Logit.chosen(seen, cluster_of).rewards(asked),
@@ -81,21 +82,23 @@ def _choice(example: Example) -> _Choice | None:
     columns: Mapping[str, Any] = example.columns
     if not {"attributes", "popularity", "position"} <= columns.keys():
         return None
+    taken = (float(place == columns["position"]) for place in range(len(columns["attributes"])))
+    rewards = columns.get("values", list(taken))
     return _Choice(
         example.user,
         tuple(tuple(map(str, words)) for words in columns["attributes"]),
         np.array(columns["popularity"], dtype=np.float64),
-        int(columns["position"]),
+        np.array(rewards, dtype=np.float64),
     )
 
 
 def _rewards(choices: Sequence[_Choice], scores: Sequence[FloatArray]) -> FloatArray:
-    """[H] 1 where the best option is the one that was taken, its share of the best where they tie."""
+    """[H] reward of the option that scores best, the mean of theirs where several do."""
     rewards: list[float] = []
     for choice, score in zip(choices, scores, strict=True):
         # Sums of the same weights in another order differ by rounding.
         best = score >= score.max() - 1e-9
-        rewards.append(float(best[choice.taken]) / int(best.sum()))
+        rewards.append(float(choice.rewards[best].mean()))
     return np.array(rewards)
 
 
@@ -126,15 +129,16 @@ class _Logit:
         words = sorted({word for c in choices for option in c.words for word in option})
         logit = cls(circle_of, words, spread)
         rows, firsts = logit._design(choices), np.cumsum([0, *(len(c.words) for c in choices)])
-        better = [
-            firsts[i] + c.taken for i, c in enumerate(choices) for _ in range(len(c.words) - 1)
+        found = [
+            (first + a, first + b)
+            for first, c in zip(firsts.tolist(), choices, strict=False)
+            for a, b in np.argwhere(c.rewards[:, None] > c.rewards).tolist()
         ]
-        worse = [
-            firsts[i] + option
-            for i, c in enumerate(choices)
-            for option in range(len(c.words))
-            if option != c.taken
-        ]
+        if not found:
+            # Nobody liked anything more than something else.
+            logit._weights = np.zeros(rows.shape[1])
+            return logit
+        better, worse = (list(side) for side in zip(*found, strict=True))
         pairs = rows[better] - rows[worse]
         # Every second pair the other way round, for a classifier wants two classes.
         sign = np.where(np.arange(pairs.shape[0]) % 2, 1.0, -1.0)

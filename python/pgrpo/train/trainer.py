@@ -234,9 +234,10 @@ class Trainer:
 
     def _fit_baselines(self) -> dict[str, FloatArray]:
         """What rules get on the held-out prompts, [H] by name; empty where their reward is not known
-        of every option, as that of `choice` is: 1 for the one that was taken."""
+        of every option, as that of `choice` and `rated` is."""
         scored_by = self.config.evaluation or self.config.rewards
-        if not self.held_out_prompts or [section.name for section in scored_by] != ["choice"]:
+        names = [section.name for section in scored_by]
+        if not self.held_out_prompts or names not in (["choice"], ["rated"]):
             return {}
         self.display.note("fitting baselines")
         examples = [prompt.example for prompt in self.held_out_prompts]
@@ -257,10 +258,17 @@ class Trainer:
             for cluster, about in self.members.about.items()
         }
 
-    def _write_info(self, status: str) -> None:
-        """run.json: what the report has to know besides the logs."""
+    def _chance(self) -> float | None:
+        """Reward of guessing in training: that of the baseline where evaluation has the same reward,
+        else 1 / choices, for one of them is worth 1."""
+        if "chance" in self.baselines and not self.config.evaluation:
+            return float(self.baselines["chance"].mean())
         examples = held_out(self.dataset, 64) if len(self.dataset.evaluation) else []
         lengths = [len(e.choices) for e in examples if e.choices]
+        return float(np.mean([1 / n for n in lengths])) if lengths else None
+
+    def _write_info(self, status: str) -> None:
+        """run.json: what the report has to know besides the logs."""
         found = self.folder.info()
         info = RunInfo(
             status=status,
@@ -274,7 +282,7 @@ class Trainer:
             num_trained_parameters=sum(p.numel() for p in self.policy.parameters.values()),
             num_train_examples=len(self.dataset.train),
             num_held_out_examples=len(self.dataset.evaluation),
-            chance=float(np.mean([1 / n for n in lengths])) if lengths else None,
+            chance=self._chance(),
             reward_name=" + ".join(section.name for section in self.config.rewards),
             baselines={name: float(rewards.mean()) for name, rewards in self.baselines.items()},
             clusters=self._cluster_info(),
