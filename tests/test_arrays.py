@@ -18,17 +18,14 @@ import polars
 import pyarrow
 import pytest
 import torch
+from test_normalizer import CLUSTERS, ESTIMATORS, INT_OR_STRING, REWARDS
 
 from pgrpo import ClusterNormalizer, ClusterStats, DataError
-from pgrpo.normalizer import RULES
 
 pytest_plugins = ["parallel"]
 
-REWARDS = [1.0, 0.0, 4.0, 2.0]
-CLUSTERS = ["ada", "ada", 7, 7]
 EXPECTED = [0.5 / 0.5001, -0.5 / 0.5001, 1 / 1.0001, -1 / 1.0001]
-ESTIMATORS = list(RULES)
-INT_OR_STRING = "expected an int or a string"
+"""Of REWARDS."""
 
 
 def test_lists_give_a_list() -> None:

@@ -33,7 +33,6 @@ pytest_plugins = ["parallel"]
 
 REWARDS = [1.0, 0.0, 4.0, 2.0]
 CLUSTERS = ["ada", "ada", 7, 7]
-EXPECTED = [0.5 / 0.5001, -0.5 / 0.5001, 1 / 1.0001, -1 / 1.0001]
 ESTIMATORS = list(RULES)
 INT_OR_STRING = "expected an int or a string"
 

@@ -300,10 +300,10 @@ class Study:
         ]
         return found[0] if len(found) == 1 else None
 
-    def paired(self, a: Arm, b: Arm, cluster: str | None = None) -> Paired:
+    def paired(self, a: Arm, b: Arm) -> Paired:
         """`outcome` of b minus a, seed by seed, over the seeds that both have."""
         outcomes = [
-            {run.settings.get("run.seed", ""): self.outcome(run, cluster) for run in arm.runs}
+            {run.settings.get("run.seed", ""): self.outcome(run) for run in arm.runs}
             for arm in (a, b)
         ]
         shared = [seed for seed in outcomes[0] if seed in outcomes[1]]
