@@ -661,14 +661,14 @@ def test_the_first_sentence_says_who_is_served_how_well(tmp_path: Path) -> None:
     study = Study.of(read_runs(runs))
     pgrpo, grpo = (round(100 * study.held_out(arm, 40).mean) for arm in study.arms)
     assert verdict.lead == (
-        f"Asked what people chose next, pgrpo is right in {pgrpo} % and grpo is right in {grpo} % of the "
-        "cases; guessing in 25 %, one rule for everybody in 42 % and a rule for each person in 66 %. "
+        f"Of the choices that people made and that were held out, pgrpo gets {pgrpo} % and grpo gets "
+        f"{grpo} % right; guessing 25 %, one rule for everybody 42 % and a rule for each person 66 %. "
         "Served worse than by guessing: nobody by pgrpo, 27 % by grpo and 10 % by one rule for everybody."
     )
     page = parse(tmp_path / "report.html")
     assert page.text.index(verdict.lead) < page.text.index(verdict.headline)
     without = report(two_arms(tmp_path / "other", (0.6, 0.3)), tmp_path)
-    assert "Asked what people chose" not in without.text
+    assert "Of the choices that people made" not in without.text
 
 
 def test_the_gain_is_told_apart_into_history_and_clusters(tmp_path: Path) -> None:
@@ -731,7 +731,28 @@ def test_held_out_rewards_are_drawn_over_rollouts_and_time_as_well(tmp_path: Pat
         np.mean([run.steps["timing_s/total"][:step].sum() / 60 for run in runs]) for step in steps
     ]
     assert over["minutes"][0]["x"] == pytest.approx(totals)
-    assert "Over the minutes" not in report([make_run(tmp_path / "alone")], tmp_path).text
+    alone = report([make_run(tmp_path / "alone")], tmp_path).text
+    assert "Over the minutes" not in alone
+    assert "At equal cost" not in alone
+
+
+def test_arms_are_compared_at_the_cost_of_the_cheapest(tmp_path: Path) -> None:
+    paths = two_arms(tmp_path, (0.4, 0.3))
+    slow, quick = (read_runs(paths)[i : i + 3] for i in (0, 3))
+    for path in paths[:3]:
+        edit_lines(path / "metrics.jsonl", lambda m: m["timing_s"].update(total=3.0))
+    for path in paths[3:]:
+        edit_lines(path / "metrics.jsonl", lambda m: m["timing_s"].update(total=1.5))
+    # In the minute of 40 quick steps a slow run takes 20.
+    at_20, at_40 = (
+        np.mean([run.evaluations.at(step, "reward") for run in runs])
+        for step, runs in ((20, slow), (40, quick))
+    )
+    text = report(paths, tmp_path).text
+    assert f"at 1.0 minutes, pgrpo {at_20:.3f} and grpo {at_40:.3f}" in text
+    assert (
+        f"at 40 steps, pgrpo {np.mean([r.evaluations.at(40, 'reward') for r in slow]):.3f}" in text
+    )
 
 
 def test_equal_clusters_have_no_smallest_one(tmp_path: Path) -> None:

@@ -160,8 +160,14 @@ def evaluations(
     return {"data": traces, "layout": layout}
 
 
-LEVEL_MARKS = ("line-ns-open", "x-thin-open", "diamond-open", "square-open", "star-open")
-"""Marks of levels that rows are compared with, in grey."""
+LEVEL_MARKS = {
+    "|": "line-ns-open",
+    "×": "x-thin-open",
+    "◇": "diamond-open",
+    "□": "square-open",
+    "☆": "star-open",
+}
+"""Grey marks of levels that rows are compared with: as text -> as Plotly draws them."""
 
 
 def before_and_after(
@@ -198,7 +204,7 @@ def before_and_after(
                     "hovertemplate": "%{x:.3f}",
                 }
             )  # fmt: skip
-    for symbol, (name, values) in zip(LEVEL_MARKS, levels.items(), strict=False):
+    for symbol, (name, values) in zip(LEVEL_MARKS.values(), levels.items(), strict=False):
         traces.append(
             {
                 "type": "scatter",

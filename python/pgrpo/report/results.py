@@ -34,9 +34,6 @@ COMPARED = ("chance", "one rule for all", "one rule per person")
 """Baselines that stand beside each cluster's rewards: what nobody's taste, everybody's and one's own
 taste foretell."""
 
-GLYPHS = "|×◇□☆"
-"""The grey marks of `figures.LEVEL_MARKS`, as text."""
-
 
 def summary(page: Context) -> Section:
     """One row per arm."""
@@ -199,7 +196,7 @@ def gains(page: Context) -> Section | None:
 def held_out(page: Context) -> Section | None:
     """Evaluations over the steps, the rollouts and the time they took."""
     study = page.study
-    drawn: dict[str, list[Dots]] = {"step": [], "rollouts": [], "minutes": []}
+    drawn: dict[str, list[Dots]] = {"steps": [], "rollouts": [], "minutes": []}
     for arm in study.arms:
         steps = study.evaluations(arm)
         if not steps:
@@ -210,7 +207,7 @@ def held_out(page: Context) -> Section | None:
         for kind, places in zip(drawn, (steps, rollouts, minutes), strict=True):
             if np.isfinite(places).all():
                 drawn[kind].append(Dots(arm.name, page.arm_colors[arm.name], places, estimates))
-    if not drawn["step"]:
+    if not drawn["steps"]:
         return None
     prompts = sorted({int(n) for run in study.runs for n in run.evaluations["num_prompts"]})
     count = enumerate_words([f"{n:,}" for n in prompts])
@@ -218,7 +215,7 @@ def held_out(page: Context) -> Section | None:
     levels = page.levels()
     blocks: list[Block] = [
         legend(page.arm_colors),
-        page.place(figures.evaluations(drawn["step"], levels), "Held-out reward over the steps"),
+        page.place(figures.evaluations(drawn["steps"], levels), "Held-out reward over the steps"),
     ]
     if len(study.arms) > 1:
         panels = [
@@ -241,11 +238,30 @@ def held_out(page: Context) -> Section | None:
         blocks,
         f"Greedy decoding on {count} held-out prompts{own}. Error bars: one standard error, as in "
         "the summary.",
+        _equal_cost(drawn),
         page.about_levels(),
         f"At most {EVALUATIONS} evaluations of an arm are drawn, evenly spaced."
         if max(len(run.evaluations.steps) for run in study.runs) > EVALUATIONS
         else "",
     )
+
+
+def _equal_cost(drawn: dict[str, list[Dots]]) -> str:
+    """Held-out reward of the arms at equal steps, rollouts and minutes, namely what the arm with the
+    fewest of them took; between two evaluations it is read from the line through them."""
+    said: list[str] = []
+    for kind, arms in drawn.items():
+        if len(arms) < 2:
+            continue
+        end = min(max(dots.positions) for dots in arms)
+        rewards = [
+            float(np.interp(end, dots.positions, [estimate.mean for estimate in dots.estimates]))
+            for dots in arms
+        ]
+        values = [f"{dots.name} {number(x)}" for dots, x in zip(arms, rewards, strict=True)]
+        amount = f"{end:.1f}" if kind == "minutes" else f"{end:,.0f}"
+        said.append(f"at {amount} {kind}, {enumerate_words(values)}")
+    return f"At equal cost: {'; '.join(said)}." if said else ""
 
 
 def held_out_by_cluster(page: Context) -> Section | None:
@@ -273,7 +289,7 @@ def held_out_by_cluster(page: Context) -> Section | None:
         [dots(arm, last) for arm in study.arms],
         levels,
     )
-    marks = [f"{glyph} {rule}" for glyph, rule in zip(GLYPHS, levels, strict=False)]
+    marks = [f"{glyph} {rule}" for glyph, rule in zip(figures.LEVEL_MARKS, levels, strict=False)]
     return section(
         "Who is served how well",
         [

@@ -51,12 +51,12 @@ def _lead_sentence(study: Study) -> str:
     if not all(0 <= reward <= 1 for reward in (*arms.values(), *study.baselines.values())):
         return ""
     rules = {name: study.baselines[name] for name in LEAD_RULES if name in study.baselines}
-    said = [f"{name} is right in {percent(reward)}" for name, reward in best[:3]]
+    said = [f"{name} gets {percent(reward)}" for name, reward in best[:3]]
     others = [
-        f"{words} in {percent(rules[name])}" for name, words in LEAD_RULES.items() if name in rules
+        f"{words} {percent(rules[name])}" for name, words in LEAD_RULES.items() if name in rules
     ]
     sentence = (
-        f"Asked what people chose next, {enumerate_words(said)} of the cases; "
+        f"Of the choices that people made and that were held out, {enumerate_words(said)} right; "
         f"{enumerate_words(others)}."
     )
     return " ".join([sentence, *_below_chance(study, [name for name, _ in best[:3]])])
