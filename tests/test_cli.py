@@ -589,7 +589,7 @@ def test_serve_without_vllm_says_what_to_install(
 def test_serve_starts_vllm_with_what_a_run_needs(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command line; tests/vllm has real servers."""
+    """The command line; tests/with_vllm has real servers."""
     LlamaConfig(max_position_embeddings=128).save_pretrained(tmp_path / "model")
     started: list[Any] = []
     spec = type("Spec", (), {"origin": "somewhere"})

@@ -147,6 +147,11 @@ class ClusterNormalizer:
         return self
 
     @property
+    def options(self) -> RewardOptions:
+        """What it was told when it was made."""
+        return self._options
+
+    @property
     def rewards(self) -> Mapping[str, ClusterNormalizer]:
         """By reward: its own histories, to be read and watched; they are those of the whole.
 

@@ -1,0 +1,131 @@
+"""The loops that pgrpo is switched on in, each behind the same four methods.
+
+A new integration is one class here and its line in `FRAMEWORKS`; `test_conformance.py` does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+from zlib import crc32
+
+import torch
+
+from pgrpo import ClusterNormalizer
+
+SIZE = 4
+"""Rollouts of a group."""
+
+Rewards = Sequence[Sequence[float | None]]
+"""[N, R], None for those that are missing; groups of `SIZE` one after another."""
+
+
+class Framework(Protocol):
+    """A real loop around a normalizer, seen from outside."""
+
+    repeats: ClassVar[bool]
+    """Whether a resumed run may begin with the batch that the one before it ended in."""
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        """[N] what the loop would weigh its rollouts by."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, as the framework does."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from it."""
+        ...
+
+
+class TorchLoop:
+    """A loop of one's own, with `pgrpo.integrations.torch`."""
+
+    repeats: ClassVar[bool] = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        self.normalizer = normalizer
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        from pgrpo.integrations.torch import advantages
+
+        values = torch.tensor([[math.nan if r is None else r for r in row] for row in rewards])
+        rows = values.reshape(-1, SIZE, values.shape[-1])
+        if not self.normalizer.options.reward_weights:
+            rows = rows[..., 0]
+        ids = [list(clusters[i : i + SIZE]) for i in range(0, len(clusters), SIZE)]
+        return advantages(self.normalizer, rows, ids, training=training).flatten().tolist()
+
+    def save(self, folder: Path) -> None:
+        torch.save({"histories": self.normalizer.state_dict()}, folder / "own.pt")
+
+    def load(self, folder: Path) -> None:
+        self.normalizer.load_state_dict(torch.load(folder / "own.pt")["histories"])
+
+
+class Trl:
+    """TRL's GRPOTrainer on a tiny model; completions are real, rewards are those of the test."""
+
+    repeats: ClassVar[bool] = True
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        import tiny_trl
+
+        weights = list(normalizer.options.reward_weights or [1.0])
+        names = normalizer.options.names() or ["reward"]
+        self.given: list[list[float | None]] = []
+
+        def reward(index: int) -> Callable[..., list[float | None]]:
+            def score(completions: Any, **_: Any) -> list[float | None]:
+                return [row[index] for row in self.given]
+
+            score.__name__ = names[index]
+            return score
+
+        self.trainer = tiny_trl.trainer(
+            folder,
+            normalizer,
+            [reward(index) for index in range(len(weights))],
+            reward_weights=weights,
+            multi_objective_aggregation=normalizer.options.combine,
+            per_device_train_batch_size=SIZE,
+            generation_batch_size=16 * SIZE,
+        )
+        self.trainer.create_optimizer_and_scheduler(1)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        self.given = [list(row) for row in rewards]
+        # Other rewards are those of other prompts.
+        first = crc32(repr(self.given).encode()) % 1000
+        rows = [
+            {"prompt": f"w{(first + i // SIZE) // 30} w{(first + i // SIZE) % 30}", "cluster_id": c}
+            for i, c in enumerate(clusters)
+        ]
+        self.trainer.model.train(training)
+        found = self.trainer._generate_and_score_completions(rows)["advantages"].tolist()
+        logged = list(self.trainer._logs["advantages"])[-len(found) :]
+        assert torch.allclose(torch.tensor(logged), torch.tensor(found))
+        return found
+
+    def save(self, folder: Path) -> None:
+        self.trainer._save_optimizer_and_scheduler(str(folder))
+
+    def load(self, folder: Path) -> None:
+        self.trainer._load_optimizer_and_scheduler(str(folder))
+
+
+FRAMEWORKS: dict[str, type[TorchLoop] | type[Trl]] = {"torch": TorchLoop, "trl": Trl}
+"""By the name of the distribution."""
+
+CHOSEN = os.environ.get("PGRPO_FRAMEWORK", "")
+"""The one framework whose environment this is; by default those that the development tools bring."""
