@@ -58,6 +58,12 @@ def commands() -> Typer:
     )
     for name in ("demo", "train", "compare", "evaluate", "report", "serve", "plugins"):
         app.command()(getattr(import_module(f"pgrpo.cli.{name}"), name))
+    from pgrpo.cli import histories
+
+    inner = typer.Typer(help=histories.__doc__, rich_markup_mode=None, no_args_is_help=True)
+    for command in (histories.show, histories.merge, histories.diff):
+        inner.command()(command)
+    app.add_typer(inner, name="histories")
     return app
 
 

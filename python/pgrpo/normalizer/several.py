@@ -214,5 +214,19 @@ class Histories:
         return histories
 
 
+def header_of(snapshot: bytes) -> tuple[list[str], int] | None:
+    """Names of the rewards in a file, and how many histories a cluster has there; None where it is a file
+    of one reward."""
+    if not snapshot.startswith(MAGIC):
+        return None
+    start = len(MAGIC) + 8
+    stop = start + int.from_bytes(snapshot[len(MAGIC) : start - 4], "little")
+    try:
+        names, lengths = json.loads(snapshot[start:stop])
+        return [str(name) for name in names], len(lengths)
+    except (ValueError, TypeError):
+        _refuse("the header is damaged")
+
+
 def _refuse(complaint: str) -> NoReturn:
     raise CheckpointError(f"normalizer state of several rewards: {complaint}")
