@@ -215,8 +215,8 @@ class Histories:
 
 
 def header_of(snapshot: bytes) -> tuple[list[str], int] | None:
-    """Names of the rewards in a file, and how many histories a cluster has there; None where it is a file
-    of one reward."""
+    """Names of the rewards in a file, and how many histories a cluster has there; None where it is of
+    one reward."""
     if not snapshot.startswith(MAGIC):
         return None
     start = len(MAGIC) + 8
