@@ -22,8 +22,8 @@ RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
-quickstart: $(VENV)/train.stamp  ## GRPO and P-GRPO on MovieLens with SmolLM2, on a CPU
-	$(BIN)/pgrpo compare examples/movielens-100k.toml --estimators grpo,pgrpo --seeds 0 --out $(OUT)
+quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
+	$(BIN)/pgrpo compare examples/electricity.toml --estimators grpo,pgrpo:one,pgrpo --seeds 0 --out $(OUT)
 
 demo: $(VENV)/train.stamp  ## GRPO and P-GRPO on generated personas, no downloads
 	$(BIN)/pgrpo demo

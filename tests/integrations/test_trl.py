@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -238,6 +239,22 @@ def test_a_row_without_a_cluster_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"no column 'cluster_id'.*it has prompt"):
         trainer.train()
+
+
+def test_the_lines_of_the_readme_train(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "personalize" in c)
+    tiny_trl.model().save_pretrained(tmp_path / "model")
+    tiny_trl.tokenizer().save_pretrained(tmp_path / "model")
+    names: dict[str, Any] = {
+        "GRPOTrainer": GRPOTrainer,
+        "model": str(tmp_path / "model"),
+        "reward": tiny_trl.even_words,
+        "dataset": tiny_trl.rows(),
+        "args": tiny_trl.arguments(tmp_path, max_steps=2),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert counts(names["trainer"].histories.normalizer) == 2 * 8
 
 
 def test_another_version_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,28 @@ def even_words(completions: list[str], cluster_id: list[str], **_: Any) -> list[
     ]
 
 
+def arguments(folder: Path, **settings: Any) -> GRPOConfig:
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "max_steps": 6,
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    return GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        **{**usual, **settings},
+    )
+
+
 def trainer(
     folder: Path,
     normalizer: ClusterNormalizer | None,
@@ -66,25 +88,6 @@ def trainer(
     **settings: Any,
 ) -> Any:
     """A trainer with pgrpo; plain TRL without a normalizer."""
-    usual: dict[str, Any] = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "max_steps": 6,
-        "save_strategy": "no",
-        "seed": 0,
-    }
-    arguments = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        **{**usual, **settings},
-    )
     ours: dict[str, Any] = {}
     if normalizer is not None:
         base = personalize(base)
@@ -95,6 +98,6 @@ def trainer(
         reward_funcs=rewards,
         train_dataset=rows() if data is None else data,
         eval_dataset=evaluation,
-        args=arguments,
+        args=arguments(folder, **settings),
         **ours,
     )
