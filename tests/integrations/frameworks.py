@@ -26,8 +26,12 @@ Rewards = Sequence[Sequence[float | None]]
 class Framework(Protocol):
     """A real loop around a normalizer, seen from outside."""
 
-    repeats: ClassVar[bool]
+    repeats: ClassVar[bool] = False
     """Whether a resumed run may begin with the batch that the one before it ended in."""
+    evaluates: ClassVar[bool] = True
+    """Whether it computes advantages in evaluation as well."""
+    several: ClassVar[bool] = True
+    """Whether it has several rewards of a rollout."""
 
     def advantages(
         self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
@@ -44,10 +48,8 @@ class Framework(Protocol):
         ...
 
 
-class TorchLoop:
+class TorchLoop(Framework):
     """A loop of one's own, with `pgrpo.integrations.torch`."""
-
-    repeats: ClassVar[bool] = False
 
     def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
         self.normalizer = normalizer
@@ -71,7 +73,7 @@ class TorchLoop:
         self.normalizer.load_state_dict(torch.load(folder / "own.pt")["histories"])
 
 
-class Trl:
+class Trl(Framework):
     """TRL's GRPOTrainer on a tiny model; completions are real, rewards are those of the test."""
 
     repeats: ClassVar[bool] = True
@@ -124,8 +126,43 @@ class Trl:
         self.trainer._load_optimizer_and_scheduler(str(folder))
 
 
-FRAMEWORKS: dict[str, type[TorchLoop] | type[Trl]] = {"torch": TorchLoop, "trl": Trl}
+class Verl(Framework):
+    """verl's trainer on a local Ray, from its queue to its queue."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_verl import real_verl
+
+        self.real = real_verl
+        self.trainer = real_verl.trainer(folder, normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        batch = self.real.put([row[0] for row in rewards], clusters, SIZE)
+        self.trainer._compute_advantage(batch, {})
+        return [row[0] for row in self.real.taken(batch)]
+
+    def save(self, folder: Path) -> None:
+        self.trainer.config.trainer.default_local_dir = str(folder)
+        self.trainer.global_steps = 1
+        self.trainer._save_checkpoint()
+
+    def load(self, folder: Path) -> None:
+        self.trainer.config.trainer.default_local_dir = str(folder)
+        self.trainer._load_checkpoint()
+
+
+FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
+    "torch": TorchLoop,
+    "trl": Trl,
+    "verl": Verl,
+}
 """By the name of the distribution."""
 
 CHOSEN = os.environ.get("PGRPO_FRAMEWORK", "")
 """The one framework whose environment this is; by default those that the development tools bring."""
+
+HERE = [CHOSEN] if CHOSEN else ["torch", "trl"]
