@@ -88,7 +88,7 @@ def advantages(
         dist.all_gather_object(batches, own, group=ranks)
     for place, batch in enumerate(batches):
         if isinstance(batch, DataError):
-            raise DataError(f"rank {place}: {batch}") from own
+            raise DataError(f"rank {place}: {batch}") from batch
     found = Adapter(normalizer).advantages(
         np.concatenate([batch.rewards for batch in batches]),
         [cluster for batch in batches for cluster in batch.clusters],
