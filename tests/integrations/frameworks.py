@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from zlib import crc32
@@ -32,6 +33,8 @@ class Framework(Protocol):
     """Whether it computes advantages in evaluation as well."""
     several: ClassVar[bool] = True
     """Whether it has several rewards of a rollout."""
+    by_group: ClassVar[bool] = False
+    """Whether each group is a call of the normalizer, not each batch."""
 
     def advantages(
         self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
@@ -155,10 +158,54 @@ class Verl(Framework):
         self.trainer._load_checkpoint()
 
 
+class Torchrl(Framework):
+    """torchrl's transform; a rollout is a trajectory of one step."""
+
+    evaluates = False
+    several = False
+    by_group = True
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from pgrpo.integrations.torchrl import ClusterAdvantage
+
+        self.transform: Any = ClusterAdvantage(normalizer, SIZE, prompt_key="group")
+        self.groups = 0
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        tensordict: Any = import_module("tensordict")
+
+        found: list[float] = []
+        for place, (reward, cluster) in enumerate(zip(rewards, clusters, strict=True)):
+            value = math.nan if reward[0] is None else reward[0]
+            step = tensordict.TensorDict(
+                {
+                    "group": torch.tensor([self.groups + place // SIZE]),
+                    "cluster_id": tensordict.NonTensorData(cluster, batch_size=[1]),
+                    "next": tensordict.TensorDict(
+                        {"reward": torch.tensor([[value]]), "done": torch.tensor([[True]])}, [1]
+                    ),
+                },
+                [1],
+            )
+            if (out := self.transform.inv(step)) is not None:
+                found += out["advantage"].flatten().tolist()
+        self.groups += len(rewards) // SIZE
+        return found
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.transform.state_dict(), folder / "transform.pt")
+
+    def load(self, folder: Path) -> None:
+        self.transform.load_state_dict(torch.load(folder / "transform.pt"))
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
     "verl": Verl,
+    "torchrl": Torchrl,
 }
 """By the name of the distribution."""
 

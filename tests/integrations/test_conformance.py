@@ -39,6 +39,12 @@ def batch(seed: int, groups: int = 6, rewards: int = 1) -> tuple[Any, list[int |
     return values, clusters, [i // SIZE for i in range(groups * SIZE)]
 
 
+def calls(loop: Framework, groups: int = 6) -> list[slice]:
+    """The rollouts of each call of the normalizer."""
+    whole = groups * SIZE
+    return [slice(i, i + SIZE) for i in range(0, whole, SIZE)] if loop.by_group else [slice(whole)]
+
+
 def same(found: list[float], expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -49,7 +55,9 @@ def test_advantages_are_the_normalizers_own(made: Made, estimator: str) -> None:
     loop = made(normalizer)
     for seed in range(3):
         rewards, clusters, groups = batch(seed)
-        expected = alone(rewards[:, 0], clusters, groups)
+        expected = np.concatenate(
+            [alone(rewards[part, 0], clusters[part], groups[part]) for part in calls(loop)]
+        )
         assert np.abs(expected).max() > 0.5
         same(loop.advantages(rewards.tolist(), clusters), expected)
     assert normalizer.state_dict() == alone.state_dict()
@@ -78,9 +86,12 @@ def test_rollouts_without_a_reward_enter_nothing_and_count_nothing(made: Made) -
     given: list[list[float | None]] = rewards.tolist()
     for place in missing:
         given[place] = [None]
-    kept = [i for i in range(len(given)) if i not in missing]
     expected = np.zeros(len(given))
-    expected[kept] = alone(rewards[kept, 0], [clusters[i] for i in kept], [groups[i] for i in kept])
+    for part in calls(loop):
+        kept = [i for i in range(len(given))[part] if i not in missing]
+        if kept:
+            columns = ([column[i] for i in kept] for column in (clusters, groups))
+            expected[kept] = alone(rewards[kept, 0], *columns)
     same(loop.advantages(given, clusters), expected)
     assert normalizer.state_dict() == alone.state_dict()
 
