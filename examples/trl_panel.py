@@ -25,6 +25,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 import pgrpo
 from pgrpo.integrations.trl import personalize
 from pgrpo.model.gguf import model_folder
+from pgrpo.model.language_model import resolve_precision
 from pgrpo.runs.config import load_config
 from pgrpo.train.build import Assembly
 from pgrpo.types import Example
@@ -117,7 +118,7 @@ def main() -> None:
                 save_strategy="no",
                 report_to="none",
                 use_cpu=not torch.cuda.is_available(),
-                bf16=torch.cuda.is_available(),
+                bf16=resolve_precision("auto") == "autocast",
                 gradient_checkpointing=False,
             ),
         )
