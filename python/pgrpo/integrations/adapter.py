@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from zlib import crc32
 import numpy as np
 
 from pgrpo.errors import CheckpointError, ConfigError, DataError
-from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.normalizer import ClusterNormalizer, Options
 from pgrpo.types import ClusterId, FloatArray
 
 HISTORIES = "pgrpo_histories.bin"
@@ -47,6 +48,28 @@ class Adapter:
         self._last_batch: str | None = None
         self._resumed = False
         self._warned: set[str] = set()
+
+    @classmethod
+    def of_section(cls, section: Mapping[str, Any] | None, where: str) -> tuple[Adapter, str]:
+        """Empty histories by a section of a framework's config, and where rollouts have their cluster.
+
+        Args:
+            section: options of the normalizer, of one reward, and `cluster_key`, which is `cluster_id`
+                if it is left out; None for all defaults.
+            where: the section's name, for errors.
+
+        Raises:
+            ConfigError: an option is unknown or out of range.
+        """
+        options = dict(section or {})
+        key = str(options.pop("cluster_key", "cluster_id"))
+        known = [field.name for field in fields(Options)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}.{name} is no option; expected cluster_key, {', '.join(known)}"
+                )
+        return cls(ClusterNormalizer(**options)), key
 
     def advantages(
         self,

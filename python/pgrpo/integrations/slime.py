@@ -14,7 +14,6 @@ the first call of a resumed run loads those of the rollout that it goes on from.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from pgrpo.errors import ConfigError, DataError
+from pgrpo.errors import DataError
 from pgrpo.integrations.adapter import Adapter
-from pgrpo.normalizer import RULES, ClusterNormalizer
-from pgrpo.normalizer.options import Options
+from pgrpo.normalizer import RULES
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +39,7 @@ class _Histories:
     """Those of one run, in the process that manages its rollouts."""
 
     def __init__(self, args: Any) -> None:
-        options = dict(getattr(args, "pgrpo", None) or {})
-        self.cluster_key = str(options.pop("cluster_key", "cluster_id"))
-        known = [field.name for field in dataclasses.fields(Options)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"pgrpo.{name} is no option; expected cluster_key, {', '.join(known)}"
-                )
-        self.adapter = Adapter(ClusterNormalizer(**options))
+        self.adapter, self.cluster_key = Adapter.of_section(getattr(args, "pgrpo", None), "pgrpo")
         self.rollout = int(getattr(args, "start_rollout_id", None) or 0)
         if self.rollout > 0:
             self.adapter.load(_folder(args.load, self.rollout - 1))

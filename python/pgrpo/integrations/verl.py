@@ -12,7 +12,6 @@ set of histories.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -25,8 +24,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.integrations.adapter import Adapter, check_version, cluster_means
-from pgrpo.normalizer import RULES, ClusterNormalizer
-from pgrpo.normalizer.several import RewardOptions
+from pgrpo.normalizer import RULES
 from pgrpo.types import ClusterId
 
 log = logging.getLogger(__name__)
@@ -56,27 +54,6 @@ class _Step:
 
 
 _step: ContextVar[_Step | None] = ContextVar("pgrpo_verl_step", default=None)
-
-
-def histories_of(algorithm: Mapping[str, Any]) -> tuple[Adapter, str]:
-    """Empty histories by verl's section `algorithm`, and the column with the cluster ids.
-
-    Raises:
-        ConfigError: `algorithm.pgrpo` has an unknown option, or one that is out of range.
-    """
-    options = dict(algorithm.get("pgrpo") or {})
-    key = str(options.pop("cluster_key", "cluster_id"))
-    known = [field.name for field in dataclasses.fields(RewardOptions)]
-    for several in ("reward_weights", "reward_names", "combine"):
-        known.remove(several)
-        if several in options:
-            raise ConfigError(f"algorithm.pgrpo.{several}: verl has one reward of a response")
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"algorithm.pgrpo.{name} is no option; expected cluster_key, {', '.join(known)}"
-            )
-    return Adapter(ClusterNormalizer(**options)), key
 
 
 @register_adv_est(NAME)
@@ -145,7 +122,9 @@ def _register_trainer() -> None:
 
         def __init__(self, config: Any) -> None:
             check_version("verl", *TESTED)
-            self.histories, self._cluster_key = histories_of(config.algorithm)
+            self.histories, self._cluster_key = Adapter.of_section(
+                config.algorithm.get("pgrpo"), "algorithm.pgrpo"
+            )
             # What else verl asks of the mode is answered as for its own trainer.
             with open_dict(config):
                 config.trainer.v1.trainer_mode = "sync"

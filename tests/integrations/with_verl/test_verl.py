@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from real_verl import config, put, taken, trainer
+from real_verl import put, taken, trainer
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 
 from pgrpo import ClusterNormalizer, ConfigError, DataError
 from pgrpo.integrations.saved import read_histories
-from pgrpo.integrations.verl import histories_of
 
 SIZE = 4
 REWARDS = [0.5, 1.0, 0.0, 2.5, 7.0, 8.0, 7.0, 6.0]
@@ -67,7 +66,8 @@ def test_a_session_counts_once_and_padding_not_at_all(tmp_path: Path) -> None:
 
 def test_options_stand_in_verls_own_config(tmp_path: Path) -> None:
     def read(*overrides: str) -> Any:
-        return histories_of(config(tmp_path, *overrides).algorithm)
+        made = trainer(tmp_path, None, *overrides)
+        return made.histories, made._cluster_key
 
     adapter, key = read("+algorithm.pgrpo={estimator: auto, min_count: 8, cluster_key: segment}")
     assert adapter.normalizer.options.estimator == "auto"
@@ -77,7 +77,7 @@ def test_options_stand_in_verls_own_config(tmp_path: Path) -> None:
         read("+algorithm.pgrpo.min_counts=8")
     with pytest.raises(ConfigError, match="eps is -1"):
         read("+algorithm.pgrpo.eps=-1")
-    with pytest.raises(ConfigError, match="one reward of a response"):
+    with pytest.raises(ConfigError, match="reward_weights is no option"):
         read("+algorithm.pgrpo.reward_weights=[1]")
 
 
