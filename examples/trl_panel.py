@@ -1,7 +1,7 @@
 """GRPO and P-GRPO in TRL's own trainer, on people who differ: which electricity supplier did this
 household choose?
 
-    python examples/trl_panel.py --estimators grpo pgrpo --out runs/trl_panel
+    python examples/trl_panel.py --estimators grpo pgrpo --out runs/trl_panel  # a quarter of an hour
 
 The task is that of examples/electricity.toml. pgrpo reads the panel, puts it into words and clusters
 the households; TRL does the rest, with its own generation and its own update. Held-out choices are
