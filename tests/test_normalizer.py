@@ -377,6 +377,7 @@ def test_every_public_method_is_looked_at() -> None:
     assert set(PUBLIC) - {"__init__", "__call__"} == found - {
         "is_shared",
         "num_nonfinite",
+        "options",
         "rewards",
     }
 
