@@ -43,6 +43,9 @@ def config(folder: Path, *overrides: str) -> Any:
 @cache
 def start() -> None:
     """Ray and the queue, once for all tests."""
+    if ray.is_initialized():
+        # By this module under its other name, for the suite imports it as one of a package.
+        return
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
     settings = config(Path())
     settings.transfer_queue.enable = True
