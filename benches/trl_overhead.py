@@ -54,7 +54,7 @@ def distinct(completions: list[str], **_: Any) -> list[float]:
 
 
 def timed(base: type[Any], clock: Clock, attribute: str) -> type[Any]:
-    """A class whose calls of TIMED add their seconds to the clock's attribute, the outermost alone."""
+    """A class whose calls of TIMED add their seconds to the clock's attribute."""
 
     def wrap(name: str) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:

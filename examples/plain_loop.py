@@ -1,4 +1,4 @@
-"""P-GRPO in a training loop of one's own: PyTorch and sixty lines.
+"""P-GRPO in a training loop of one's own: PyTorch and seventy lines.
 
 A tiny transformer answers with one word. Each of three kinds of users likes other words, and marks
 answers on a scale of its own: what delights one of them is a tenth of a point to another.

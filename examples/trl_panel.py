@@ -1,11 +1,12 @@
 """GRPO and P-GRPO in TRL's own trainer, on people who differ: which electricity supplier did this
 household choose?
 
-    python examples/trl_panel.py --estimators grpo pgrpo --out runs/trl_panel  # a quarter of an hour
+    python examples/trl_panel.py --estimators grpo pgrpo --out runs/trl_panel
 
 The task is that of examples/electricity.toml. pgrpo reads the panel, puts it into words and clusters
 the households; TRL does the rest, with its own generation and its own update. Held-out choices are
 judged by which of the four letters the model gives most probability to. A plot shows each cluster.
+A step took TRL 9 s on two cores with bf16, and a minute in fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank of a TRL run, started by `test_trl.py`: prints what its histories are."""
+"""One rank of a TRL run, started by `test_trl.py`: writes what its histories are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def main(folder: str, per_rank: str) -> None:
     found = {
         "state": normalizer.state_dict(),
         "advantages": list(trainer._logs["advantages"]),
-        "metrics": trainer.state.log_history[-2],
     }
     (Path(folder) / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 

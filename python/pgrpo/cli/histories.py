@@ -50,7 +50,7 @@ def show(files: FilesArgument, limit: LimitOption = 40, as_json: JsonOption = Fa
             rows = {
                 c: {
                     "count": f"{stats.count:,.10g}",
-                    "share": f"{100 * stats.count / total:.1f} %",
+                    "share": f"{100 * stats.count / (total or 1):.1f} %",
                     "mean": f"{stats.mean:.6g}",
                     "std": f"{stats.std:.6g}",
                 }

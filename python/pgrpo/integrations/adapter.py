@@ -18,7 +18,7 @@ from zlib import crc32
 import numpy as np
 
 from pgrpo.errors import CheckpointError, ConfigError, DataError
-from pgrpo.normalizer import ClusterNormalizer, Options
+from pgrpo.normalizer import RULES, ClusterNormalizer, Options
 from pgrpo.types import ClusterId, FloatArray
 
 HISTORIES = "pgrpo_histories.bin"
@@ -28,7 +28,7 @@ PROGRESS = "pgrpo_progress.json"
 """File beside it, which tells what batch the histories end with."""
 
 MAX_LOGGED = 16
-"""Clusters that are logged one by one: those with most rewards in their histories."""
+"""Clusters that are logged one by one: those with most rewards."""
 
 
 class Adapter:
@@ -92,7 +92,7 @@ class Adapter:
             batch: what tells this batch from the one before, the same in a resumed run: the first batch
                 after `load` is not folded again if it is the one that the histories end with. None
                 where the framework never repeats one.
-            lengths: [N] of completions, for estimators that read them.
+            lengths: [N] of completions; read where the estimator needs them, and otherwise not.
 
         Returns:
             [N] in float64.
@@ -111,7 +111,7 @@ class Adapter:
             ~(missing.all(axis=1) if rewards.ndim == 2 else missing)
         ).tolist()
         columns: dict[str, Any] = {}
-        if lengths is not None:
+        if lengths is not None and RULES[self.normalizer.options.estimator].needs_lengths:
             columns["lengths"] = [lengths[index] for index in kept]
         name = None if batch is None else f"{crc32(repr(batch).encode()):08x}"
         repeated = self._resumed and name is not None and name == self._last_batch

@@ -23,7 +23,6 @@ import numpy as np
 
 from pgrpo.errors import DataError
 from pgrpo.integrations.adapter import Adapter
-from pgrpo.normalizer import RULES
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +51,12 @@ class _Histories:
                 f"sample {missing[0]} has no metadata {self.cluster_key!r}, which names its cluster; "
                 f"it has {', '.join(map(str, samples[missing[0]].metadata)) or 'none'}"
             )
-        lengths = [float(sample.response_length) for sample in samples]
         found = self.adapter.advantages(
             np.array([np.nan if reward is None else float(reward) for reward in raw]),
             [sample.metadata[self.cluster_key] for sample in samples],
             [sample.group_index for sample in samples],
             training=True,
-            lengths=lengths
-            if RULES[self.adapter.normalizer.options.estimator].needs_lengths
-            else None,
+            lengths=[float(sample.response_length) for sample in samples],
         )
         for warning in self.adapter.new_warnings():
             log.warning("%s", warning)

@@ -39,7 +39,7 @@ class ClusterAdvantage(MCAdvantage):
         **kwargs: those of torchrl's transform.
 
     Raises:
-        ConfigError: torchrl is not installed, or `trajectory_return` is None.
+        ConfigError: `trajectory_return` is None.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ import numpy as np
 
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.integrations.adapter import Adapter, check_version, cluster_means
-from pgrpo.normalizer import RULES, ClusterNormalizer
+from pgrpo.normalizer import ClusterNormalizer
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,7 @@ class _Personalized:
         rewards, clusters, prints, lengths = self._scored
         size = self.num_generations if training else self.num_generations_eval
         several = rewards.double().cpu().numpy()
-        options = self.histories.normalizer.options
-        if options.reward_weights is None:
+        if self.histories.normalizer.options.reward_weights is None:
             weights = self.reward_weights.double().cpu().numpy()
             unscored = np.isnan(several).all(axis=1)
             several = np.where(unscored, np.nan, np.nansum(several * weights, axis=1))
@@ -176,7 +175,7 @@ class _Personalized:
             [index // size for index in range(len(several))],
             training=training,
             batch=(int(self.state.epoch or 0), prints),
-            lengths=lengths if RULES[options.estimator].needs_lengths else None,
+            lengths=lengths,
         )
         own = output["advantages"]
         first = self.accelerator.process_index * len(own)

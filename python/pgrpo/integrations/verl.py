@@ -24,7 +24,6 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.integrations.adapter import Adapter, check_version, cluster_means
-from pgrpo.normalizer import RULES
 from pgrpo.types import ClusterId
 
 log = logging.getLogger(__name__)
@@ -97,9 +96,7 @@ def advantages(
         clusters,
         [str(index[row]) for row in rows],
         training=True,
-        lengths=[lengths[row] for row in rows]
-        if RULES[step.histories.normalizer.options.estimator].needs_lengths
-        else None,
+        lengths=[lengths[row] for row in rows],
     )
     step.metrics.update(cluster_means(rewards[rows], found, clusters))
     step.metrics.update(step.histories.metrics())

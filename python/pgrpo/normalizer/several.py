@@ -191,18 +191,9 @@ class Histories:
         return MAGIC + sizes + header + b"".join(histories)
 
     def _unpack(self, packed: bytes) -> list[bytes]:
-        start = len(MAGIC) + 8
-        if not packed.startswith(MAGIC) or len(packed) < start:
+        if not packed.startswith(MAGIC):
             _refuse("no snapshot of several rewards")
-        sizes = packed[len(MAGIC) : start]
-        stop = start + int.from_bytes(sizes[:4], "little")
-        header = packed[start:stop]
-        if zlib.crc32(header) != int.from_bytes(sizes[4:], "little"):
-            _refuse("the header is damaged")
-        try:
-            names, lengths = json.loads(header)
-        except ValueError:
-            _refuse("the header is damaged")
+        names, lengths, stop = _header(packed)
         self._check(names, lengths)
         whole = all(type(length) is int and length >= 0 for length in lengths)
         if not whole or stop + sum(lengths) != len(packed):
@@ -216,16 +207,30 @@ class Histories:
 
 def header_of(snapshot: bytes) -> tuple[list[str], int] | None:
     """Names of the rewards in a file, and how many histories a cluster has there; None where it is of
-    one reward."""
+    one reward.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
     if not snapshot.startswith(MAGIC):
         return None
+    names, lengths, _ = _header(snapshot)
+    return list(names), len(lengths)
+
+
+def _header(packed: bytes) -> tuple[Any, Any, int]:
+    """Names of rewards, lengths of their histories, and where these begin."""
     start = len(MAGIC) + 8
-    stop = start + int.from_bytes(snapshot[len(MAGIC) : start - 4], "little")
-    try:
-        names, lengths = json.loads(snapshot[start:stop])
-        return [str(name) for name in names], len(lengths)
-    except (ValueError, TypeError):
+    sizes = packed[len(MAGIC) : start]
+    stop = start + int.from_bytes(sizes[:4], "little")
+    header = packed[start:stop]
+    if len(sizes) < 8 or zlib.crc32(header) != int.from_bytes(sizes[4:], "little"):
         _refuse("the header is damaged")
+    try:
+        names, lengths = json.loads(header)
+    except ValueError:
+        _refuse("the header is damaged")
+    return names, lengths, stop
 
 
 def _refuse(complaint: str) -> NoReturn:
