@@ -6,7 +6,7 @@ verl finds this module by its entry point in the group `verl.plugins`; nothing i
 
 Each row of the data set names its cluster in the column `cluster_id`, which verl carries along to the
 responses. Options of the normalizer stand under `algorithm.pgrpo`, and there `cluster_key`, where the
-column has another name. Advantages are computed in the one process that drives the job, so there is one
+column has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are computed in the one process that drives the job, so there is one
 set of histories.
 """
 
@@ -176,20 +176,35 @@ def turns_of(
 def clusters_of(queue: Any, batch: Any, key: str) -> list[ClusterId]:
     """Cluster ids of a batch, out of verl's TransferQueue.
 
+    Args:
+        queue: the module `transfer_queue`, or what has its `kv_batch_get`.
+        batch: verl's keys of the responses.
+        key: a column of the data set; with dots, an entry of it: `extra_info.user`.
+
     Raises:
-        DataError: the responses have no such field.
+        DataError: the responses have no such field, or one of them no such entry.
     """
+    field, *entries = key.split(".")
     try:
         found = queue.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=[key]
-        )[key]
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=[field]
+        )[field]
     except (KeyError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"the responses have no field {key!r}, which names their clusters: the data set needs a "
+            f"the responses have no field {field!r}, which names their clusters: the data set needs a "
             f"column of that name, or algorithm.pgrpo.cluster_key that of another ({error})"
         ) from error
     # Numbers come as a tensor, nested or not, and everything else as a list.
-    return [one.item() for one in found.unbind()] if torch.is_tensor(found) else list(found)
+    rows = [one.item() for one in found.unbind()] if torch.is_tensor(found) else list(found)
+    for entry in entries:
+        for row in rows:
+            if not isinstance(row, Mapping) or entry not in row:
+                raise DataError(
+                    f"algorithm.pgrpo.cluster_key is {key!r}, and a response's {field!r} has no "
+                    f"{entry!r}: it is {row!r}"
+                )
+        rows = [row[entry] for row in rows]
+    return rows
 
 
 try:

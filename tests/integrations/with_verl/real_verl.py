@@ -20,7 +20,9 @@ import transfer_queue as tq
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from pgrpo import ClusterNormalizer
 
@@ -88,9 +90,10 @@ def put(
     clusters: Sequence[int | str] | None,
     size: int,
     turns: int = 1,
-    padding: int = 0,
+    multiple: int = 1,
 ) -> KVBatchMeta:
-    """Responses in the queue: every `size` of them are sessions of one prompt."""
+    """Responses in the queue: every `size` of them are sessions of one prompt. verl fills them up to a
+    multiple of `multiple`."""
     keys: list[str] = []
     tags: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -101,28 +104,24 @@ def put(
             tokens = 1 + (place + turn) % MOST_TOKENS
             scores = torch.zeros(tokens)
             scores[-1] = math.nan if reward is None else reward
-            row = {"uid": uid, "rm_scores": scores, "response_mask": torch.ones(tokens).long()}
+            row = {
+                "uid": uid,
+                "rm_scores": scores,
+                "response_mask": torch.ones(tokens).long(),
+                "position_ids": torch.arange(tokens),
+                "extra_info": {"index": place},
+            }
             if clusters is not None:
                 row["cluster_id"] = clusters[place]
+                row["extra_info"]["user"] = clusters[place]
             keys.append(f"{uid}_{place % size}_{turn}")
             tags.append({"seq_len": tokens})
             rows.append(row)
-    for place in range(padding):
-        keys.append(f"pad{uid}_{place}_0")
-        tags.append({"seq_len": 1, "is_padding": True})
-        rows.append(
-            {
-                **rows[0],
-                "uid": "pad",
-                "rm_scores": torch.zeros(1),
-                "response_mask": torch.zeros(1).long(),
-            }
-        )
-    from verl.utils.tensordict_utils import list_of_dict_to_tensordict
-
     fields: TensorDict = list_of_dict_to_tensordict(rows)
     tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
-    return KVBatchMeta(keys=keys, tags=tags, partition_id="train")
+    return upsample_batch_to_divisible_size(
+        KVBatchMeta(keys=keys, tags=tags, partition_id="train"), multiple, eos_token_id=1
+    )
 
 
 def taken(batch: KVBatchMeta) -> list[list[float]]:

@@ -46,7 +46,8 @@ def test_every_token_of_a_response_gets_its_advantage(tmp_path: Path) -> None:
 
 def test_a_session_counts_once_and_padding_not_at_all(tmp_path: Path) -> None:
     ours = trainer(tmp_path)
-    batch = put(REWARDS, CLUSTERS, SIZE, turns=3, padding=4)
+    batch = put(REWARDS, CLUSTERS, SIZE, turns=3, multiple=28)
+    assert sum(tag.get("is_padding", False) for tag in batch.tags) == 4
     # As verl does to balance its workers.
     batch.reorder(np.random.default_rng(0).permutation(len(batch.keys)).tolist())
     ours._compute_advantage(batch, {})
@@ -86,6 +87,24 @@ def test_responses_without_clusters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no field 'cluster_id'"):
         ours._compute_advantage(put(REWARDS, None, SIZE), {})
     assert not ours.histories.normalizer.snapshot()
+
+
+def test_a_cluster_may_be_an_entry_of_a_column(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, None, "+algorithm.pgrpo.cluster_key=extra_info.user")
+    ours._compute_advantage(put(REWARDS, CLUSTERS, SIZE, multiple=12), {})
+    assert {name: h.count for name, h in ours.histories.normalizer.snapshot().items()} == {
+        "a": 4,
+        "b": 4,
+    }
+    for key, message in (
+        ("extra_info.person", r"'extra_info' has no 'person': it is \{'index': 0"),
+        ("extra_info.user.name", "'extra_info' has no 'name': it is 'a'"),
+        ("extra.user", "no field 'extra'"),
+    ):
+        other = trainer(tmp_path, None, f"+algorithm.pgrpo.cluster_key={key}")
+        with pytest.raises(DataError, match=message):
+            other._compute_advantage(put(REWARDS, CLUSTERS, SIZE), {})
+        assert not other.histories.normalizer.snapshot()
 
 
 def test_another_trainer_is_told_what_is_missing() -> None:
