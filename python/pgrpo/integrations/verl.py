@@ -119,6 +119,11 @@ def _register_trainer() -> None:
 
         def __init__(self, config: Any) -> None:
             check_version("verl", *TESTED)
+            if config.algorithm.adv_estimator != NAME:
+                raise ConfigError(
+                    f"trainer.v1.trainer_mode is {MODE}, and algorithm.adv_estimator is "
+                    f"{config.algorithm.adv_estimator}; expected {NAME}, or verl's own trainer sync"
+                )
             self.histories, self._cluster_key = Adapter.of_section(
                 config.algorithm.get("pgrpo"), "algorithm.pgrpo"
             )

@@ -76,7 +76,7 @@ class Loader:
 def trainer(folder: Path, options: ClusterNormalizer | None = None, *overrides: str) -> Any:
     start()
     settings = config(folder, *overrides)
-    made: Any = get_trainer_cls("pgrpo_sync")(settings)
+    made: Any = get_trainer_cls(settings.trainer.v1.trainer_mode)(settings)
     if options is not None:
         made.histories.normalizer = options
     made.actor_rollout_wg, made.train_dataloader = Worker(), Loader()
@@ -124,10 +124,11 @@ def put(
     )
 
 
-def taken(batch: KVBatchMeta) -> list[list[float]]:
+def taken(batch: KVBatchMeta, clear: bool = True) -> list[list[float]]:
     """The advantages of each response's tokens that verl's actor would get."""
     data = tq.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=["advantages"])
     found = [row.tolist() for row in data["advantages"].unbind()]
     with suppress(RuntimeError):
-        tq.kv_clear(keys=batch.keys, partition_id="train")
+        if clear:
+            tq.kv_clear(keys=batch.keys, partition_id="train")
     return found

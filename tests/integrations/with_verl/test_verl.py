@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from real_verl import put, taken, trainer
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
 from pgrpo import ClusterNormalizer, ConfigError, DataError
 from pgrpo.integrations.saved import read_histories
@@ -19,16 +19,17 @@ REWARDS = [0.5, 1.0, 0.0, 2.5, 7.0, 8.0, 7.0, 6.0]
 CLUSTERS = ["a"] * 4 + ["b"] * 4
 
 
-def test_grpo_through_pgrpo_is_verls_grpo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turns", [1, 3])
+def test_grpo_through_pgrpo_is_verls_grpo(tmp_path: Path, turns: int) -> None:
     ours = trainer(tmp_path, None, "+algorithm.pgrpo={estimator: grpo, ddof: 1, eps: 1e-6}")
-    batch = put(REWARDS, CLUSTERS, SIZE)
-    ours._compute_advantage(batch, {})
-    found = [row[0] for row in taken(batch)]
-    rewards = torch.tensor(REWARDS).unsqueeze(-1)
-    expected, _ = compute_grpo_outcome_advantage(
-        rewards, torch.ones_like(rewards), np.arange(8) // SIZE
-    )
-    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5, atol=1e-6)
+    verls = trainer(tmp_path, None, "algorithm.adv_estimator=grpo", "trainer.v1.trainer_mode=sync")
+    batch = put([*REWARDS, 3.0, 3.0, 3.0, 3.0], [*CLUSTERS, *"abcd"], SIZE, turns, multiple=40)
+    found: list[torch.Tensor] = []
+    for each in (ours, verls):
+        each._compute_advantage(batch, {})
+        found.append(torch.cat([torch.tensor(row) for row in taken(batch, clear=each is verls)]))
+    assert len(found[0]) >= 36 and found[1].abs().max() > 1
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_every_token_of_a_response_gets_its_advantage(tmp_path: Path) -> None:
@@ -80,6 +81,10 @@ def test_options_stand_in_verls_own_config(tmp_path: Path) -> None:
         read("+algorithm.pgrpo.eps=-1")
     with pytest.raises(ConfigError, match="reward_weights is no option"):
         read("+algorithm.pgrpo.reward_weights=[1]")
+    with pytest.raises(
+        ConfigError, match="pgrpo_sync, and algorithm.adv_estimator is grpo; expected"
+    ):
+        read("algorithm.adv_estimator=grpo")
 
 
 def test_responses_without_clusters_are_refused(tmp_path: Path) -> None:
