@@ -6,8 +6,8 @@ verl finds this module by its entry point in the group `verl.plugins`; nothing i
 
 Each row of the data set names its cluster in the column `cluster_id`, which verl carries along to the
 responses. Options of the normalizer stand under `algorithm.pgrpo`, and there `cluster_key`, where the
-column has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are computed in the one process that drives the job, so there is one
-set of histories.
+column has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are
+computed in the one process that drives the job, so there is one set of histories.
 """
 
 from __future__ import annotations
