@@ -200,7 +200,9 @@ def clusters_of(queue: Any, batch: Any, key: str) -> list[ClusterId]:
             f"column of that name, or algorithm.pgrpo.cluster_key that of another ({error})"
         ) from error
     # Numbers come as a tensor, nested or not, and everything else as a list.
-    rows = [one.item() for one in found.unbind()] if torch.is_tensor(found) else list(found)
+    rows: list[Any] = (
+        [one.item() for one in found.unbind()] if torch.is_tensor(found) else list(found)
+    )
     for entry in entries:
         for row in rows:
             if not isinstance(row, Mapping) or entry not in row:

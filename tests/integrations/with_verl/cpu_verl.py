@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -48,12 +47,23 @@ class CpuModule(ModuleType):
         return getattr(torch.cpu, name)
 
 
+MODULE = CpuModule("torch_cpu")
+
+
 class Cpu(PlatformBase):
     """One device without memory of its own."""
 
-    device_name = "cpu"
-    vendor_name = "none"
-    device_module = CpuModule("torch_cpu")
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "none"
+
+    @property
+    def device_module(self) -> ModuleType:
+        return MODULE
 
     def is_available(self) -> bool:
         return True
@@ -89,9 +99,8 @@ class Cpu(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "CPU_VERL_DEVICES"
 
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
+    def nvtx_range(self, msg: str) -> Any:
+        return nullcontext()
 
     def profiler_start(self) -> None: ...
 
@@ -151,7 +160,8 @@ class Server:
 class Replica(RolloutReplica):
     async def launch_servers(self) -> None:
         self._server_address = f"cpu_server_{self.replica_rank}"
-        self._server_handle = Server.options(name=self._server_address, num_cpus=0).remote(
+        server: Any = Server
+        self._server_handle = server.options(name=self._server_address, num_cpus=0).remote(
             self.model_config.path, self.config.response_length
         )
         self.servers = [self._server_handle]

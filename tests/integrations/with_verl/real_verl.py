@@ -97,6 +97,7 @@ def put(
     keys: list[str] = []
     tags: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    uid = ""
     for place, reward in enumerate(rewards):
         if place % size == 0:
             uid = str(uuid.uuid4())
@@ -104,7 +105,7 @@ def put(
             tokens = 1 + (place + turn) % MOST_TOKENS
             scores = torch.zeros(tokens)
             scores[-1] = math.nan if reward is None else reward
-            row = {
+            row: dict[str, Any] = {
                 "uid": uid,
                 "rm_scores": scores,
                 "response_mask": torch.ones(tokens).long(),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from real_verl import put, taken, trainer
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl import DataProto
+from verl.trainer.ppo.ray_trainer import compute_advantage
 
 from pgrpo import ClusterNormalizer, ConfigError, DataError
 from pgrpo.integrations.saved import read_histories
@@ -113,9 +114,13 @@ def test_a_cluster_may_be_an_entry_of_a_column(tmp_path: Path) -> None:
 
 
 def test_another_trainer_is_told_what_is_missing() -> None:
+    """The step that verl's older trainer and its asynchronous ones take."""
     ones = torch.ones(2, 1)
+    batch = DataProto.from_dict(
+        {"token_level_rewards": ones, "response_mask": ones}, {"uid": np.array(["a", "a"])}
+    )
     with pytest.raises(ConfigError, match="trainer.v1.trainer_mode=pgrpo_sync"):
-        get_adv_estimator_fn("pgrpo")(token_level_rewards=ones, response_mask=ones, index=[0, 0])
+        compute_advantage(batch, adv_estimator="pgrpo")  # type: ignore[arg-type]
 
 
 def test_a_resumed_trainer_finds_the_histories_of_its_step(tmp_path: Path) -> None:
