@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import tiny_run, train
 
-from pgrpo.errors import CheckpointError
+from pgrpo.errors import CheckpointError, ConfigError
 from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
@@ -36,6 +36,23 @@ def test_parts_are_made_once_and_closed_at_the_end(closed: list[object]) -> None
         assert not closed
         engine = parts.engine
     assert closed == [engine]
+
+
+@pytest.mark.parametrize("where", ["rewards", "evaluation"])
+def test_every_cluster_has_a_reward_and_every_reward_its_clusters(where: str) -> None:
+    def scorer(*clusters: list[Any]) -> Any:
+        sections = [{"name": "persona", "clusters": each} for each in clusters]
+        with Assembly(parse_config(tiny_run({where: sections}))) as parts:
+            return parts.scorer if where == "rewards" else parts.held_out_scorer
+
+    with Assembly(parse_config(tiny_run())) as parts:
+        first, *others = parts.members.about
+    scorer([first], others)
+    scorer([], [first])
+    with pytest.raises(ConfigError, match=f"for cluster 'nobody', which .* some of {first}, "):
+        scorer([], [first, "nobody"])
+    with pytest.raises(ConfigError, match=f"no reward is for cluster {first}; expected one"):
+        scorer(others)
 
 
 @pytest.mark.parametrize("missing", ["normalizer", "batch"])

@@ -234,6 +234,7 @@ def test_the_resolved_config_is_complete() -> None:
         {
             "name": "persona",
             "weight": 1.0,
+            "clusters": [],
             "timeout_s": 60.0,
             "on_error": "fail",
             "batch": "group",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
@@ -206,7 +207,7 @@ def test_the_code_of_the_estimators_page_prints_what_is_shown(one_rank, capsys, 
 @pytest.fixture
 def my_plugins(tmp_path, monkeypatch):
     """The plugins page's module, found through its entry point as if it were installed."""
-    project, _ = map(tomllib.loads, blocks("plugins.md", "toml"))
+    _, project, _ = map(tomllib.loads, blocks("plugins.md", "toml"))
     (module,) = project["tool"]["setuptools"]["py-modules"]
     site = tmp_path / "site"
     info = site / f"{module}-{project['project']['version']}.dist-info"
@@ -226,11 +227,20 @@ def my_plugins(tmp_path, monkeypatch):
 
 
 def test_the_plugins_of_the_plugins_page_train(my_plugins, tmp_path, capsys):
-    _, config = blocks("plugins.md", "toml")
-    (tmp_path / "run.toml").write_text(config)
-    run = tmp_path / "run"
-    assert main(["train", str(tmp_path / "run.toml"), "--out", str(run)]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    by_cluster, _, config = blocks("plugins.md", "toml")
+
+    def trained(name: str, config: str) -> list[Any]:
+        (tmp_path / f"{name}.toml").write_text(config)
+        run = tmp_path / name
+        assert main(["train", str(tmp_path / f"{name}.toml"), "--out", str(run)]) == 0
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    others = tomllib.loads(by_cluster)["rewards"]
+    for line in trained("by_cluster", tomli_w.dumps({**tomllib.loads(config), "rewards": others})):
+        found = {name: stats["reward"] for name, stats in line["clusters"].items()}
+        assert found["low"] == 1 and 5 < found["high"] <= 10
+
+    lines = trained("run", config)
     assert len(lines) == 2
     assert {cluster for line in lines for cluster in line["clusters"]} == {"high", "low"}
     # variety and patient give nearly 1 to six random words; length 0.5 to six, 1 to four.

@@ -22,11 +22,11 @@ from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import Example, Group, Prompt, Rollout
 
 
-def group(group_id: int, *completions: str) -> Group:
+def group(group_id: int, *completions: str, cluster: int | str = 0) -> Group:
     return Group.sampled(
         [
             Rollout(
-                prompt=Prompt(Example(f"Question {group_id}?", user="u"), 0, (1,)),
+                prompt=Prompt(Example(f"Question {group_id}?", user="u"), cluster, (1,)),
                 group_id=group_id,
                 completion_ids=(1,),
                 completion=text,
@@ -84,6 +84,35 @@ def test_none_means_no_reward_and_is_no_failure(caplog):
         _, scores = flat(scorer.score([group(0, "a", "b", "c")]))
         np.testing.assert_array_equal(scores, [1, np.nan, 1])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("batch", ["group", "step"])
+def test_a_reward_scores_the_clusters_that_it_is_for(batch: str, caplog):
+    seen: list[str] = []
+
+    def judge(rollouts):
+        seen.extend(rollout.completion for rollout in rollouts)
+        return [None if rollout.completion == "no" else 7 for rollout in rollouts]
+
+    def second_fails(rollouts):
+        return [1.0, ValueError("broken")][: len(rollouts)]
+
+    rewards: Any = [
+        (section("judge", clusters=["pro", 3], batch=batch, weight=10), judge),
+        (section("length", batch=batch), length),
+        (section("click", clusters=["free"], batch=batch, on_error="no_reward"), second_fails),
+    ]
+    with Scorer(rewards) as scorer:
+        groups = [
+            group(0, "aa", "no", cluster="pro"),
+            group(1, "b", "c", cluster="free"),
+            group(2, "ddd", cluster=3),
+            group(3, "eeee", cluster="other"),
+        ]
+        _, scores = flat(scorer.score(groups))
+    np.testing.assert_array_equal(scores, [72, np.nan, 2, np.nan, 73, 4])
+    assert sorted(seen) == ["aa", "ddd", "no"]
+    assert "group 1" in caplog.text and "'c'" in caplog.text
 
 
 def test_an_async_plugin_keeps_one_event_loop():

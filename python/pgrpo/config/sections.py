@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pgrpo.config.checks import known_keys
 from pgrpo.normalizer import RULES, Options
 from pgrpo.normalizer.options import meaning
+from pgrpo.types import ClusterId
 
 
 class Section(BaseModel):
@@ -136,6 +137,9 @@ class RewardConfig(PluginSection):
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of this reward in the sum."""
+    clusters: list[ClusterId] = []
+    """The clusters whose rollouts it scores, where some are judged and others click; all if none is
+    named. It is not called for others, and adds nothing to theirs."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds one call may take."""
     on_error: Literal["fail", "retry", "no_reward"] = "fail"

@@ -163,7 +163,12 @@ class Scorer:
     async def _ask_one(
         self, worker: _Worker, places: asyncio.Semaphore, rollouts: Sequence[Rollout]
     ) -> _Answer:
-        """Call one reward, as often as its policy wants it."""
+        """Call one reward on the rollouts that it scores, as often as its policy wants it."""
+        scored = [place for place, rollout in enumerate(rollouts) if worker.scores(rollout)]
+        rewards = np.zeros(len(rollouts))
+        if not scored:
+            return _Answer(rewards, {})
+        rollouts = [rollouts[place] for place in scored]
         attempt = worker.call
         if worker.section.on_error == "retry":
             # No place is kept during a pause: other groups go on.
@@ -176,7 +181,8 @@ class Scorer:
         answer = await attempt(rollouts, places)
         if answer.failures:
             self._apply_policy(worker, rollouts, answer.failures)
-        return answer
+        rewards[scored] = answer.rewards
+        return _Answer(rewards, answer.failures)
 
     def _apply_policy(
         self, worker: _Worker, rollouts: Sequence[Rollout], failures: dict[int, BaseException]
@@ -217,6 +223,11 @@ class _Worker:
         self._reward = reward
         is_async = any(map(inspect.iscoroutinefunction, (reward, reward.__call__)))
         self._loop = _EventLoop() if is_async else None
+        self._clusters = {str(cluster) for cluster in section.clusters}
+
+    def scores(self, rollout: Rollout) -> bool:
+        """Whether the rollout is of a cluster that this reward is for."""
+        return not self._clusters or str(rollout.prompt.cluster_id) in self._clusters
 
     async def call(self, rollouts: Sequence[Rollout], places: asyncio.Semaphore) -> _Answer:
         """Call the reward when there is a place, and wait for its answer until its time is over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
+from pgrpo.errors import ConfigError
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.plugins.registry import Registry, load_registry
 from pgrpo.rewards.scorer import Scorer
@@ -143,6 +144,7 @@ class Assembly:
         )
 
     def _scorer(self, sections: Sequence[RewardConfig]) -> Scorer:
+        _check_clusters(sections, self.members.about)
         seed = self.config.run.seed
         rewards = [(section, self.registry.reward(section, seed)) for section in sections]
         return self._open.enter_context(Scorer(rewards))
@@ -162,3 +164,21 @@ class Assembly:
         reference = self._load_model(None)
         reference.model.requires_grad_(False)
         return reference
+
+
+def _check_clusters(sections: Sequence[RewardConfig], clusters: Collection[str]) -> None:
+    """Refuse rewards for clusters that there are not, and clusters that no reward is for."""
+    unscored = set(clusters)
+    for section in sections:
+        for named in map(str, section.clusters):
+            if named not in clusters:
+                raise ConfigError(
+                    f"reward {section.name!r} is for cluster {named!r}, which there is not; expected "
+                    f"some of {', '.join(clusters)}"
+                )
+        unscored -= set(map(str, section.clusters)) or unscored
+    if unscored:
+        raise ConfigError(
+            f"no reward is for cluster {', '.join(sorted(unscored))}; expected one for each of "
+            f"{', '.join(clusters)}"
+        )
