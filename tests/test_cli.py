@@ -298,7 +298,7 @@ def test_a_reward_of_nan_costs_no_step(tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     said = refused(capsys, "train", config, "--out", run)
     assert said.startswith("reward 'nan' failed on a rollout of group 0, prompt '")
-    assert said.endswith(": it returned nan, expected a finite number or None")
+    assert f": it returned nan, expected a finite number or None (see {run / 'log.txt'})" in said
     # Two steps were taken; they are there, and the run can go on from them.
     assert len((run / "metrics.jsonl").read_text("utf-8").splitlines()) == 2
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
@@ -327,9 +327,19 @@ def test_rewards_that_teach_nothing(
 
 def test_train_wants_a_config_or_a_run(workplace: Path, capsys: Capture, finished: Path) -> None:
     assert refused(capsys, "train") == "train needs a config file, or --resume RUN"
-    assert refused(capsys, "train", "x.toml", "--resume", finished).startswith("train needs")
-    said = refused(capsys, "train", "--resume", finished, "--set", "run.num_steps=9")
-    assert said == "--resume continues a run as it was; --set and --out have no effect"
+    said = refused(capsys, "train", "x.toml", "--resume", finished)
+    assert said == (
+        f"--resume continues the run in {finished} with the config that lies there; x.toml has no effect"
+    )
+    said = refused(capsys, "train", "--resume", finished, "--out", "elsewhere")
+    assert said == "--resume continues a run in its folder; --out has no effect"
+    said = refused(capsys, "train", "--resume", finished, "--set", "optimizer.learning_rate=1")
+    assert said == (
+        "--resume continues a run as it was, so --set optimizer.learning_rate has no effect; expected "
+        "run.num_steps alone"
+    )
+    said = refused(capsys, "train", "--resume", finished, "--set", "run.num_steps=1")
+    assert said.startswith("run.num_steps is 1; expected 2 or more, for the run in ")
     said = refused(capsys, "train", "--resume", workplace / "missing")
     assert said.endswith("missing is not a run folder: it holds no config.toml")
 
@@ -375,7 +385,7 @@ def test_a_run_that_another_process_works_on(tmp_path: Path, capsys: Capture) ->
 def test_a_damaged_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     process = start(
-        "train", write_config(tmp_path), "--out", run, kill_at=2, folder=run / "samples.jsonl"
+        "train", write_config(tmp_path), "--out", run, kill_at=3, folder=run / "samples.jsonl"
     )
     process.join()
     [checkpoint] = (run / "checkpoints").glob("step-*")
@@ -562,7 +572,10 @@ def test_an_interrupt_is_no_error(
     monkeypatch.setattr(Display, "step", interrupt)
     run = tmp_path / "run"
     assert main(["train", str(write_config(tmp_path)), "--out", str(run)]) == 130
-    assert capsys.readouterr().err == "pgrpo: interrupted; what was saved can be continued\n"
+    assert capsys.readouterr().err == (
+        f"pgrpo: interrupted; step 1 is saved, and pgrpo train --resume {run} goes on from there\n"
+    )
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
     assert main(["train", "--resume", str(run)]) == 0
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +19,9 @@ import pytest
 from conftest import contents, install_plugin, start, trace, train, write_config
 
 from pgrpo.cli import main
+from pgrpo.runs.folder import RunFolder
 from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.train.policy import Policy
 
 TIMEOUT_S = 120
 
@@ -77,7 +84,7 @@ def test_killed_anywhere(unbroken: Path, tmp_path: Path, kill_at: int) -> None:
 VARIANTS = {
     # Killed before there is a checkpoint, and between two.
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
-    "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 60),
+    "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
     "lora": ({"model.lora": {"rank": 2}}, 61),
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),
@@ -199,9 +206,177 @@ def test_resuming_a_finished_run_changes_nothing(
     unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(unbroken)
-    assert main(["train", "--resume", str(unbroken)]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == (
-        f"pgrpo: the run in {unbroken} is finished; pgrpo report {unbroken} writes its report again\n"
+    assert main(["train", "--resume", str(unbroken)]) == 0
+    assert capsys.readouterr().out == (
+        f"the run in {unbroken} is finished; --set run.num_steps=N makes it longer, and pgrpo report "
+        f"{unbroken} writes its report again\n"
     )
     assert contents(unbroken) == before
+
+
+def test_a_finished_run_is_made_longer(unbroken: Path, tmp_path: Path) -> None:
+    longer = {"run.num_steps": 5}
+    whole = train(tmp_path / "whole", longer)
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    assert main(["train", "--resume", str(run), "--set", "run.num_steps=5"]) == 0
+    assert RunFolder(run).config() == RunFolder(whole).config()
+    assert RunFolder(run).info().status == "finished"
+    # It was evaluated, too, where it had ended first.
+    found, expected = trace(run), trace(whole)
+    assert [
+        e for e in found.pop("evaluations") if e["step"] != 3 or e in expected["evaluations"]
+    ] == (expected.pop("evaluations"))
+    assert found == expected
+
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such signals")
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_at_any_moment_loses_no_step(
+    long_unbroken: tuple[Path, float], tmp_path: Path, name: str
+) -> None:
+    whole, duration_s = long_unbroken
+    run, clock = tmp_path / "run", random.Random(name)
+    # Nothing is saved but what the signals have saved.
+    rare = {**LONG, "run.checkpoint_every": 1000}
+    pgrpo = str(Path(sys.executable).with_name("pgrpo"))
+    command = ["train", str(write_config(tmp_path, rare)), "--out", str(run)]
+    for _ in range(3):
+        taken = num_lines(run / "metrics.jsonl")
+        with subprocess.Popen(
+            [pgrpo, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            wait_for(lambda n=taken: num_lines(run / "metrics.jsonl") > n + 2)
+            time.sleep(clock.uniform(0, 2) * duration_s / LONG["run.num_steps"])
+            process.send_signal(getattr(signal, name))
+            said = process.communicate(timeout=TIMEOUT_S)[1]
+        steps = num_lines(run / "metrics.jsonl")
+        assert process.returncode == SIGNALS[name], said
+        assert said == (
+            f"pgrpo: interrupted; step {steps} is saved, and pgrpo train --resume {run} goes on from "
+            "there\n"
+        )
+        # On a busy machine it may have come to its end meanwhile.
+        assert RunFolder(run).info().status == "interrupted" or steps == LONG["run.num_steps"]
+        if steps == LONG["run.num_steps"]:
+            break
+        command = ["train", "--resume", str(run)]
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such signals")
+def test_a_run_outlives_those_who_read_its_output(
+    long_unbroken: tuple[Path, float], tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", write_config(tmp_path, LONG)
+    pgrpo = str(Path(sys.executable).with_name("pgrpo"))
+    # As in `pgrpo train ... | head -1`.
+    with subprocess.Popen(
+        [pgrpo, "train", str(config), "--out", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith("[pgrpo] ")
+        process.stdout.close()
+        assert process.stderr is not None and process.stderr.read() == ""
+    assert process.returncode == 0
+    assert trace(run) == trace(long_unbroken[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such terminals")
+def test_a_terminal_that_is_closed_ends_a_run_in_order(
+    long_unbroken: tuple[Path, float], tmp_path: Path
+) -> None:
+    import pty
+
+    run, config = tmp_path / "run", write_config(tmp_path, LONG)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        pgrpo = str(Path(sys.executable).with_name("pgrpo"))
+        os.execv(pgrpo, [pgrpo, "train", str(config), "--out", str(run)])
+    reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
+    reader.start()
+    wait_for(lambda: num_lines(run / "metrics.jsonl") >= 6)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    resume(run)
+    assert trace(run) == trace(long_unbroken[0])
+
+
+def read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
+
+
+def test_a_signal_in_an_update_waits_for_its_end(
+    long_unbroken: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    update, seen = Policy.update, []
+
+    def interrupted(self: Policy, *arguments: Any) -> Any:
+        seen.append(None)
+        if len(seen) in (3, 7):
+            signal.raise_signal(signal.SIGINT)
+        if len(seen) == 7:
+            signal.raise_signal(signal.SIGINT)  # whoever insists need not wait
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Policy, "update", interrupted)
+    rare = {**LONG, "run.checkpoint_every": 1000}
+    assert main(["train", str(write_config(tmp_path, rare)), "--out", str(run)]) == 130
+    found = latest_checkpoint(run / "checkpoints")
+    assert found is not None and found.step == 3 == num_lines(run / "metrics.jsonl")
+    assert main(["train", "--resume", str(run)]) == 130
+    assert len(seen) == 7
+    assert latest_checkpoint(run / "checkpoints") == found
+    resume(run)
+    assert trace(run) == trace(long_unbroken[0])
+
+
+BROKEN = """
+from pgrpo.plugins import hookimpl
+
+calls = []
+
+def broken(rollouts):
+    calls.append(None)
+    if len(calls) > 3:
+        raise RuntimeError("the library is closed")
+    return [1.0] * len(rollouts)
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("broken", broken)
+"""
+
+
+def test_what_ended_a_run_stands_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", BROKEN)
+    changes = {
+        "rewards": [{"name": "broken", "batch": "step"}],
+        "evaluation": [{"name": "persona"}],
+        "run.num_steps": 9,
+    }
+    run = tmp_path / "run"
+    assert main(["train", str(write_config(tmp_path, changes)), "--out", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pgrpo: reward 'broken' failed on ")
+    assert said.endswith(f"RuntimeError: the library is closed (see {run / 'log.txt'})\n")
+    info = RunFolder(run).info()
+    assert info.status == "failed" and f"pgrpo: {info.error} (see " in said
+    log = (run / "log.txt").read_text()
+    assert 'raise RuntimeError("the library is closed")' in log and "PluginError" in log
+    # What was wrong is mended, and the run goes on.
+    (tmp_path / "site" / "my_plugin.py").write_text(BROKEN.replace("> 3", "> 300"))
+    sys.modules.pop("my_plugin", None)
+    resume(run)
+    assert RunFolder(run).info().error == "" and RunFolder(run).info().status == "finished"

@@ -10,13 +10,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pgrpo.errors import PgrpoError
+from pgrpo.runs.interrupts import InterruptedRunError, discard_output, exit_code, interrupts
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     What goes wrong through the input, the environment or a plugin is one sentence on stderr and exit
-    code 2; an interrupt is exit code 130.
+    code 2. Ctrl-C is exit code 130, SIGTERM 143 and SIGHUP 129. Output that nobody reads any more, as
+    behind `| head`, ends no run.
     """
     for stream in (sys.stdout, sys.stderr):
         # Signs that a terminal or a pipe cannot show must not end a run.
@@ -34,9 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         _quiet_libraries()
-        return _run(arguments)
+        with interrupts():
+            return _run(arguments)
+    except InterruptedRunError as error:
+        return _interrupted(str(error))
     except KeyboardInterrupt:
         return _interrupted()
+    except BrokenPipeError:
+        discard_output()
+        return 128 + signal.SIGPIPE
     except PgrpoError as error:
         sentence = str(error)
     except ModuleNotFoundError as error:
@@ -44,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sentence = f"this command needs {error.name}; install it with pip install 'pgrpo[train]'"
     # What a plugin or a library said may have line breaks of its own.
-    print("pgrpo:", " ".join(sentence.splitlines()), file=sys.stderr)
+    _tell(sentence)
     return 2
 
 
@@ -76,12 +86,19 @@ def _run(arguments: Sequence[str] | None) -> int:
     except TyperException as error:
         message = error.format_message().rstrip(".")
         raise PgrpoError(f"{message}; pgrpo --help tells what is expected") from error
-    return _interrupted() if code == 130 else code  # what typer makes of an interrupt
+    # What typer makes of an interrupt that no command said more of.
+    return _interrupted() if code == 130 else code
 
 
-def _interrupted() -> int:
-    print("pgrpo: interrupted; what was saved can be continued", file=sys.stderr)
-    return 130
+def _interrupted(rest: str = "") -> int:
+    _tell("; ".join(filter(None, ["interrupted", rest])))
+    return exit_code()
+
+
+def _tell(sentence: str) -> None:
+    # A terminal that was closed shows nothing any more.
+    with suppress(OSError):
+        print("pgrpo:", " ".join(sentence.splitlines()), file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

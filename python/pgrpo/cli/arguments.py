@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -32,12 +34,18 @@ def numbers(text: str, option: str) -> list[int]:
 
 def fresh(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist yet."""
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    return next(folder for folder in _numbered(path) if not folder.exists())
+
+
+def unfinished(path: Path, *files: str) -> Path:
+    """The first of path, path-2, path-3, ... that lacks one of the files; it need not exist."""
+    return next(f for f in _numbered(path) if not all((f / name).exists() for name in files))
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
 
 
 def say(verdict: Verdict, report: Path) -> None:

@@ -7,6 +7,7 @@ from typer import Option
 
 from pgrpo.cli.arguments import ConfigFile, Overrides, numbers, say
 from pgrpo.errors import ConfigError
+from pgrpo.runs.interrupts import InterruptedRunError
 
 
 def compare(
@@ -29,4 +30,9 @@ def compare(
     settings = load_config(config, overrides or ())
     from pgrpo.experiments.compare import compare
 
-    say(compare(settings, arms, seed_numbers, out), out / "report.html")
+    try:
+        say(compare(settings, arms, seed_numbers, out), out / "report.html")
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"the same command goes on with what is saved in {out}"
+        ) from error

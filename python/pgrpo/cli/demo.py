@@ -1,6 +1,7 @@
 """`pgrpo demo`."""
 
 import inspect
+import shlex
 import subprocess
 import sys
 from importlib import resources
@@ -9,12 +10,16 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import fresh, say
+from pgrpo.cli.arguments import say, unfinished
 from pgrpo.errors import PgrpoError
 from pgrpo.runs.disk import disk_errors
+from pgrpo.runs.interrupts import InterruptedRunError
 
 ALONE = "import sys; from pgrpo.cli import main; sys.exit(main(sys.argv[1:]))"
 """The command in a process of its own."""
+
+LEVEL = "groups-of-16"
+"""Folder of the runs in which the arms are level."""
 
 
 def demo(
@@ -32,9 +37,9 @@ def demo(
     from pgrpo.experiments.compare import compare
     from pgrpo.runs.config import load_config
 
-    out = out or fresh(Path("runs/demo"))
+    out = out or unfinished(Path("runs/demo"), "report.html", f"{LEVEL}/report.html")
     print(inspect.getdoc(demo))
-    level = out / "groups-of-16"
+    level = out / LEVEL
     with resources.as_file(resources.files("pgrpo.experiments") / "demo.toml") as path:
         config = load_config(path)
         # Both use one thread, and most machines have two processors.
@@ -52,6 +57,9 @@ def demo(
         try:
             verdict = compare(config, ["grpo", "pgrpo:one", "pgrpo"], [0, 1, 2, 3, 4], out)
             beside.wait()
+        except KeyboardInterrupt as error:
+            again = "" if out.parent == Path("runs") else f" --out {shlex.quote(str(out))}"
+            raise InterruptedRunError(f"pgrpo demo{again} goes on from there") from error
         finally:
             beside.kill()
     said = log.read_text(encoding="utf-8").strip()

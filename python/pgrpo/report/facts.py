@@ -125,7 +125,7 @@ def environment(page: Context) -> Section:
             run.name,
             arm.name,
             run.settings.get("run.seed", "–"),
-            run.info.status,
+            f"{run.info.status}: {run.info.error}" if run.info.error else run.info.status,
             str(run.last_step),
             run.info.started.replace("T", " ")[:19],
         ]

@@ -36,3 +36,12 @@ def replace_file(target: Path, content: bytes) -> None:
     with disk_errors(f"{target} cannot be written"):
         partial.write_bytes(content)
         os.replace(partial, target)
+
+
+def flush(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

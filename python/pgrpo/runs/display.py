@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pgrpo.runs.interrupts import discard_output
 from pgrpo.runs.metrics import extremes
 from pgrpo.runs.records import EvaluationRecord, SampleRecord, StepRecord
 
@@ -23,6 +25,12 @@ _EXTREMES = 4
 """Clusters shown of each kind, largest, smallest and worst, where there are more than all of these."""
 _LINE_EVERY_S = 2.0
 """Without a terminal, steps that follow each other faster than this share a line."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on: that nobody reads any more, as behind `| head`, ends no run."""
+        discard_output()
 
 
 class Display:
@@ -46,7 +54,7 @@ class Display:
         runs_after: int = 0,
         console: Console | None = None,
     ) -> None:
-        self._console = console or Console(
+        self._console = console or _Console(
             markup=False, emoji=False, highlight=False, soft_wrap=True
         )
         self._title = title
@@ -74,12 +82,14 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _nobody_need_read():
+                self._live.stop()
 
     def note(self, text: str) -> None:
         """One line of news: what is being prepared, saved or found."""
-        self._console.print(f"[{self._title}] {text}")
-        sys.stdout.flush()
+        with _nobody_need_read():
+            self._console.print(f"[{self._title}] {text}")
+            sys.stdout.flush()
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """A held-out evaluation was made."""
@@ -111,7 +121,8 @@ class Display:
             if step in rewards
         )
         if self._live is not None:
-            self._live.update(self._table(record, shown, samples, left_s))
+            with _nobody_need_read():
+                self._live.update(self._table(record, shown, samples, left_s))
             return
         now = time.monotonic()
         if now - self._last_line < _LINE_EVERY_S and step < self._num_steps:
@@ -192,6 +203,15 @@ class Display:
                 )
             )
         return Group(*lines)
+
+
+@contextmanager
+def _nobody_need_read() -> Generator[None]:
+    """A terminal that was closed ends no run either; its signal may."""
+    try:
+        yield
+    except OSError:
+        discard_output()
 
 
 class Stopwatch:

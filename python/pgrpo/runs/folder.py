@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pgrpo.config.toml import resolved_toml
-from pgrpo.errors import RunFolderError
+from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
 from pgrpo.runs.config import Config, load_config
-from pgrpo.runs.disk import disk_errors, replace_file
+from pgrpo.runs.disk import disk_errors, flush, replace_file
 from pgrpo.runs.log import Log, parse
 from pgrpo.runs.records import EvaluationRecord, RunInfo, SampleRecord, StepRecord
 
@@ -25,6 +28,7 @@ class RunFolder:
         evaluations: the log of the held-out evaluations.
         samples: the log of rollouts.
         held_out: the log of held-out completions.
+        log: the text file of what ended the run before its time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +38,7 @@ class RunFolder:
         self.evaluations = Log(self.path / "evaluations.jsonl", EvaluationRecord)
         self.samples = Log(self.path / "samples.jsonl", SampleRecord)
         self.held_out = Log(self.path / "held_out.jsonl", SampleRecord)
+        self.log = self.path / "log.txt"
         self._lock = FileLock(self.path / ".lock", timeout=0)
         self._is_new = False
 
@@ -95,6 +100,28 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is not a run folder: it holds no config.toml")
         return load_config(self.path / "config.toml")
 
+    def longer_config(self, overrides: Sequence[str]) -> Config:
+        """The run's config, with more steps if the overrides say so.
+
+        Raises:
+            ConfigError: they say anything else, or the run would have fewer steps.
+        """
+        for override in overrides:
+            key = override.partition("=")[0].strip()
+            if key != "run.num_steps":
+                raise ConfigError(
+                    f"--resume continues a run as it was, so --set {key} has no effect; expected "
+                    "run.num_steps alone"
+                )
+        config = self.config()
+        longer = load_config(self.path / "config.toml", overrides)
+        if longer.run.num_steps < config.run.num_steps:
+            raise ConfigError(
+                f"run.num_steps is {longer.run.num_steps}; expected {config.run.num_steps} or more, "
+                f"for the run in {self.path} was begun with as many"
+            )
+        return longer
+
     def info(self) -> RunInfo:
         """What run.json says of the run and the machine; all defaults before the first step.
 
@@ -107,6 +134,28 @@ class RunFolder:
     def write_info(self, info: RunInfo) -> None:
         """Replace run.json."""
         replace_file(self.path / "run.json", f"{info.model_dump_json(indent=2)}\n".encode())
+
+    def log_error(self, error: BaseException) -> str:
+        """Add an error with its traceback to the log of errors; returns it in one sentence."""
+        with (
+            disk_errors(f"{self.log} cannot be written"),
+            open(self.log, "a", encoding="utf-8") as file,
+        ):
+            file.write(f"{datetime.now(timezone.utc).isoformat(timespec='seconds')}\n")
+            file.writelines(traceback.format_exception(type(error), error, error.__traceback__))
+        said = " ".join(str(error).split())
+        return said if isinstance(error, PgrpoError) else f"{type(error).__name__}: {said}"
+
+    def flush_logs(self) -> None:
+        """Have the logs survive a power cut.
+
+        Raises:
+            RunFolderError: the disk refuses.
+        """
+        for log in (self.metrics, self.evaluations, self.samples, self.held_out):
+            if log.path.exists():
+                with disk_errors(f"{log.path} cannot be written"):
+                    flush(log.path)
 
     def rewind(self, step: int) -> None:
         """Forget what the logs say of later steps, which will be taken again; after step 0, of the

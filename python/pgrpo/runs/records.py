@@ -258,7 +258,9 @@ class RunInfo(Record):
     """run.json: the run, the machine and the clusters."""
 
     status: str = "running"
-    """`running` or `finished`; a run that was killed stays at `running`"""
+    """`running`, `finished`, `interrupted` or `failed`; a run that was killed stays at `running`"""
+    error: str = ""
+    """what ended a run that failed, in a sentence; `log.txt` has the traceback"""
     id: str = ""
     """drawn at the first start; by it trackers know a resumed run again"""
     started: str = ""

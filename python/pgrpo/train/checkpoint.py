@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pgrpo.errors import CheckpointError, RunFolderError
-from pgrpo.runs.disk import disk_errors
+from pgrpo.runs.disk import disk_errors, flush
 from pgrpo.train.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -94,11 +94,11 @@ def save_checkpoint(
             manifest = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), "utf-8")
             for path in [*files, partial / "manifest.json", partial / "model", partial]:
-                _flush(path)
+                flush(path)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(partial, final)
-            _flush(folder)
+            flush(folder)
     except (RunFolderError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):
@@ -183,12 +183,3 @@ def _optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
         for name, parameter in policy.parameters.items()
         for key, value in policy.optimizer.state[parameter].items()
     }
-
-
-def _flush(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from pgrpo.errors import PgrpoError
+from pgrpo.errors import PgrpoError, PluginError
 from pgrpo.report import Verdict, write_report
 from pgrpo.rollout.collector import Batch
 from pgrpo.rollout.engines import SyncStats
@@ -26,6 +27,7 @@ from pgrpo.runs import metrics
 from pgrpo.runs.config import Config
 from pgrpo.runs.display import Display, Stopwatch
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.interrupts import held
 from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
 from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
 from pgrpo.train.baselines import baselines
@@ -49,7 +51,12 @@ def train(config: Config, folder: RunFolder, display: Display) -> Verdict:
     require_trackers(config.run.trackers)
     discard_partial(folder.checkpoints)
     with Assembly(config, latest_checkpoint(folder.checkpoints), display.note) as parts:
-        Trainer(parts, folder, display).run()
+        trainer = Trainer(parts, folder, display)
+        try:
+            trainer.run()
+        except PluginError as error:
+            # The sentence of whoever wrote the plugin; they want to know the line as well.
+            raise PluginError(f"{error} (see {folder.log})") from error
     return write_report([folder.path], folder.path / "report.html")
 
 
@@ -94,7 +101,7 @@ class Trainer:
     def run(self) -> None:
         """Take all remaining steps."""
         config, run = self.config, self.config.run
-        if not self.folder.holds_run:
+        if not self.folder.holds_run or self.folder.config() != config:
             self.folder.create(config)
         self._write_info("running")
         # OpenMP counts threads per thread, and vLLM's kernels take the count as they find it.
@@ -108,15 +115,12 @@ class Trainer:
                 if self.done not in {record.step for record in self.folder.evaluations}:
                     self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
-                    outcome = self.step(step)
-                    sinks.log(*outcome)
-                    # Whoever interrupts what follows loses nothing.
-                    self.done, self._updating = step, False
-                    sinks.show(*outcome)
+                    sinks.show(*self.step(step, sinks))
                     self._evaluate_if_due(step, sinks)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
             except BaseException as error:
+                ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self._updating or not isinstance(error, PgrpoError):
                     # Nobody waits for what is being collected: it is of no use after half an update,
                     # and whoever interrupts a run wants it to end.
@@ -128,20 +132,33 @@ class Trainer:
                     folded = self.done + (self._unused_batch() is not None)
                     if self.collector.num_folded == folded:
                         self._save(self.done)
+                # A disk that is full has been told of by the error itself.
+                with suppress(PgrpoError):
+                    self._write_info(ended, error)
                 raise
         self._write_info("finished")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
 
-    def step(self, step: int) -> tuple[StepRecord, list[SampleRecord]]:
-        """Take one step: its record and samples."""
-        config, watch = self.config, Stopwatch()
-        batch = self._next_batch(step, watch)
-        self._updating, self._batch = True, None
+    def step(self, step: int, sinks: Sinks) -> tuple[StepRecord, list[SampleRecord]]:
+        """Take one step and log it: its record and samples."""
+        batch = self._next_batch(step, watch := Stopwatch())
+        # An interrupt waits until the update is whole: half of one could not be saved, and all steps
+        # since the last checkpoint would be lost.
+        with held():
+            self._updating, self._batch = True, None
+            outcome = self._learn(step, batch, watch)
+            sinks.log(*outcome)
+            self.done, self._updating = step, False
+        return outcome
+
+    def _learn(
+        self, step: int, batch: Batch, watch: Stopwatch
+    ) -> tuple[StepRecord, list[SampleRecord]]:
+        config = self.config
         learning_rate = self.policy.learning_rate(step)
         stats = self.policy.update(batch.rewarded(), learning_rate)
         self.policy_version += stats.num_updates
         watch.lap("update")
-
         record = metrics.step_record(
             batch,
             config.estimator,
@@ -214,6 +231,8 @@ class Trainer:
             "policy_version": self.policy_version,
             "torch": torch.__version__,
         }
+        # A checkpoint of steps that the logs have lost would be of no use.
+        self.folder.flush_logs()
         save_checkpoint(
             self.folder.checkpoints, step, self.policy, state, self.config.run.keep_checkpoints
         )
@@ -269,11 +288,12 @@ class Trainer:
         lengths = [len(e.choices) for e in examples if e.choices]
         return float(np.mean([1 / n for n in lengths])) if lengths else None
 
-    def _write_info(self, status: str) -> None:
+    def _write_info(self, status: str, error: BaseException | None = None) -> None:
         """run.json: what the report has to know besides the logs."""
         found = self.folder.info()
         info = RunInfo(
             status=status,
+            error=self.folder.log_error(error) if error and status == "failed" else "",
             id=found.id or secrets.token_hex(6),
             started=found.started or datetime.now(timezone.utc).isoformat(timespec="seconds"),
             processor=metrics.processor_name(),
