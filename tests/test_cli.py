@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from conftest import (
 )
 from transformers import LlamaConfig
 
+from pgrpo import ClusterNormalizer
 from pgrpo.cli import main
 from pgrpo.runs.display import Display
 
@@ -578,6 +580,29 @@ def test_an_interrupt_is_no_error(
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
     assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_names_cannot_command_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    normalizer = ClusterNormalizer()
+    normalizer.update([1.0, 2.0], ["\x1b[2Jgone", "zo\xeb"])
+    normalizer.save(tmp_path / "histories")
+    assert main(["histories", "show", str(tmp_path / "histories")]) == 0
+    shown = capfd.readouterr().out
+    assert "\\x1b[2Jgone" in shown and "zo\xeb" in shown and "\x1b" not in shown
+    assert main(["report", "\x1b[2J"]) == 2
+    assert "\x1b" not in capfd.readouterr().err
+    Display("x\x1bc", 4).note("a b\x9bK")
+    assert capfd.readouterr().out == "[x\\x1bc] a b\\x9bK\n"
+
+
+def test_the_version_and_the_module(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    said = capfd.readouterr().out
+    assert said == f"pgrpo {metadata.version('pgrpo')}\n"
+    subprocess.run([sys.executable, "-m", "pgrpo", "--version"], check=True)
+    assert capfd.readouterr().out == said
 
 
 def test_every_error_a_user_can_meet_is_exported() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import EngineError, PluginError
@@ -76,6 +77,19 @@ def test_the_score_is_the_weighted_sum(reward: Any):
         assert scores.tolist() == [0.5, -2.0, 1.5]
         rollouts, scores = flat(scorer.score([]))
         assert rollouts == [] and scores.shape == (0,) and scores.dtype == np.float64
+
+
+def test_scalars_of_torch_are_numbers():
+    given = [torch.tensor(2.5), torch.tensor(3), np.float32(0.5), np.array(7), torch.tensor(True)]
+    with Scorer([(section(), lambda _: given)]) as scorer:
+        _, scores = flat(scorer.score([group(0, *"abcde")]))
+    assert scores.tolist() == [2.5, 3, 0.5, 7, 1]
+    for bad in (torch.tensor([1.0]), torch.tensor(math.nan), np.array("x")):
+        with (
+            Scorer([(section(), lambda _, bad=bad: [bad])]) as scorer,
+            pytest.raises(PluginError, match="expected a finite number or None"),
+        ):
+            scorer.score([group(0, "a")])
 
 
 def test_none_means_no_reward_and_is_no_failure(caplog):

@@ -19,7 +19,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pgrpo.errors import PgrpoError
-from pgrpo.runs.interrupts import InterruptedRunError, discard_output, exit_code, interrupts
+from pgrpo.runs.terminal import (
+    InterruptedRunError,
+    discard_output,
+    exit_code,
+    interrupts,
+    printable,
+)
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -64,12 +70,14 @@ def commands() -> Typer:
 
     # Without markup, for help has the brackets of TOML; and rich takes long to import.
     app = typer.Typer(
-        help="Reinforcement learning that is fair where users differ.", rich_markup_mode=None
+        help="Reinforcement learning that is fair where users differ.",
+        rich_markup_mode=None,
     )
+    from pgrpo.cli import arguments, histories
+
+    app.callback()(arguments.options)
     for name in ("demo", "train", "compare", "evaluate", "report", "serve", "plugins"):
         app.command()(getattr(import_module(f"pgrpo.cli.{name}"), name))
-    from pgrpo.cli import histories
-
     inner = typer.Typer(help=histories.__doc__, rich_markup_mode=None, no_args_is_help=True)
     for command in (histories.show, histories.merge, histories.diff):
         inner.command()(command)
@@ -98,7 +106,7 @@ def _interrupted(rest: str = "") -> int:
 def _tell(sentence: str) -> None:
     # A terminal that was closed shows nothing any more.
     with suppress(OSError):
-        print("pgrpo:", " ".join(sentence.splitlines()), file=sys.stderr, flush=True)
+        print("pgrpo:", printable(" ".join(sentence.splitlines())), file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from pgrpo.errors import ConfigError
+from pgrpo.runs.terminal import printable
 
 if TYPE_CHECKING:
     from pgrpo.report import Verdict
@@ -19,6 +21,21 @@ Overrides: TypeAlias = Annotated[
     list[str] | None,
     Option("--set", metavar="SECTION.KEY=VALUE", help="override a setting; may be repeated"),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pgrpo {version('pgrpo')}")
+        raise Exit
+
+
+def options(
+    show_version: Annotated[
+        bool,
+        Option("--version", help="print the version", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -54,5 +71,5 @@ def say(verdict: Verdict, report: Path) -> None:
     # Signs that isolate names from the text around them are for pages; terminals show them as boxes.
     isolates = dict.fromkeys(map(ord, "\u2068\u2069"))
     said = ["", *lead, verdict.headline, *verdict.sentences]
-    print("\n".join(said).translate(isolates))
+    print(printable("\n".join(said).translate(isolates)))
     print(f"report: {report.resolve().as_uri()}")

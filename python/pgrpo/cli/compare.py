@@ -7,7 +7,7 @@ from typer import Option
 
 from pgrpo.cli.arguments import ConfigFile, Overrides, numbers, say
 from pgrpo.errors import ConfigError
-from pgrpo.runs.interrupts import InterruptedRunError
+from pgrpo.runs.terminal import InterruptedRunError
 
 
 def compare(

@@ -13,7 +13,7 @@ from typer import Option
 from pgrpo.cli.arguments import say, unfinished
 from pgrpo.errors import PgrpoError
 from pgrpo.runs.disk import disk_errors
-from pgrpo.runs.interrupts import InterruptedRunError
+from pgrpo.runs.terminal import InterruptedRunError
 
 ALONE = "import sys; from pgrpo.cli import main; sys.exit(main(sys.argv[1:]))"
 """The command in a process of its own."""

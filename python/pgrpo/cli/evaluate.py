@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from pgrpo.cli.arguments import numbers
 from pgrpo.errors import ConfigError
+from pgrpo.runs.terminal import printable
 
 
 def evaluate(
@@ -37,4 +38,4 @@ def evaluate(
         )
         for cluster, values in result["clusters"].items():
             reward = "none" if values["reward"] is None else f"{values['reward']:.3f}"
-            print(f"  cluster {cluster}: {reward}, {values['num_prompts']} prompts")
+            print(f"  cluster {printable(cluster)}: {reward}, {values['num_prompts']} prompts")

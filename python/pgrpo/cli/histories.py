@@ -13,6 +13,7 @@ from pgrpo.errors import CheckpointError, ConfigError
 from pgrpo.integrations.saved import read_histories
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.normalizer.state import ClusterStats
+from pgrpo.runs.terminal import printable
 from pgrpo.types import ClusterId
 
 FilesArgument = Annotated[
@@ -128,7 +129,7 @@ def _largest_first(table: Table) -> Table:
 def _print(rows: Mapping[ClusterId, Mapping[str, str]], limit: int) -> None:
     """Aligned columns under their names: cluster -> column -> text."""
     shown = list(rows.items())[: limit or None]
-    lines = [[str(c), *cells.values()] for c, cells in shown]
+    lines = [[printable(str(c)), *cells.values()] for c, cells in shown]
     if shown:
         lines.insert(0, ["cluster", *shown[0][1]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from pgrpo.cli.arguments import Overrides, fresh, say
 from pgrpo.errors import ConfigError
-from pgrpo.runs.interrupts import InterruptedRunError
+from pgrpo.runs.terminal import InterruptedRunError
 
 
 def train(

@@ -323,6 +323,9 @@ def _check(values: object, num_rollouts: int) -> _Answer:
     rewards = np.full(num_rollouts, math.nan)
     failures: dict[int, BaseException] = {}
     for index, entry in enumerate(entries):
+        if getattr(entry, "ndim", None) == 0:
+            # A scalar of torch or NumPy.
+            entry = cast(Any, entry).item()  # noqa: PLW2901
         if isinstance(entry, BaseException):
             failures[index] = entry
         elif isinstance(entry, numbers.Real) and abs(cast(Any, entry)) <= sys.float_info.max:

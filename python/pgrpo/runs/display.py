@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pgrpo.runs.interrupts import discard_output
 from pgrpo.runs.metrics import extremes
 from pgrpo.runs.records import EvaluationRecord, SampleRecord, StepRecord
+from pgrpo.runs.terminal import discard_output, printable
 
 _AVERAGE_STEPS = 10
 """Steps that the averages shown are taken over."""
@@ -88,7 +88,7 @@ class Display:
     def note(self, text: str) -> None:
         """One line of news: what is being prepared, saved or found."""
         with _nobody_need_read():
-            self._console.print(f"[{self._title}] {text}")
+            self._console.print(printable(f"[{self._title}] {text}"))
             sys.stdout.flush()
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -161,13 +161,13 @@ class Display:
             values = record.clusters[cluster]
             average = _mean(self._cluster_rewards.get(cluster, ()))
             table.add_row(
-                cluster,
+                printable(cluster),
                 f"{average:.3f}",
                 str(values.num_rollouts),
                 _number(values.mean),
                 _number(values.std),
                 f"{_known(values.count):.0f}",
-                self.about.get(cluster, ""),
+                printable(self.about.get(cluster, "")),
             )
         table.add_section()
         hidden = (record.num_clusters or 0) - len(shown)

@@ -27,9 +27,9 @@ from pgrpo.runs import metrics
 from pgrpo.runs.config import Config
 from pgrpo.runs.display import Display, Stopwatch
 from pgrpo.runs.folder import RunFolder
-from pgrpo.runs.interrupts import held
 from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
 from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
+from pgrpo.runs.terminal import held
 from pgrpo.train.baselines import baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint

@@ -1,11 +1,14 @@
-"""The wishes of others that a process end: Ctrl-C, SIGTERM of a scheduler, SIGHUP of a closed terminal.
+"""Between a process and whoever started it: signals that end it, output that nobody reads any more, and
+text that a terminal would obey.
 
-Each raises a KeyboardInterrupt where the main thread is, or at the end of what may not be cut short.
+Ctrl-C, SIGTERM of a scheduler and SIGHUP of a closed terminal raise a KeyboardInterrupt where the main
+thread is, or at the end of what may not be cut short.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,6 +19,9 @@ from contextlib import contextmanager, suppress
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InterruptedRunError(Exception):
@@ -81,6 +87,12 @@ def discard_output() -> None:
     with suppress(OSError, ValueError):
         os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def printable(text: str) -> str:
+    """The text with escape sequences and whatever else a terminal would obey written out, for names and
+    completions come from others."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _receive(number: int, _frame: object) -> None:
