@@ -13,12 +13,10 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -29,6 +27,7 @@ from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import ModelError
 from pgrpo.model.attention import ATTENTION, PrefixCache, SharedPrefix
 from pgrpo.model.gguf import model_folder
+from pgrpo.model.tokenizer import model_errors, pretrained_tokenizer, tiny_tokenizer
 
 
 class LanguageModel:
@@ -210,12 +209,8 @@ def declared_positions(config: ModelConfig) -> int | None:
         ModelError: there is no such model.
     """
     folder = model_folder(config.name)
-    try:
+    with model_errors(folder):
         found: Any = AutoConfig.from_pretrained(folder, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {folder!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
     return getattr(found.get_text_config(), "max_position_embeddings", None)
 
 
@@ -231,37 +226,22 @@ def _pretrained(
     folder: str, revision: str | None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
-        AutoConfig.from_pretrained(folder, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **extra)
+    tokenizer = pretrained_tokenizer(folder, revision)
+    with model_errors(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=ATTENTION, **extra
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first_line = (
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
-        raise ModelError(f"model {folder!r} cannot be loaded: {first_line}") from error
-    return cast(PreTrainedModel, model), cast(PreTrainedTokenizerFast, tokenizer)
+    return cast(PreTrainedModel, model), tokenizer
 
 
 def _tiny(vocabulary: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An untrained two-layer Llama over whole words."""
-    if not vocabulary:
-        raise ModelError(
-            'model.name = "tiny" needs a data set with a vocabulary of its own (personas)'
-        )
-    words = ["<pad>", "<eos>", "<unk>", *vocabulary]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = tiny_tokenizer(vocabulary)
     make: Any = LlamaForCausalLM._from_config  # pyright: ignore[reportPrivateUsage]  # the only
     # constructor that takes an attention implementation
     model = make(
         LlamaConfig(
-            vocab_size=len(words),
+            vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,

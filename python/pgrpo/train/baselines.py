@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, hstack
 from sklearn.linear_model import LogisticRegression
 
+from pgrpo.config.sections import RewardConfig
 from pgrpo.types import ClusterId, Dataset, Example, FloatArray
 
 MAX_CHOICES = 10_000
@@ -76,6 +77,12 @@ def baselines(
             asked
         ),
     }
+
+
+def are_known(scored_by: Sequence[RewardConfig]) -> bool:
+    """Whether the held-out reward is known of every option, as that of `choice` and `rated` is; of
+    other rewards there are no baselines."""
+    return [section.name for section in scored_by] in (["choice"], ["rated"])
 
 
 def _choice(example: Example) -> _Choice | None:

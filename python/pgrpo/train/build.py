@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
 from pgrpo.errors import ConfigError
 from pgrpo.model.language_model import LanguageModel, load_language_model
+from pgrpo.model.tokenizer import load_tokenizer
 from pgrpo.plugins.registry import Registry, load_registry
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
@@ -94,10 +96,17 @@ class Assembly:
         return self._load_model(self.checkpoint)
 
     @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's; without its weights, where they were not asked for yet."""
+        if "model" in vars(self):
+            return self.model.tokenizer
+        return load_tokenizer(self.config.model, self.dataset.vocabulary)
+
+    @cached_property
     def builder(self) -> PromptBuilder:
         """Makes prompts of examples."""
         config = self.config
-        return PromptBuilder(self.model.tokenizer, config.model, config.generation, self.members)
+        return PromptBuilder(self.tokenizer, config.model, config.generation, self.members)
 
     @cached_property
     def policy(self) -> Policy:

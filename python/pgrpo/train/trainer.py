@@ -30,7 +30,7 @@ from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
 from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
 from pgrpo.runs.terminal import held
-from pgrpo.train.baselines import baselines
+from pgrpo.train.baselines import are_known, baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint
 from pgrpo.train.evaluation import evaluate, held_out
@@ -252,11 +252,9 @@ class Trainer:
         return [*metrics.collapse(self.folder.metrics), *found]
 
     def _fit_baselines(self) -> dict[str, FloatArray]:
-        """What rules get on the held-out prompts, [H] by name; empty where their reward is not known
-        of every option, as that of `choice` and `rated` is."""
+        """What rules get on the held-out prompts, [H] by name; empty where that is not known."""
         scored_by = self.config.evaluation or self.config.rewards
-        names = [section.name for section in scored_by]
-        if not self.held_out_prompts or names not in (["choice"], ["rated"]):
+        if not self.held_out_prompts or not are_known(scored_by):
             return {}
         self.display.note("fitting baselines")
         examples = [prompt.example for prompt in self.held_out_prompts]

