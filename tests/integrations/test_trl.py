@@ -228,7 +228,7 @@ def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reward_weights=\[1.0, 2.0\], reward_names=\['first'"):
         tiny_trl.trainer(tmp_path, normalizer, [first, second], **several)
     wrong = ClusterNormalizer("pgrpo", reward_weights=[2, 1], combine="normalize_then_sum")
-    with pytest.raises(ConfigError, match="has other rewards than TRL"):
+    with pytest.raises(ConfigError, match="has other rewards than the trainer"):
         tiny_trl.trainer(tmp_path, wrong, [first, second], **several)
     with pytest.raises(ConfigError, match="expected TRL's GRPOTrainer"):
         personalize(dict)
