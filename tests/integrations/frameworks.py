@@ -201,11 +201,62 @@ class Torchrl(Framework):
         self.transform.load_state_dict(torch.load(folder / "transform.pt"))
 
 
+class Swift(Framework):
+    """swift's GRPO trainer on a tiny model; completions are real, rewards are those of the test."""
+
+    repeats: ClassVar[bool] = True
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_swift import real_swift
+
+        names = normalizer.options.names() or ["reward"]
+        self.given = real_swift.Given(names)
+        self.trainer = real_swift.trainer(
+            folder,
+            normalizer,
+            reward_funcs=names,
+            reward_weights=list(normalizer.options.reward_weights or [1.0]),
+            scale_rewards="gdpo" if normalizer.options.combine == "normalize_then_sum" else "group",
+            per_device_train_batch_size=SIZE,
+            steps_per_generation=1,
+        )
+        self.trainer.create_optimizer_and_scheduler(1)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        self.given.rows = [list(row) for row in rewards]
+        # Other rewards are those of other prompts.
+        first = crc32(repr(self.given.rows).encode()) % 1000
+        words = [f"w{(first + i // SIZE) // 30} w{(first + i // SIZE) % 30}" for i in range(len(rewards))]
+        rows = [
+            {"messages": [{"role": "user", "content": text}], "cluster_id": cluster}
+            for text, cluster in zip(words, clusters, strict=True)
+        ]
+        self.trainer.model.train(training)
+        (micro_batch,) = self.trainer._generate_and_score_completions(rows)
+        batch = micro_batch["grpo_batch"]
+        found: list[float] = []
+        for row, mask in zip(batch.advantages, batch.completion_mask, strict=True):
+            (of_all_tokens,) = set(row[mask.bool()].tolist())
+            found.append(of_all_tokens)
+        logged = list(self.trainer._logs["advantages"])[-len(found) :]
+        assert logged == found[-len(logged) :]
+        return found
+
+    def save(self, folder: Path) -> None:
+        self.trainer._save_optimizer_and_scheduler(str(folder))
+
+    def load(self, folder: Path) -> None:
+        self.trainer._load_optimizer_and_scheduler(str(folder))
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
     "verl": Verl,
     "torchrl": Torchrl,
+    "ms-swift": Swift,
 }
 """By the name of the distribution."""
 
