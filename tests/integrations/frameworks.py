@@ -228,7 +228,9 @@ class Swift(Framework):
         self.given.rows = [list(row) for row in rewards]
         # Other rewards are those of other prompts.
         first = crc32(repr(self.given.rows).encode()) % 1000
-        words = [f"w{(first + i // SIZE) // 30} w{(first + i // SIZE) % 30}" for i in range(len(rewards))]
+        words = [
+            f"w{(first + i // SIZE) // 30} w{(first + i // SIZE) % 30}" for i in range(len(rewards))
+        ]
         rows = [
             {"messages": [{"role": "user", "content": text}], "cluster_id": cluster}
             for text, cluster in zip(words, clusters, strict=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from swift import rlhf_main
-from swift.arguments import RLHFArguments
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.rewards import ORM, orms
 from swift.trainers.trainer_factory import TrainerFactory
@@ -127,7 +126,7 @@ def train(folder: Path, normalizer: ClusterNormalizer | None, **settings: Any) -
     """A run in this process; plain swift without a normalizer."""
     prepare(folder)
     choose(normalizer)
-    rlhf_main(arguments(folder, external_plugins=folder / "reward.py", **settings))
+    rlhf_main(arguments(folder, **{"external_plugins": folder / "reward.py", **settings}))
 
 
 def choose(normalizer: ClusterNormalizer | None, **settings: Any) -> None:
@@ -151,6 +150,13 @@ def trainer(folder: Path, normalizer: ClusterNormalizer | None, **settings: Any)
     choose(normalizer, cluster_key=key)
     settings = {"external_plugins": folder / "reward.py", **settings}
     return _Made(arguments(folder, **settings)).main()
+
+
+def rollouts(folder: Path, generations: int) -> list[dict[str, Any]]:
+    """What a run generated first, as swift writes it with what it is weighed by; at its end swift
+    writes the last once more."""
+    lines = (folder / "out" / "completions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:generations]]
 
 
 class Given:
