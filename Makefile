@@ -85,7 +85,7 @@ test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
 # Frameworks that want other versions than ours each have an environment of their own. verl is installed
-# with what its trainer imports, of which its package names a part.
+# with what its trainer imports, of which its package names a part; of swift's that is msgspec.
 NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl

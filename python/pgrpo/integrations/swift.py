@@ -58,8 +58,8 @@ def personalize(normalizer: ClusterNormalizer, cluster_key: str = "cluster_id") 
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer's class, made when swift asks for it: plugins are read before swift has chosen a
-    device, which is too early to import its trainers."""
+    """The trainer's class, made when swift asks for it: a plugin is read before swift has chosen its
+    device, and its trainers are imported after that, as they are without pgrpo."""
     if name != TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from swift.rlhf_trainers import GRPOTrainer
@@ -128,7 +128,8 @@ class _Personalized(Remembering):
                 f"a row has no column {self.cluster_key!r}, which names its cluster; it has "
                 f"{', '.join(sample.extra) or 'none of its own'}"
             )
-        prompt = list(takewhile(lambda message: message["role"] != "assistant", sample.messages))
+        messages: list[dict[str, Any]] = sample.messages
+        prompt = list(takewhile(lambda message: message["role"] != "assistant", messages))
         turns: list[Any] = sample.response_token_ids
         length = sum(len(turn) if isinstance(turn, list) else 1 for turn in turns)
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from zlib import crc32
@@ -77,7 +77,7 @@ class Remembering:
         self,
         rewards: Any,
         clusters: Sequence[ClusterId],
-        groups: Sequence[Hashable] | None,
+        groups: Sequence[ClusterId] | None,
         prints: Sequence[int],
         lengths: Sequence[float],
     ) -> FloatArray:

@@ -4,6 +4,7 @@ clusters. Nothing of swift is stood in for: it runs on a CPU, and samples with t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ class Given:
     """Rewards of the tests, each in a reward function of swift's own kind."""
 
     def __init__(self, names: list[str]) -> None:
-        self.rows: list[list[float | None]] = []
+        self.rows: Sequence[Sequence[float | None]] = []
+        registry: Any = orms
 
         def scorer(index: int, name: str) -> type[ORM]:
             return type(
@@ -171,4 +173,4 @@ class Given:
             )
 
         for index, name in enumerate(names):
-            orms[name] = scorer(index, name)
+            registry[name] = scorer(index, name)
