@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
 from collections import Counter
+from datetime import date, datetime
+from datetime import time as time_of_day
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -728,9 +732,89 @@ def test_parquet_that_cannot_be_read_is_named(
         patch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(DataError, match=r"needs pyarrow: pip install pyarrow"):
             load_dataset(config)
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow.parquet")
     with pytest.raises(DataError, match="is not a readable Parquet file"):
         load_dataset(config)
-    parquet.write_table(arrow.Table.from_pylist([{**ROWS[0], "raw": b"x"}]), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match="row 1: column raw holds a bytes; expected numbers, texts"):
-        load_dataset(config)
+
+
+def test_columns_that_json_has_nothing_for_are_texts_numbers_or_left_out(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {
+        **ROWS[0],
+        "user": 7.0,  # as pandas has whole numbers beside gaps
+        "prompt": b"Hi",
+        "when": datetime(2026, 11, 26, 12, 30),  # noqa: DTZ001 - Parquet has such times
+        "day": date(2026, 11, 26),
+        "price": Decimal("1.25"),
+        "raw": b"\xff\xfe",
+        "nested": {"at": [time_of_day(1, 2)], "name": "ann"},
+    }
+    parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    (example,) = load_dataset(TableConfig(name="parquet", path=str(tmp_path / "t.parquet"))).train
+    assert (example.text, example.user) == ("Hi", "7")
+    assert {name: example.columns[name] for name in ("when", "day", "price", "nested")} == {
+        "when": "2026-11-26T12:30:00",
+        "day": "2026-11-26",
+        "price": 1.25,
+        "nested": {"at": ["01:02:00"], "name": "ann"},
+    }
+    assert "raw" not in example.columns
+
+
+def test_rows_come_from_many_files_of_many_kinds(tmp_path: Path) -> None:
+    for number in (2, 10, 1):
+        lines = "\n".join(json.dumps({**row, "age": number}) for row in ROWS)
+        (tmp_path / f"part-{number:02d}.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    with gzip.open(tmp_path / "last.jsonl.gz", "wt") as file:
+        file.write(json.dumps({**ROWS[0], "age": 99}))
+    paths = [str(tmp_path / "part-*.jsonl"), str(tmp_path / "last.jsonl.gz")]
+    dataset = load_dataset(TableConfig(name="jsonl", path=paths))
+    ages = [example.columns["age"] for example in dataset.train]
+    assert ages == [1, 1, 1, 2, 2, 2, 10, 10, 10, 99]
+    with pytest.raises(DataError, match=r"other-\*.jsonl does not exist"):
+        load_dataset(TableConfig(name="jsonl", path=[*paths, str(tmp_path / "other-*.jsonl")]))
+    (tmp_path / "last.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="last.jsonl.gz cannot be read as gzip"):
+        load_dataset(TableConfig(name="jsonl", path=paths))
+
+    (tmp_path / "t.csv").write_text('prompt,user,age\n"Hi, you",ann,30\nHo,bob,20.5\n')
+    config = TableConfig(name="csv", path=str(tmp_path / "t.csv"), feature_columns=["age"])
+    dataset = load_dataset(config)
+    assert [example.text for example in dataset.train] == ["Hi, you", "Ho"]
+    assert dataset.users["bob"].tolist() == [20.5]
+
+
+def test_bad_rows_are_left_out_and_counted_if_wanted(tmp_path: Path) -> None:
+    good = [json.dumps(row) for row in ROWS]
+    bad = {
+        '{"prompt": ': "is not JSON",
+        '["a"]': "is not a JSON object",
+        '{"prompt": "x"}': "no column 'user'",
+        '{"prompt": "\\ud83d", "user": "u"}': r"is not text: it has \\ud83d without its other half",
+    }
+    (tmp_path / "t.jsonl").write_text("\n".join([good[0], *bad, *good[1:]]))
+    dataset = load_dataset(table(tmp_path / "t.jsonl", on_bad_row="skip"))
+    assert [example.text for example in dataset.train] == ["Hi", "Ho", "He"]
+    (note,) = dataset.notes
+    assert note.startswith("4 of 7 rows of ") and "were left out; the first: " in note
+    assert "t.jsonl:2 is not JSON" in note
+    for line, message in bad.items():
+        (tmp_path / "t.jsonl").write_text(f"{good[0]}\n{line}")
+        with pytest.raises(DataError, match=f"t.jsonl:2:? {message}"):
+            load_dataset(table(tmp_path / "t.jsonl"))
+    (tmp_path / "t.jsonl").write_text("\n".join(bad))
+    with pytest.raises(DataError, match="holds no rows that can be used; the first: .*:1 is not"):
+        load_dataset(table(tmp_path / "t.jsonl", on_bad_row="skip"))
+
+
+def test_prompts_may_be_chats(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    asked = [*turns, {"role": "user", "content": "He?"}]
+    dataset = load_dataset(table(tmp_path / "t.jsonl", [{"prompt": asked, "user": "ann"}]))
+    (example,) = dataset.train
+    assert example.turns == (("user", "Hi"), ("assistant", "Ho"), ("user", "He?"))
+    assert example.text == "user: Hi\nassistant: Ho\nuser: He?"
+    wrong: Any
+    for wrong in (turns, [], [{"role": "user"}], [{"role": "user", "content": 3}], ["Hi"]):
+        with pytest.raises(DataError, match="expected a text, or turns of a chat with role and "):
+            load_dataset(table(tmp_path / "t.jsonl", [{"prompt": wrong, "user": "ann"}]))

@@ -42,6 +42,15 @@ def test_a_chat_goes_through_the_template() -> None:
     assert builder.build(example).token_ids == (10, 5, 12)
     builder = make_builder(template=TEMPLATE, chat=True, system_prompt="w7 w8")
     assert builder.build(example).token_ids == (11, 7, 8, 10, 5, 12)
+    turns = (("user", "w5"), ("user", "w6"))
+    assert builder.build(Example("", "u", turns=turns)).token_ids == (11, 7, 8, 10, 5, 10, 6, 12)
+    turns = (("system", "w4"), *turns)
+    assert builder.build(Example("", "u", turns=turns)).token_ids == (11, 4, 10, 5, 10, 6, 12)
+    with pytest.raises(DataError, match="'u' is a chat, and model.chat is false; expected true"):
+        make_builder().build(Example("w5", "u", turns=turns))
+    told = {"chat": True, "chat_template_kwargs": {"more": "w3"}}
+    builder = make_builder(template=TEMPLATE + " {{ more }}", **told)
+    assert builder.build(example).token_ids == (10, 5, 12, 3)
     # Without chat the template has no part.
     assert make_builder(template=TEMPLATE).build(example).token_ids == (5,)
 

@@ -35,6 +35,8 @@ class Example:
     """Whatever the reward plugin needs, for example `answer`."""
     choices: tuple[str, ...] | None = None
     """The texts a completion may take, or None where it is free."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Role and content of each turn, where the prompt is a chat; `text` then says the same in words."""
 
 
 @dataclass(frozen=True, slots=True)

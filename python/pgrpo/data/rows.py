@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,30 +21,58 @@ Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, for error messages, and its values by column."""
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def fail(complaint: DataError) -> None:
+    """What is done about a bad row where nothing else is wanted."""
+    raise complaint
+
+
+def read_jsonl(path: Path, refuse: Callable[[DataError], None] = fail) -> Iterator[Row]:
     """Rows of a file that holds a JSON object a line; empty lines are skipped.
 
+    Args:
+        path: of the file, which may be compressed (`.gz`) and may begin with a byte-order mark.
+        refuse: is told of each line that is no JSON object, by its number; by default it raises that.
+
     Raises:
-        DataError: a line is no JSON object (named by its number).
+        DataError: the file is no whole gzip file.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise DataError(f"{path}:{number} is not JSON: {problem}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} is not a JSON object")
-            yield f"{path}:{number}", cast(dict[str, Any], row)
+    opened = gzip.open if path.suffix == ".gz" else Path.open
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(cast(Iterator[bytes], file), start=1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    try:
+                        yield f"{path}:{number}", _object(text)
+                    except (ValueError, RecursionError) as problem:
+                        refuse(DataError(f"{path}:{number} is not {problem}"))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise DataError(f"{path} cannot be read as gzip: {problem}") from None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"JSON: {problem}") from None
+    if not isinstance(row, dict):
+        raise ValueError("a JSON object")  # noqa: TRY004 - of the line, which holds another one
+    if b"\\u" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            # Half of a sign of two, which a text cut in the middle leaves.
+            half = f"\\u{ord(problem.object[problem.start]):04x}"
+            raise ValueError(f"text: it has {half} without its other half") from None
+    return cast(dict[str, Any], row)
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file, whose values are such as JSON has too.
+    """Rows of a Parquet file, in values that JSON has too: dates and times are their ISO texts,
+    decimals numbers, bytes in UTF-8 texts. A value of any other kind is left out.
 
     Raises:
-        DataError: it is no Parquet file, pyarrow is missing, or a column holds something else.
+        DataError: it is no Parquet file, or pyarrow is missing.
     """
     try:
         arrow = importlib.import_module("pyarrow")
@@ -53,7 +85,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", _as_json(f"{path} row {number}", row)
+                    yield f"{path} row {number}", _as_json(row)
     except (arrow.ArrowException, OSError) as problem:
         raise DataError(f"{path} is not a readable Parquet file: {problem}") from None
 
@@ -87,6 +119,7 @@ def read_csv(path: Path) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
     ".parquet": read_parquet,
     ".csv": read_csv,
     ".csv.gz": read_csv,
@@ -109,6 +142,15 @@ def read_rows(path: Path) -> Iterator[Row]:
     raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(READERS)}")
 
 
+def matching(path: str) -> list[Path]:
+    """The file, or all files that a pattern with `*` fits, in the order of their names."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        return [file]
+    found = Path(file.anchor or ".").glob(str(file.relative_to(file.anchor)))
+    return sorted(each for each in found if each.is_file()) if "*" in path else []
+
+
 def value_in(place: str, column: str, row: Mapping[str, Any]) -> Any:
     """The value of a column.
 
@@ -122,14 +164,31 @@ def value_in(place: str, column: str, row: Mapping[str, Any]) -> Any:
     return row[column]
 
 
-def _as_json(place: str, row: dict[str, Any]) -> dict[str, Any]:
+class _LeftOut(Exception):  # noqa: N818 - it is caught here
+    """A value that JSON has nothing for."""
+
+
+def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
     """Parquet has types that JSON has not, and checkpoints and metrics write columns as JSON."""
+    kept: dict[str, Any] = {}
     for column, entry in row.items():
-        try:
-            json.dumps(entry)
-        except TypeError:
-            kind = type(entry).__name__
-            raise DataError(
-                f"{place}: column {column} holds a {kind}; expected numbers, texts or lists"
-            ) from None
-    return row
+        with suppress(_LeftOut):
+            kept[column] = _value(entry)
+    return kept
+
+
+def _value(entry: Any) -> Any:
+    if entry is None or isinstance(entry, str | int | float):
+        return entry
+    if isinstance(entry, list):
+        return [_value(part) for part in cast(list[Any], entry)]
+    if isinstance(entry, dict):
+        return {str(name): _value(part) for name, part in cast(dict[Any, Any], entry).items()}
+    if isinstance(entry, date | time):
+        return entry.isoformat()
+    if isinstance(entry, Decimal):
+        return float(entry)
+    if isinstance(entry, bytes):
+        with suppress(UnicodeDecodeError):
+            return entry.decode()
+    raise _LeftOut

@@ -51,14 +51,21 @@ class PromptBuilder:
             DataError: the prompt is empty or longer than max_prompt_tokens, its user has no
                 cluster, or its choices cannot be told apart as tokens.
         """
+        if example.turns and not self._model.chat:
+            raise DataError(
+                f"the prompt of user {example.user!r} is a chat, and model.chat is false; expected true"
+            )
         if self._model.chat:
-            turns = [{"role": "user", "content": example.text}]
-            if self._model.system_prompt is not None:
-                turns.insert(0, {"role": "system", "content": self._model.system_prompt})
+            turns = list(example.turns) or [("user", example.text)]
+            if self._model.system_prompt is not None and turns[0][0] != "system":
+                turns.insert(0, ("system", self._model.system_prompt))
             text = cast(
                 str,
                 self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
+                    [{"role": role, "content": content} for role, content in turns],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self._model.chat_template_kwargs,
                 ),
             )
             # The template has put the special tokens in already.

@@ -26,6 +26,7 @@ from pgrpo.config.sections import (
 )
 from pgrpo.config.toml import Tree, read_toml
 from pgrpo.data import DataConfig
+from pgrpo.data.rows import matching
 from pgrpo.normalizer import RULES
 from pgrpo.rollout.settings import GenerationConfig
 
@@ -94,13 +95,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         table = tree.get(section)
         for key in keys if isinstance(table, dict) else ():
             value = cast(Tree, table).get(key)
-            if not isinstance(value, str) or value in ("", "tiny"):
-                continue
-            for place in (path.parent / value, Path(value)):
-                if place.exists():
-                    cast(Tree, table)[key] = str(place.resolve())
-                    break
+            if isinstance(value, str):
+                cast(Tree, table)[key] = _place(value, path.parent)
+            elif isinstance(value, list):
+                named = cast(list[Any], value)
+                cast(Tree, table)[key] = [
+                    _place(each, path.parent) if isinstance(each, str) else each for each in named
+                ]
     return parse_config(tree, source=str(path))
+
+
+def _place(value: str, folder: Path) -> str:
+    """Where a path or pattern leads, seen from a folder or from the working folder; the value as it is
+    where it leads nowhere, or is none."""
+    if value in ("", "tiny"):
+        return value
+    for place in (folder / value, Path(value)):
+        if place.exists() or matching(str(place)):
+            return str(place.resolve())
+    return value
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
