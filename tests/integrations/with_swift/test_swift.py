@@ -66,20 +66,23 @@ def test_grpo_through_pgrpo_is_swifts_grpo(tmp_path: Path) -> None:
 def test_a_generation_is_counted_once_however_often_it_is_trained_on(tmp_path: Path) -> None:
     """And once when a run is resumed in the middle of it, where swift generates it again."""
     settings: dict[str, Any] = {"num_iterations": 2, "max_steps": 4}
-    whole, normalizer = ClusterNormalizer("pgrpo"), ClusterNormalizer("pgrpo")
+    whole = ClusterNormalizer("pgrpo")
     train(tmp_path, whole, **settings)
     scored = 2 * 4 * SAMPLES - SAMPLES
     assert total(whole) == scored
     saved = [total(read_histories(tmp_path / "out" / f"checkpoint-{n}")) for n in (1, 2, 3, 4)]
     assert saved[0] == saved[1] < saved[2] == saved[3]
-    train(
-        tmp_path,
-        normalizer,
-        **settings,
-        output_dir=tmp_path / "again",
-        resume_from_checkpoint=tmp_path / "out" / "checkpoint-3",
-    )
-    assert total(normalizer) == scored
+    for only_model in (False, True):
+        normalizer = ClusterNormalizer("pgrpo")
+        train(
+            tmp_path,
+            normalizer,
+            **settings,
+            output_dir=tmp_path / f"again-{only_model}",
+            resume_from_checkpoint=tmp_path / "out" / "checkpoint-3",
+            resume_only_model=only_model,
+        )
+        assert total(normalizer) == scored
 
 
 def test_what_dynamic_sampling_drops_enters_no_history(tmp_path: Path) -> None:
