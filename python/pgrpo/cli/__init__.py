@@ -76,7 +76,17 @@ def commands() -> Typer:
     from pgrpo.cli import arguments, histories
 
     app.callback()(arguments.options)
-    for name in ("demo", "check", "train", "compare", "evaluate", "report", "serve", "plugins"):
+    for name in (
+        "demo",
+        "check",
+        "train",
+        "compare",
+        "evaluate",
+        "export",
+        "report",
+        "serve",
+        "plugins",
+    ):
         app.command()(getattr(import_module(f"pgrpo.cli.{name}"), name))
     inner = typer.Typer(help=histories.__doc__, rich_markup_mode=None, no_args_is_help=True)
     for command in (histories.show, histories.merge, histories.diff):

@@ -1,0 +1,20 @@
+"""`pgrpo export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def export(
+    folder: Annotated[Path, Argument(metavar="RUN", help="run folder")],
+    out: Annotated[Path, Option(help="folder to make")],
+    merge: Annotated[
+        bool, Option("--merge", help="add adapters to the weights that they adapt")
+    ] = False,
+) -> None:
+    """A run's model as a folder that transformers, peft and vLLM load elsewhere."""
+    from pgrpo.train.export import export
+
+    export(folder, out, merge=merge)
+    print(f"{out} holds the model; {out / 'README.md'} tells of it")
