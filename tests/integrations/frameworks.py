@@ -201,11 +201,41 @@ class Torchrl(Framework):
         self.transform.load_state_dict(torch.load(folder / "transform.pt"))
 
 
+class Art(Framework):
+    """ART's local backend, with trajectories of one token and without the process that trains."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_art import real_art
+
+        from pgrpo.integrations.art import personalize
+
+        self.groups = real_art.groups
+        kind = personalize(real_art.LocalBackend)
+        self.loop = real_art.Loop(folder, kind, normalizer=normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        # What has no advantage is not trained on.
+        found = self.loop.advantages(self.groups([row[0] for row in rewards], clusters, SIZE))
+        return [found.get(number, 0.0) for number in range(len(rewards))]
+
+    def save(self, folder: Path) -> None:
+        self.loop.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.loop.load(folder)
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
     "verl": Verl,
     "torchrl": Torchrl,
+    "art": Art,
 }
 """By the name of the distribution."""
 
