@@ -56,6 +56,7 @@ def personalize(trainer: type[Any], actor: type[Any]) -> type[Any]:
         raise ConfigError(
             f"{actor.__name__} has no histories; expected class {actor.__name__}(Personalized, ...)"
         )
+    kind: Any = actor
 
     class PersonalizedTrainer(trainer):
         """AReaL's trainer, with another class for its actor alone."""
@@ -63,10 +64,10 @@ def personalize(trainer: type[Any], actor: type[Any]) -> type[Any]:
         def _create_train_engine(self, actor_config: Any, alloc: Any) -> Any:
             if actor_config is not self.config.actor:
                 return super()._create_train_engine(actor_config, alloc)
-            made = (
-                actor.as_controller(actor_config, self.scheduler)
+            made: Any = (
+                kind.as_controller(actor_config, self.scheduler)
                 if is_single_controller()
-                else actor(config=actor_config)
+                else kind(config=actor_config)
             )
             made.create_process_group(parallel_strategy=alloc.parallel)
             return made

@@ -8,9 +8,11 @@ import math
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ CLUSTERS = [*"aaaabbbbcccc"]
 
 
 def test_grpo_through_pgrpo_is_areals(tmp_path: Path) -> None:
-    level = {"mean_level": "group", "std_level": "group", "group_size": 4}
+    level: dict[str, Any] = {"mean_level": "group", "std_level": "group", "group_size": 4}
     plain = actor(tmp_path, kind=FSDPPPOActor, reward_norm=NormConfig(**level))
     ours = actor(tmp_path, ClusterNormalizer("grpo", ddof=1, eps=1e-5))
     expected = torch.cat(
@@ -79,14 +81,18 @@ def test_a_whole_step_trains_and_logs_the_histories(tmp_path: Path) -> None:
 
 def handler(folder: Path, made: Any) -> Any:
     """AReaL's recovery, as its trainer sets it up and calls it."""
-    names = {"experiment_name": "test", "trial_name": "test", "fileroot": str(folder)}
+    names: dict[str, Any] = {
+        "experiment_name": "test",
+        "trial_name": "test",
+        "fileroot": str(folder),
+    }
     spec = FinetuneSpec(1, 8, 8)
     recover = RecoverHandler(RecoverConfig(**names, mode="on", freq_steps=1), spec)
-    rest = (
+    rest: tuple[Any, ...] = (
         Saver(SaverConfig(**names), spec),
         Evaluator(EvaluatorConfig(**names), spec),
         SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None),
-        StatefulDataLoader(list(range(8))),
+        StatefulDataLoader(cast(Any, list(range(8)))),
     )
 
     def dump(step: int) -> None:
@@ -191,12 +197,13 @@ def test_the_workflow_hands_on_the_cluster_of_its_row() -> None:
         tokenizer,
         get_input_ids_fn=lambda data, *_: [3, 4],
     )
-    grouped = GroupedRolloutWorkflow(workflow, 2, None)
-    found = asyncio.run(grouped.arun_episode(Engine(), {"messages": [], "cluster_id": "ä"}))
+    grouped = GroupedRolloutWorkflow(workflow, 2, getLogger("workflow"))
+    engine: Any = Engine()
+    found: Any = asyncio.run(grouped.arun_episode(engine, {"messages": [], "cluster_id": "ä"}))
     assert found["cluster_id"] == "ä"
     assert found["rewards"].tolist() == [3.0, 3.0]
     with pytest.raises(DataError, match="no column 'cluster_id'.*it has messages"):
-        asyncio.run(workflow.arun_episode(Engine(), {"messages": []}))
+        asyncio.run(workflow.arun_episode(engine, {"messages": []}))
 
 
 def test_clusters_may_be_of_samples_and_options_of_the_class(tmp_path: Path) -> None:
@@ -220,7 +227,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         personalize(PPOTrainer, FSDPPPOActor)
 
     class Wrong(Actor):
-        pgrpo: ClassVar[dict[str, Any]] = {"min_counts": 8}
+        pgrpo: ClassVar[Mapping[str, Any]] = {"min_counts": 8}
 
     with pytest.raises(ConfigError, match=r"Wrong.pgrpo.min_counts is no option; expected"):
         actor(tmp_path, kind=Wrong)
