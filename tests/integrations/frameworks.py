@@ -253,14 +253,72 @@ class Swift(Framework):
         self.trainer._load_optimizer_and_scheduler(str(folder))
 
 
+class Art(Framework):
+    """ART's local backend, with trajectories of one token and without the process that trains."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_art import real_art
+
+        from pgrpo.integrations.art import personalize
+
+        self.groups = real_art.groups
+        kind = personalize(real_art.LocalBackend)
+        self.loop = real_art.Loop(folder, kind, normalizer=normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        # What has no advantage is not trained on.
+        found = self.loop.advantages(self.groups([row[0] for row in rewards], clusters, SIZE))
+        return [found.get(number, 0.0) for number in range(len(rewards))]
+
+    def save(self, folder: Path) -> None:
+        self.loop.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.loop.load(folder)
+
+
+class Areal(Framework):
+    """AReaL's FSDP actor on a tiny model."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_areal import real_areal
+
+        self.real = real_areal
+        self.actor = real_areal.actor(folder, normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        batch = self.real.groups([row[0] for row in rewards], clusters, SIZE)
+        return self.real.advantages(self.actor, batch)
+
+    def save(self, folder: Path) -> None:
+        self.actor.save(self.real.meta(folder))
+        (folder / "version").write_text(str(self.actor.get_version()))
+
+    def load(self, folder: Path) -> None:
+        self.actor.load(self.real.meta(folder))
+        self.actor.set_version(int((folder / "version").read_text()))
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
     "verl": Verl,
     "torchrl": Torchrl,
-    "ms-swift": Swift,
+    "swift": Swift,
+    "art": Art,
+    "areal": Areal,
 }
-"""By the name of the distribution."""
+"""By the name of the integration."""
 
 CHOSEN = os.environ.get("PGRPO_FRAMEWORK", "")
 """The one framework whose environment this is; by default those that the development tools bring."""

@@ -18,8 +18,8 @@ from pgrpo.normalizer.state import read_file
 STATE = "state.json"
 """File of a checkpoint of pgrpo's own, whose `histories` are a `state_dict`."""
 
-CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_](\d+)")
-"""How folders of checkpoints are named: TRL's, verl's and pgrpo's own."""
+CHECKPOINT = re.compile(r"(?:(?:checkpoint|global_step|step)[-_])?(\d+)")
+"""How folders of checkpoints are named: TRL's, verl's, pgrpo's own, and ART's, which are numbers."""
 
 
 def read_histories(path: Path) -> ClusterNormalizer:

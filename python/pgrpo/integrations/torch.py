@@ -14,7 +14,7 @@ their own rewards alone; after calls of this it would count them again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,43 +67,65 @@ def advantages(
         DataError: shapes do not go together, an id or reward is none; raised on every rank, and nothing
             was folded on any.
     """
-    import torch.distributed as dist
-
     if normalizer.is_shared:
         raise ConfigError(f"{normalizer!r} is shared; expected histories of this rank's own")
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size(ranks) > 1
-    own: Any
+    own: RankBatch | DataError
     try:
-        own = _Batch.of(normalizer, rewards, clusters, groups, lengths)
+        own = RankBatch.of(normalizer, rewards, clusters, groups, lengths)
     except DataError as error:
-        # Told to the others, who would wait for this rank otherwise.
-        if not distributed:
-            raise
         own = error
+    found = of_ranks(Adapter(normalizer), own, training=training, ranks=ranks)
+    assert isinstance(own, RankBatch)  # what is wrong was raised
+    return torch.from_numpy(found).to(rewards).reshape(own.shape)
+
+
+def of_ranks(
+    histories: Adapter,
+    own: RankBatch | DataError,
+    *,
+    training: bool = True,
+    batch: Hashable = None,
+    ranks: ProcessGroup | None = None,
+) -> FloatArray:
+    """What `advantages` does, for a loop that keeps an adapter.
+
+    Args:
+        histories: the same on every rank.
+        own: this rank's rollouts; or what is wrong with them, which is told to the other ranks, who
+            would wait for it otherwise.
+        training: as for `Adapter.advantages`.
+        batch: as for `Adapter.advantages`.
+        ranks: the process group that takes part; by default all.
+
+    Returns:
+        [N] of this rank's rollouts.
+    """
+    import torch.distributed as dist
+
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size(ranks) > 1
     batches: list[Any] = [own]
     rank = 0
     if distributed:
         rank = dist.get_rank(ranks)
         batches = [None] * dist.get_world_size(ranks)
         dist.all_gather_object(batches, own, group=ranks)
-    for place, batch in enumerate(batches):
-        if isinstance(batch, DataError):
-            raise DataError(f"rank {place}: {batch}") from batch
-    found = Adapter(normalizer).advantages(
-        np.concatenate([batch.rewards for batch in batches]),
-        [cluster for batch in batches for cluster in batch.clusters],
+    for place, each in enumerate(batches):
+        if isinstance(each, DataError):
+            raise DataError(f"rank {place}: {each}" if distributed else str(each)) from each
+    lengths = [length for each in batches for length in each.lengths]
+    found = histories.advantages(
+        np.concatenate([each.rewards for each in batches]),
+        [cluster for each in batches for cluster in each.clusters],
         _groups(batches),
         training=training,
-        lengths=[length for batch in batches for length in batch.lengths]
-        if lengths is not None
-        else None,
+        batch=batch,
+        lengths=lengths or None,
     )
-    first = sum(len(batch.rewards) for batch in batches[:rank])
-    mine = found[first : first + len(own.rewards)]
-    return torch.from_numpy(mine).to(rewards).reshape(own.shape)
+    first = sum(len(each.rewards) for each in batches[:rank])
+    return found[first : first + len(batches[rank].rewards)]
 
 
-def _groups(batches: Sequence[_Batch]) -> list[ClusterId] | None:
+def _groups(batches: Sequence[RankBatch]) -> list[ClusterId] | None:
     """Group ids of all ranks: an id of the caller is the same group everywhere, and a row is a group of
     its rank's own. None if rollouts come without."""
     found: list[ClusterId] = []
@@ -117,7 +139,7 @@ def _groups(batches: Sequence[_Batch]) -> list[ClusterId] | None:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class RankBatch:
     """The rollouts of one rank, as they travel to the others."""
 
     shape: tuple[int, ...]
@@ -139,7 +161,7 @@ class _Batch:
         clusters: Ids,
         groups: Ids | None,
         lengths: torch.Tensor | None,
-    ) -> _Batch:
+    ) -> RankBatch:
         """Check the arguments of one rank against each other."""
         if not isinstance(cast(object, rewards), torch.Tensor):
             raise DataError(f"rewards is {type(rewards).__name__}; expected a torch tensor")
