@@ -141,6 +141,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from with_openrlhf import cpu_openrlhf  # by its name, for of what is in __main__ Ray's processes know nothing
+    from with_openrlhf import (
+        cpu_openrlhf,
+    )  # by its name, for of what is in __main__ Ray's processes know nothing
 
     cpu_openrlhf.main()

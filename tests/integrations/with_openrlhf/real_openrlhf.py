@@ -11,12 +11,12 @@ from unittest.mock import patch
 
 import openrlhf.utils
 import ray
-from with_openrlhf.cpu_openrlhf import Policy, response, start_ray
 from datasets import Dataset
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+from with_openrlhf.cpu_openrlhf import Policy, response, start_ray
 
 from pgrpo import ClusterNormalizer
 from pgrpo.integrations import openrlhf as integration

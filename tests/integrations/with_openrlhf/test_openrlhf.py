@@ -10,11 +10,8 @@ import pytest
 import torch
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from with_openrlhf.real_openrlhf import (
-    advantages,
     arguments,
-    begin,
     policy,
-    prepare,
     samples,
     save,
     settings,
@@ -46,7 +43,9 @@ def experiences(made: Any, rewards: Any = REWARDS, labels: Any = LABELS) -> list
 def test_grpo_through_pgrpo_is_openrlhfs(tmp_path: Path, more: list[str], penalty: float) -> None:
     rule = ["--pgrpo.estimator=grpo", "--pgrpo.ddof=1", "--pgrpo.eps=1e-9"]
     ours = trainer(tmp_path, None, *rule, *more)
-    plain = RemoteExperienceMaker(policy(), None, None, None, ours.kl_ctl, ours.strategy, ours.tokenizer)
+    plain = RemoteExperienceMaker(
+        policy(), None, None, None, ours.kl_ctl, ours.strategy, ours.tokenizer
+    )
     ours.kl_ctl.value = penalty
     found: list[list[Any]] = []
     for maker in (ours.experience_maker, plain):
@@ -59,7 +58,9 @@ def test_grpo_through_pgrpo_is_openrlhfs(tmp_path: Path, more: list[str], penalt
     for one, other in zip(*found, strict=True):
         assert other.advantages.abs().max() > 0.2
         for name in ("advantages", "returns", "rewards"):
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6
+            )
         assert one.info.keys() == other.info.keys() and one.kl is None
         for name, values in one.info.items():
             torch.testing.assert_close(values, other.info[name], rtol=1e-5, atol=1e-6)
