@@ -309,6 +309,35 @@ class Areal(Framework):
         self.actor.set_version(int((folder / "version").read_text()))
 
 
+class Openrlhf(Framework):
+    """OpenRLHF's trainer, from its generator's samples to its experiences; its policy has no weights."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_openrlhf import real_openrlhf
+
+        self.real = real_openrlhf
+        self.trainer = real_openrlhf.trainer(folder, normalizer)
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        labels = [{"cluster_id": cluster} for cluster in clusters]
+        samples = self.real.samples(self.trainer, [row[0] for row in rewards], labels, SIZE)
+        return self.real.advantages(self.trainer.experience_maker.make_experience_batch(samples))
+
+    def save(self, folder: Path) -> None:
+        self.trainer.args.ckpt.path = str(folder)
+        self.real.begin(self.trainer)
+        self.real.save(self.trainer, 1)
+
+    def load(self, folder: Path) -> None:
+        self.trainer.args.ckpt.path, self.trainer.args.ckpt.load_enable = str(folder), True
+        self.real.begin(self.trainer)
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
@@ -317,6 +346,7 @@ FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "swift": Swift,
     "art": Art,
     "areal": Areal,
+    "openrlhf": Openrlhf,
 }
 """By the name of the integration."""
 
