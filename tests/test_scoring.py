@@ -80,10 +80,17 @@ def test_the_score_is_the_weighted_sum(reward: Any):
 
 
 def test_scalars_of_torch_are_numbers():
-    given = [torch.tensor(2.5), torch.tensor(3), np.float32(0.5), np.array(7), torch.tensor(True)]
+    given: Any = [
+        torch.tensor(2.5),
+        torch.tensor(3),
+        np.float32(0.5),
+        np.array(7),
+        torch.tensor(True),
+    ]
     with Scorer([(section(), lambda _: given)]) as scorer:
         _, scores = flat(scorer.score([group(0, *"abcde")]))
     assert scores.tolist() == [2.5, 3, 0.5, 7, 1]
+    bad: Any
     for bad in (torch.tensor([1.0]), torch.tensor(math.nan), np.array("x")):
         with (
             Scorer([(section(), lambda _, bad=bad: [bad])]) as scorer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from conftest import members, tiny_tokenizer
 
@@ -48,7 +50,7 @@ def test_a_chat_goes_through_the_template() -> None:
     assert builder.build(Example("", "u", turns=turns)).token_ids == (11, 4, 10, 5, 10, 6, 12)
     with pytest.raises(DataError, match="'u' is a chat, and model.chat is false; expected true"):
         make_builder().build(Example("w5", "u", turns=turns))
-    told = {"chat": True, "chat_template_kwargs": {"more": "w3"}}
+    told: Any = {"chat": True, "chat_template_kwargs": {"more": "w3"}}
     builder = make_builder(template=TEMPLATE + " {{ more }}", **told)
     assert builder.build(example).token_ids == (10, 5, 12, 3)
     # Without chat the template has no part.

@@ -112,7 +112,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
                     user=prompt.example.user,
                     cluster=str(prompt.cluster_id),
                     num_tokens=len(prompt.token_ids),
-                    text=parts.tokenizer.decode(list(prompt.token_ids)),
+                    text=str(parts.tokenizer.decode(list(prompt.token_ids))),
                     rewards=scores,
                 )
                 for prompt, scores in zip(shown, rewards, strict=True)

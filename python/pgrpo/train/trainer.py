@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -115,7 +116,7 @@ class Trainer:
                 if self.done not in {record.step for record in self.folder.evaluations}:
                     self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
-                    sinks.show(*self.step(step, sinks))
+                    sinks.show(*self.step(step, sinks.log))
                     self._evaluate_if_due(step, sinks)
                     if step % run.checkpoint_every == 0 or step == run.num_steps:
                         self._save(step)
@@ -139,15 +140,18 @@ class Trainer:
         self._write_info("finished")
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
 
-    def step(self, step: int, sinks: Sinks) -> tuple[StepRecord, list[SampleRecord]]:
-        """Take one step and log it: its record and samples."""
+    def step(
+        self, step: int, log: Callable[[StepRecord, list[SampleRecord]], None] | None = None
+    ) -> tuple[StepRecord, list[SampleRecord]]:
+        """Take one step: its record and samples, which `log` gets before an interrupt is heard."""
         batch = self._next_batch(step, watch := Stopwatch())
         # An interrupt waits until the update is whole: half of one could not be saved, and all steps
         # since the last checkpoint would be lost.
         with held():
             self._updating, self._batch = True, None
             outcome = self._learn(step, batch, watch)
-            sinks.log(*outcome)
+            if log is not None:
+                log(*outcome)
             self.done, self._updating = step, False
         return outcome
 
