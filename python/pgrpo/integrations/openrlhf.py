@@ -2,8 +2,8 @@
 
 It is started in OpenRLHF's place, with OpenRLHF's own arguments and options of the normalizer:
 
-    python -m pgrpo.integrations.openrlhf --algo.advantage.estimator group_norm \\
-      --data.label_key label --pgrpo.min_count 8 ...
+    python -m pgrpo.integrations.openrlhf
+        --algo.advantage.estimator group_norm --data.label_key label --pgrpo.min_count 8 ...
 
 A rollout is told from others by its label alone, so the label names the cluster: it is an entry
 `cluster_id` of the column that `--data.label_key` names, or the label itself with

@@ -6,7 +6,6 @@ checkpoints are its own. As a script, it is `python -m pgrpo.integrations.openrl
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Policy(BaseModelActor):
 
         torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
         self.strategy = strategy
-        self.folder = os.path.join(strategy.args.ckpt.path, "_actor")
+        self.folder = Path(strategy.args.ckpt.path) / "_actor"
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(dist_backend="gloo")
         weight = torch.nn.Linear(1, 1)
@@ -52,8 +51,8 @@ class Policy(BaseModelActor):
         )
         self.states: dict[str, Any] = {}
         self.appended: list[Any] = []
-        if strategy.args.ckpt.load_enable and os.path.exists(self.folder):
-            _, self.states = strategy.load_ckpt(self.engine, self.folder)
+        if strategy.args.ckpt.load_enable and self.folder.exists():
+            _, self.states = strategy.load_ckpt(self.engine, str(self.folder))
 
     def forward(self, action_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros(action_mask.shape)
@@ -74,7 +73,7 @@ class Policy(BaseModelActor):
     ) -> None:
         self.strategy.save_ckpt(
             self.engine,
-            self.folder,
+            str(self.folder),
             tag,
             client_state=client_states,
             metric_value=metric_value,

@@ -73,9 +73,11 @@ def settings(given: Sequence[str]) -> tuple[Any, Any]:
 
     kept = ppo_trainer.PPOTrainer, ppo_trainer_async.TrainingActor
     try:
-        with patch.object(sys, "argv", ["train", *given]):
-            with patch.object(openrlhf.utils, "get_strategy", stop):
-                integration.main()
+        with (
+            patch.object(sys, "argv", ["train", *given]),
+            patch.object(openrlhf.utils, "get_strategy", stop),
+        ):
+            integration.main()
     except Parsed as parsed:
         args, actor = parsed.args
         return args, actor
