@@ -338,6 +338,38 @@ class Openrlhf(Framework):
         self.real.begin(self.trainer)
 
 
+class Skyrl(Framework):
+    """SkyRL's trainer, from rows of its data set to its batches; its workers have no weights."""
+
+    evaluates = False
+    several = False
+
+    def __init__(self, normalizer: ClusterNormalizer, folder: Path) -> None:
+        from with_skyrl import real_skyrl
+
+        self.real = real_skyrl
+        self.trainer = real_skyrl.trainer(folder)
+        self.trainer.histories.normalizer = normalizer
+
+    def advantages(
+        self, rewards: Rewards, clusters: Sequence[int | str], training: bool = True
+    ) -> list[float]:
+        self.real.give(self.trainer, clusters[::SIZE])
+        rows = range(len(clusters) // SIZE)
+        return self.real.advantages(
+            self.real.computed(self.trainer, [row[0] for row in rewards], rows)
+        )
+
+    def save(self, folder: Path) -> None:
+        self.trainer.cfg.trainer.ckpt_path = str(folder)
+        self.trainer.global_step = 1
+        self.trainer.save_checkpoints()
+
+    def load(self, folder: Path) -> None:
+        self.trainer.cfg.trainer.ckpt_path = str(folder)
+        self.trainer.load_checkpoints()
+
+
 FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "torch": TorchLoop,
     "trl": Trl,
@@ -347,6 +379,7 @@ FRAMEWORKS: dict[str, Callable[[ClusterNormalizer, Path], Framework]] = {
     "art": Art,
     "areal": Areal,
     "openrlhf": Openrlhf,
+    "skyrl": Skyrl,
 }
 """By the name of the integration."""
 
@@ -354,3 +387,6 @@ CHOSEN = os.environ.get("PGRPO_FRAMEWORK", "")
 """The one framework whose environment this is; by default those that the development tools bring."""
 
 HERE = [CHOSEN] if CHOSEN else ["torch", "trl"]
+
+MIXED = CHOSEN != "skyrl"
+"""Whether rollouts of a group may be of several clusters; SkyRL has clusters of rows, and groups as well."""

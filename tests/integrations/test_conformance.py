@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from frameworks import FRAMEWORKS, HERE, SIZE, Framework
+from frameworks import FRAMEWORKS, HERE, MIXED, SIZE, Framework
 
 from pgrpo import ClusterNormalizer, DataError
 from pgrpo.errors import CheckpointError
@@ -30,11 +30,12 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
 
 
 def batch(seed: int, groups: int = 6, rewards: int = 1) -> tuple[Any, list[int | str], list[int]]:
-    """Rewards that float32 holds exactly, clusters and groups; some groups mix clusters."""
+    """Rewards that float32 holds exactly, clusters and groups; one group mixes clusters if it can."""
     rng = np.random.default_rng(seed)
     names: list[int | str] = ["ä", 3, "3", -7]
     clusters = [names[i] for i in rng.integers(0, 4, groups) for _ in range(SIZE)]
-    clusters[: SIZE // 2] = ["mixed"] * (SIZE // 2)
+    if MIXED:
+        clusters[: SIZE // 2] = ["mixed"] * (SIZE // 2)
     values = np.round(rng.normal(size=(groups * SIZE, rewards)) * 64) / 64
     return values, clusters, [i // SIZE for i in range(groups * SIZE)]
 

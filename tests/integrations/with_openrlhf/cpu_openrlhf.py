@@ -40,7 +40,7 @@ class Policy(BaseModelActor):
 
         torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
         self.strategy = strategy
-        self.folder = str(Path(strategy.args.ckpt.path) / "_actor")
+        self.folder = Path(strategy.args.ckpt.path) / "_actor"
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(dist_backend="gloo")
         weight = torch.nn.Linear(1, 1)
@@ -51,8 +51,8 @@ class Policy(BaseModelActor):
         )
         self.states: dict[str, Any] = {}
         self.appended: list[Any] = []
-        if strategy.args.ckpt.load_enable and Path(self.folder).exists():
-            _, self.states = strategy.load_ckpt(self.engine, self.folder)
+        if strategy.args.ckpt.load_enable and self.folder.exists():
+            _, self.states = strategy.load_ckpt(self.engine, str(self.folder))
 
     def forward(self, action_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros(action_mask.shape)
@@ -73,7 +73,7 @@ class Policy(BaseModelActor):
     ) -> None:
         self.strategy.save_ckpt(
             self.engine,
-            self.folder,
+            str(self.folder),
             tag,
             client_state=client_states,
             metric_value=metric_value,
