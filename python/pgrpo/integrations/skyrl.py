@@ -1,13 +1,13 @@
 """SkyRL's trainer with advantages by per-cluster histories.
 
-It is started in the place of SkyRL's `main_base`, with SkyRL's own settings and those of the normalizer:
+It is started in place of SkyRL's `main_base`, with SkyRL's settings and those of the normalizer:
 
     python -m pgrpo.integrations.skyrl trainer.algorithm.advantage_estimator=grpo pgrpo.min_count=8 ...
 
-Each row of the data set names its cluster in the column `cluster_id`; SkyRL's rollouts carry the number
-of their row. Settings of the normalizer stand under `pgrpo`, and there `cluster_key`, where the column
-has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are computed
-in the one process that drives the job, so there is one set of histories.
+Each row of the data set names its cluster in the column `cluster_id`; SkyRL's rollouts carry the
+number of their row. Settings of the normalizer stand under `pgrpo`, and there `cluster_key`, where the
+column has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are
+computed in the one process that drives the job, so there is one set of histories.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def personalize(trainer: type) -> type:
                 folder = f"{found[1]}/{FOLDER}"
                 if not io.exists(folder):
                     raise CheckpointError(
-                        f"{found[1]} holds no {FOLDER}: it was saved without pgrpo. To begin with empty "
-                        "histories, start a new run from its model"
+                        f"{found[1]} holds no {FOLDER}: it was saved without pgrpo. To begin with "
+                        "empty histories, start a new run from its model"
                     )
                 with io.local_read_dir(folder) as local:
                     self.histories.load(Path(local))
