@@ -1,12 +1,12 @@
 """SkyRL's trainer with advantages by per-cluster histories.
 
-It is started in the place of SkyRL's `main_base`, with SkyRL's own settings and the normalizer's:
+It is started in place of SkyRL's `main_base`, with SkyRL's settings and those of the normalizer:
 
     python -m pgrpo.integrations.skyrl trainer.algorithm.advantage_estimator=grpo pgrpo.min_count=8 ...
 
-Each row of the data set names its cluster in the column `cluster_id`; SkyRL's rollouts carry the number
-of their row. Settings of the normalizer stand under `pgrpo`, and there `cluster_key`, where the column
-has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are
+Each row of the data set names its cluster in the column `cluster_id`; SkyRL's rollouts carry the
+number of their row. Settings of the normalizer stand under `pgrpo`, and there `cluster_key`, where the
+column has another name, or `extra_info.user`, where the cluster is an entry of a column. Advantages are
 computed in the one process that drives the job, so there is one set of histories.
 """
 

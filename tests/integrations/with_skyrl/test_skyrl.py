@@ -58,12 +58,13 @@ def test_a_trajectory_counts_once_and_padding_not_at_all(tmp_path: Path) -> None
     assert len(per_turn) == 36 and per_turn[0] == per_turn[1] == per_turn[2] != per_turn[3]
 
 
-def test_a_step_logs_clusters_and_warns_once(tmp_path: Path, caplog: Any) -> None:
+def test_a_step_logs_clusters_and_warns_once(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     made = trainer(tmp_path)
     give(made, CLUSTERS)
-    with caplog.at_level(logging.WARNING, "pgrpo.integrations.skyrl"):
-        for _step in range(12):
-            batch = computed(made, [1.0] * 12, ROWS)
+    # SkyRL has what Python logs go through a logger of its own, past pytest's.
+    monkeypatch.setattr(logging.getLogger("pgrpo.integrations.skyrl"), "handlers", [caplog.handler])
+    for _step in range(12):
+        batch = computed(made, [1.0] * 12, ROWS)
     assert made.all_metrics["clusters/a/history_count"] == 96
     assert made.all_metrics["clusters/b/reward"] == 1.0
     assert made.all_metrics["loss/avg_raw_advantages"] == 0.0
