@@ -46,7 +46,8 @@ def test_a_run_and_a_resumed_one_count_every_reward_of_training_once(tmp_path: P
             (tmp_path / "ckpt/latest_ckpt_global_step.txt").write_text(str(killed_after))
             before = read_histories(tmp_path / f"ckpt/global_step_{killed_after}/pgrpo").snapshot()
             assert sum(history.count for history in before.values()) < 20
-        said = run(tmp_path)
+        by_skyrl = ["trainer.override_entrypoint=pgrpo.integrations.skyrl"]
+        said = run(tmp_path, *(by_skyrl if killed_after else []))
         assert "clusters/c1/history_std" in said and "eval/all/avg_score" in said
         end = read_histories(tmp_path / "ckpt/global_step_3/pgrpo").snapshot()
         assert end.keys() == rewards.keys()
