@@ -230,6 +230,9 @@ def _command_in_child(arguments: Sequence[str], kill_at: int | None, folder: str
     sys.exit(main(arguments))
 
 
+# A shell has what it starts in the background ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 processes = multiprocessing.get_context(None if sys.platform == "win32" else "forkserver")
 # Children are forked from a process that has imported everything, so that they start at once.
 processes.set_forkserver_preload(
