@@ -27,7 +27,7 @@ def run(folder: Path, *more: str) -> str:
         [sys.executable, cpu_openrlhf.__file__, *given, "--eval.steps=1", "--ckpt.max_num=9"],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
         cwd=folder,
     )

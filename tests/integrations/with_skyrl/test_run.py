@@ -24,7 +24,7 @@ def run(folder: Path, *more: str) -> str:
         [sys.executable, cpu_skyrl.__file__, *arguments(folder, *given, *more)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
         cwd=folder,
     )
