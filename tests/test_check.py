@@ -66,7 +66,7 @@ def test_a_run_is_described_and_nothing_is_written(
         "1 of 3 clusters hold one person: their histories stay short (shrinkage borrows from all, "
         "docs/estimators.md)"
     ]
-    assert found["epochs"] == pytest.approx(3 * 4 / found["num_train"], rel=1)
+    assert found["epochs"] == 4 * 4 / found["num_train"] > 0
     assert sum(cluster["share"] for cluster in found["clusters"].values()) == pytest.approx(1)
     assert len({prompt["cluster"] for prompt in found["prompts"]}) == min(3, len(found["clusters"]))
     assert len({value for p in found["prompts"] for value in p["rewards"].values()}) > 1

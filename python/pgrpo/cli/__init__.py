@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted()
     except BrokenPipeError:
         discard_output()
-        return 128 + signal.SIGPIPE
+        return 141  # 128 and the number of SIGPIPE, as shells have it
     except PgrpoError as error:
         sentence = str(error)
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ def export(
         bool, Option("--merge", help="add adapters to the weights that they adapt")
     ] = False,
 ) -> None:
-    """A run's model as a folder that transformers, peft and vLLM load elsewhere."""
+    """A run's model as a folder that transformers loads elsewhere, with a model card."""
     from pgrpo.train.export import export
 
     export(folder, out, merge=merge)

@@ -25,8 +25,8 @@ CARD = "README.md"
 
 
 def export(path: Path, out: Path, *, merge: bool = False) -> None:
-    """Write the model of a run's last checkpoint as a folder that transformers, peft and vLLM load on
-    any machine, with a model card.
+    """Write the model of a run's last checkpoint as a folder that transformers loads on any machine,
+    with a model card.
 
     Args:
         path: the run's folder.
