@@ -37,6 +37,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import load_dataset
+from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.model.gguf import model_folder
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.runs.config import parse_config
@@ -71,6 +72,7 @@ def make_prompts(num_prompts: int, num_tokens: int) -> list[str]:
             "rewards": [{"name": "choice"}],
         }
     ).data
+    assert isinstance(data, MovieLensConfig)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder(MODEL))
     prompts: list[str] = []
     for example in load_dataset(data).train:

@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 
 from pgrpo.clusters import builtin as clusterers
 from pgrpo.config import sections
+from pgrpo.data import DataPluginConfig
+from pgrpo.data.feedback import FeedbackConfig
 from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.data.panel import PanelConfig, WordRule
 from pgrpo.data.personas import PersonasConfig
@@ -36,7 +38,9 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ('[data] with name = "panel"', PanelConfig),
     ("[data.words], its entries", WordRule),
     ('[data] with name = "personas"', PersonasConfig),
-    ('[data] with name = "jsonl" or "parquet"', TableConfig),
+    ('[data] with name = "jsonl", "csv", "parquet" or "datasets"', TableConfig),
+    ('[data] with name = "feedback"', FeedbackConfig),
+    ("[data] of a plugin", DataPluginConfig),
     ("[clustering]", sections.ClusteringConfig),
     ("[[rewards]] and [[evaluation]]", sections.RewardConfig),
     ("[generation]", GenerationConfig),

@@ -143,6 +143,15 @@ def test_every_layout_gives_what_was_written(
         assert list(film.genres) == film_of(number_of(film.title))[1]
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig"])
+def test_titles_are_read_in_the_encoding_they_have(tmp_path: Path, encoding: str) -> None:
+    titles = ["Café Noir (1950)", "Misérables, Les (1995)", "Plain (1960)"]
+    lines = [f"{n}::{title}::Drama" for n, title in enumerate(titles)]
+    (tmp_path / "movies.dat").write_text("\n".join(lines), encoding=encoding)
+    (tmp_path / "ratings.dat").write_text("1::0::4.5::7\n")
+    assert [film.title for film in read_ratings(tmp_path).films] == titles
+
+
 def test_a_film_without_genre_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "movies.csv").write_text("movieId,title,genres\n1,One,(no genres listed)\n")
     (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,4.5,7\n")
@@ -818,3 +827,89 @@ def test_prompts_may_be_chats(tmp_path: Path) -> None:
     for wrong in (turns, [], [{"role": "user"}], [{"role": "user", "content": 3}], ["Hi"]):
         with pytest.raises(DataError, match="expected a text, or turns of a chat with role and "):
             load_dataset(table(tmp_path / "t.jsonl", [{"prompt": wrong, "user": "ann"}]))
+
+
+def test_the_latest_rows_of_every_user_are_held_out(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{user}{number}", "user": user, "at": float(random.random()), "age": number}
+        for user, size in (("ann", 10), ("bob", 3), ("cat", 1), ("dan", 2))
+        for number in range(size)
+    ]
+    random.shuffle(rows)
+    options: dict[str, Any] = {"evaluation_share": 0.3, "feature_columns": ["age"]}
+    by_time = load_dataset(table(tmp_path / "t.jsonl", rows, time_column="at", **options))
+    by_place = load_dataset(table(tmp_path / "t.jsonl", rows, **options))
+    for dataset, key in ((by_time, lambda row: row["at"]), (by_place, rows.index)):
+        for user, number in (("ann", 3), ("bob", 1), ("cat", 0), ("dan", 1)):
+            own = sorted((row for row in rows if row["user"] == user), key=key)
+            early, late = own[: len(own) - number], own[len(own) - number :]
+            for examples, expected in ((dataset.train, early), (dataset.evaluation, late)):
+                got = [example.text for example in examples if example.user == user]
+                assert got == [row["prompt"] for row in rows if row in expected]
+            assert dataset.users[user] == pytest.approx(
+                np.mean([float(row["age"]) for row in early])
+            )
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        (3, 20.5),
+        ("3", "20"),
+        ("2026-11-26", "2026-11-27"),
+        ("2026-11-26T23:30:00Z", "2026-11-27T00:00:00.5"),
+        ("2026-11-26T12:00:00+02:00", "2026-11-26 11:00"),
+    ],
+)
+def test_times_are_numbers_or_iso_texts(tmp_path: Path, earlier: Any, later: Any) -> None:
+    rows = [{"prompt": str(at), "user": "u", "at": at} for at in (later, earlier)]
+    options: dict[str, Any] = {"evaluation_share": 0.5, "time_column": "at"}
+    dataset = load_dataset(table(tmp_path / "t.jsonl", rows, **options))
+    assert [example.text for example in dataset.evaluation] == [str(later)]
+    with pytest.raises(
+        DataError, match=r"t.jsonl:1: column at is 'soon'; expected a number, or a da"
+    ):
+        load_dataset(table(tmp_path / "t.jsonl", [{**rows[0], "at": "soon"}], **options))
+
+
+def test_hugging_face_data_sets_are_read(tmp_path: Path) -> None:
+    library = pytest.importorskip("datasets")
+    parts = {"train": library.Dataset.from_list(ROWS), "test": library.Dataset.from_list(ROWS[:1])}
+    library.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["train"].save_to_disk(tmp_path / "one")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "files" / "test.jsonl").write_text(json.dumps(ROWS[0]))
+
+    def load(folder: str, **options: Any) -> Any:
+        path = str(tmp_path / folder)
+        return load_dataset(TableConfig(name="datasets", path=path, **options))
+
+    lines = load_dataset(table(tmp_path / "t.jsonl", ROWS))
+    assert list(load("one").train) == list(lines.train)
+    for folder in ("both", "files"):
+        dataset = load(folder, evaluation_split="test")
+        assert list(dataset.train) == list(lines.train)
+        assert list(dataset.evaluation) == list(lines.train)[:1]
+    with pytest.raises(DataError, match=r"both', split 'nope', cannot be read: KeyError"):
+        load("both", split="nope")
+    with pytest.raises(DataError, match=r"nowhere', split 'train', cannot be read: "):
+        load("nowhere")
+    with pytest.raises(DataError, match=r"both train row 1: no column 'nope'; found prompt, user"):
+        load("both", prompt_column="nope")
+
+
+def test_settings_of_tables_that_contradict_each_other_are_refused() -> None:
+    for options, message in (
+        ({"name": "jsonl", "split": "test"}, "split has no effect here"),
+        ({"name": "datasets", "evaluation_path": "b"}, "evaluation_path has no effect here"),
+        ({"name": "datasets", "path": ["a", "b"]}, r"data.path is \['a', 'b'\]; expected one data"),
+        ({"name": "jsonl", "time_column": "at"}, "time_column has no effect here"),
+        (
+            {"name": "jsonl", "evaluation_share": 0.5, "evaluation_path": "b"},
+            "data.evaluation_share is 0.5, and 'b' is held out; expected one of them",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TableConfig.model_validate({"path": "a", **options})

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from pgrpo.cli import main
 from pgrpo.config.toml import resolved_tree
 from pgrpo.data import load_dataset
+from pgrpo.data.table import TableConfig
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
 from pgrpo.plugins.registry import load_registry
@@ -175,6 +176,7 @@ def test_the_row_that_own_data_shows_is_one(tmp_path):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
     (tmp_path / "own-data.toml").write_text(text)
     config = load_config(tmp_path / "own-data.toml")
+    assert isinstance(config.data, TableConfig)
     dataset = load_dataset(config.data)
     clusterer = load_registry().clusterer(config.clustering)
     none = np.zeros((1, 0))

@@ -320,7 +320,7 @@ def test_unused_choices_are_not_read(tmp_path):
     [
         ({"person": "whom"}, "no column 'whom'; found who"),
         ({"chosen": "price"}, "column price is '.*'; expected 1 or 0"),
-        ({"words": {"p": [{"word": "x", "when": {"brand": 1}}]}}, "column brand is '[RB]'; expected a number"),
+        ({"words": {"p": [{"word": "x", "when": {"brand": 1}}]}}, "column brand is '[RB]'; expected a finite number"),
         ({"words": {"p": [{"word": "x", "when": {"price": -1}}]}}, "data.words.p has no word for price = "),
         ({"words": {"p": [{"word": "x", "when": {"colour": "R"}}]}}, "no column 'colour'"),
         ({"file": "none.csv"}, "none.csv does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_config
 
+from pgrpo.cli import main
 from pgrpo.config.sections import ClusteringConfig, RewardConfig
 from pgrpo.errors import ConfigError, PluginError
 from pgrpo.plugins.registry import load_registry
@@ -243,3 +246,72 @@ print(reward([say("one"), say("one two three four five"), say("")]))
         check=True,
     )
     assert result.stdout.splitlines() == ["pgrpo-brevity 0.1.0", "[0.75, 0.0, 1.0]"]
+
+
+WORDS = (
+    HEADER
+    + """
+from pgrpo.types import Dataset, Example
+import numpy as np
+
+class Words:
+    '''People who like a word each.'''
+
+    class Config(Section):
+        people: int = 4
+        '''How many.'''
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self):
+        people = range(self.config.people)
+        examples = [Example(f"Say {n % 2}:", f"u{n}", {"answer": str(n % 2)}) for n in people]
+        features = {f"u{n}": np.array([float(n)]) for n in people}
+        return Dataset(examples, examples[:2], features, ("number",))
+
+@hookimpl
+def pgrpo_register_datasets(register):
+    register("words", Words)
+    register("nothing", lambda: Dataset([], [], {}, ()))
+    register("list", lambda: [])
+    register("raises", lambda: 1 / 0)
+"""
+)
+
+
+def test_data_sets_are_plugins_too(environment, tmp_path, capsys):
+    environment.install("my-words", WORDS)
+    listed = {(p.kind, p.name): p for p in load_registry().listing()}
+    assert listed["data set", "words"].settings == {"people": "How many. Default: 4."}
+
+    def config(**data: Any) -> Path:
+        return write_config(
+            tmp_path, {"data": data, "rewards": [{"name": "exact_match"}], "run.num_steps": 1}
+        )
+
+    run = tmp_path / "run"
+    assert main(["train", str(config(name="words", people=6)), "--out", str(run)]) == 0
+    assert 'name = "words"' in (run / "config.toml").read_text()
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prompt"] for line in lines} <= {"Say 0:", "Say 1:"}
+    capsys.readouterr()
+    for data, message in (
+        ({"name": "wrods"}, "data.name is 'wrods'; did you mean 'words'?"),
+        ({"name": "panle"}, "data.name is 'panle'; did you mean 'panel'?"),
+        (
+            {"name": "words", "peple": 3},
+            "data set 'words': unknown key peple; did you mean 'people'",
+        ),
+        ({"name": "nothing"}, "data set 'nothing' of my-words 1.5 gave no examples to train on"),
+        (
+            {"name": "list"},
+            "data set 'list' of my-words 1.5 gave a list; expected a pgrpo.types.Dat",
+        ),
+        ({"name": "raises"}, "data set 'raises' of my-words 1.5 failed: ZeroDivisionError"),
+    ):
+        assert main(["train", str(config(**data)), "--out", str(tmp_path / "no")]) == 2
+        assert message in capsys.readouterr().err
+    environment.install("thief", WORDS.replace('"words"', '"panel"'))
+    with pytest.raises(PluginError, match="data set 'panel' of thief 1.5 has a name that pgrpo"):
+        load_registry()

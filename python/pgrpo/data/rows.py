@@ -1,4 +1,5 @@
-"""Rows of a file, one after the other: JSON lines, Parquet or CSV, which may be compressed."""
+"""Rows, one after the other: of files of JSON lines, Parquet or CSV, which may be compressed, and of
+Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import gzip
 import importlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, time
 from decimal import Decimal
@@ -117,18 +118,61 @@ def read_csv(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} cannot be read as CSV: {problem}") from None
 
 
+def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    """Rows of a split of a Hugging Face data set, in values that JSON has too, as `read_parquet`.
+
+    Args:
+        name: on the hub, or a folder: one that `save_to_disk` wrote, or one of data files.
+        subset: the configuration, where the data set has several.
+        split: such as `train`, also a part as in `train[:10%]` where `load_dataset` reads it.
+
+    Raises:
+        DataError: there is none, it cannot be had, or the library `datasets` is missing.
+    """
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError:
+        raise DataError(f"reading {name} needs datasets: pip install 'pgrpo[datasets]'") from None
+    library.disable_progress_bars()
+    folder = Path(name).expanduser()
+    saved = any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            found = library.load_from_disk(str(folder))
+            if not isinstance(found, library.Dataset):
+                found = found[split]
+        else:
+            found = library.load_dataset(
+                str(folder) if folder.is_dir() else name, subset, split=split
+            )
+    except Exception as problem:  # readers of many formats raise what they like
+        said = (str(problem).strip().splitlines() or [""])[0]
+        reason = f"{type(problem).__name__}: {said}"
+        raise DataError(
+            f"data set {name!r}, split {split!r}, cannot be read: {reason}"
+        ) from problem
+    for number, row in enumerate(found, start=1):
+        yield f"{name} {split} row {number}", _as_json(row)
+
+
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".jsonl.gz": read_jsonl,
+    ".json": read_jsonl,
+    ".json.gz": read_jsonl,
     ".parquet": read_parquet,
     ".csv": read_csv,
     ".csv.gz": read_csv,
 }
-"""End of a file's name -> who reads it."""
+"""End of a file's name -> who reads it. Files called `.json` hold an object a line too."""
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, refuse: Callable[[DataError], None] = fail) -> Iterator[Row]:
     """Rows of a file, by the end of its name.
+
+    Args:
+        path: of the file.
+        refuse: is told of each line of JSON lines that is no object; by default it raises that.
 
     Raises:
         DataError: the file does not exist, its name ends in nothing that is known, or it is damaged.
@@ -138,8 +182,24 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} {state}; expected a file")
     for end, read in READERS.items():
         if path.name.endswith(end):
-            return read(path)
+            return read_jsonl(path, refuse) if read is read_jsonl else read(path)
     raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(READERS)}")
+
+
+def files(kind: str, paths: str | Sequence[str]) -> list[Path]:
+    """The files that are named, in the order of their names where a pattern stands for several.
+
+    Raises:
+        DataError: one does not exist, or a pattern fits none; it is called a `kind` file.
+    """
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        fitting = matching(path)
+        if not fitting:
+            state = "is a folder" if Path(path).expanduser().is_dir() else "does not exist"
+            raise DataError(f"{path} {state}; expected a {kind} file")
+        found += fitting
+    return found
 
 
 def matching(path: str) -> list[Path]:
@@ -149,19 +209,6 @@ def matching(path: str) -> list[Path]:
         return [file]
     found = Path(file.anchor or ".").glob(str(file.relative_to(file.anchor)))
     return sorted(each for each in found if each.is_file()) if "*" in path else []
-
-
-def value_in(place: str, column: str, row: Mapping[str, Any]) -> Any:
-    """The value of a column.
-
-    Raises:
-        DataError: there is no such column, or it has no value here.
-    """
-    if column not in row:
-        raise DataError(f"{place}: no column {column!r}; found {', '.join(row)}")
-    if row[column] is None:
-        raise DataError(f"{place}: column {column} has no value")
-    return row[column]
 
 
 class _LeftOut(Exception):  # noqa: N818 - it is caught here

@@ -1,31 +1,50 @@
-"""A data set of one's own, one example a row: JSON lines, CSV or Parquet."""
+"""A data set of one's own, one example a row: JSON lines, CSV, Parquet, or a Hugging Face data set."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pgrpo.config import Section
-from pgrpo.data.rows import Row, fail, matching, read_csv, read_jsonl, read_parquet, value_in
+from pgrpo.data.columns import (
+    number_in,
+    prompt_in,
+    split_by_time,
+    time_in,
+    user_in,
+    value_in,
+)
+from pgrpo.data.rows import Row, fail, files, read_csv, read_hub, read_jsonl, read_parquet
 from pgrpo.errors import DataError
 from pgrpo.types import Dataset, Example, FloatArray, Json
 
 
 class TableConfig(Section):
-    """A data set of one's own, one example a row: JSON lines, CSV or Parquet."""
+    """A data set of one's own, one example a row: JSON lines, CSV, Parquet, or a Hugging Face data
+    set."""
 
-    name: Literal["jsonl", "csv", "parquet"]
+    name: Literal["jsonl", "csv", "parquet", "datasets"]
     path: str | list[str]
     """The file to train on, or several; `*` stands for any part of a name. JSON lines and CSV may be
-    compressed (`.gz`)."""
+    compressed (`.gz`). With `name = "datasets"` the name of one on the hub, or a folder that
+    `save_to_disk` wrote or that holds data files."""
+    subset: str | None = None
+    """Which configuration of a hub's data set."""
+    split: str = "train"
+    """Which split of a hub's data set is trained on."""
+    evaluation_split: str | None = None
+    """Which split of a hub's data set is held out."""
     evaluation_path: str | list[str] | None = None
     """Held-out examples, as for `path`."""
+    evaluation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of every user's rows, the latest ones, that is held out; users keep at least one."""
+    time_column: str | None = None
+    """Column with a row's time, a number or an ISO date or time, by which rows are the latest ones;
+    without it the rows that stand further down."""
     prompt_column: str = "prompt"
     """Column with the prompt: a text, or the turns of a chat, each a `role` and its `content`."""
     user_column: str = "user"
@@ -36,6 +55,36 @@ class TableConfig(Section):
     """Numeric columns, averaged per user, for clusterers to read."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Whether a row that cannot be used stops the run, or is left out and counted."""
+
+    def inactive(self) -> set[str]:
+        files = (
+            {"evaluation_path"}
+            if self.name == "datasets"
+            else {"subset", "split", "evaluation_split"}
+        )
+        return files | (set() if self.evaluation_share else {"time_column"})
+
+    @model_validator(mode="after")
+    def _check_held_out(self) -> TableConfig:
+        if self.name == "datasets" and not isinstance(self.path, str):
+            raise ValueError(f"data.path is {self.path!r}; expected one data set")
+        given = self.evaluation_path or self.evaluation_split
+        if given and self.evaluation_share:
+            raise ValueError(
+                f"data.evaluation_share is {self.evaluation_share:g}, and {given!r} is held out; "
+                "expected one of them"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a row says."""
+
+    example: Example
+    features: list[float]
+    time: float
+    """0 where no column tells."""
 
 
 def load_table(config: TableConfig) -> Dataset:
@@ -50,104 +99,99 @@ def load_table(config: TableConfig) -> Dataset:
         DataError: a file is missing, unreadable or empty, or names the row and column at fault.
     """
     notes: list[str] = []
-    train, features = _load(config, config.path, notes)
-    evaluation: list[Example] = []
+    train, later = _read(config, config.path, config.split, notes), list[_Entry]()
     if config.evaluation_path is not None:
-        evaluation, later = _load(config, config.evaluation_path, notes)
-        features = later | features
-    names = tuple(config.feature_columns)
-    return Dataset(train, evaluation, features, names, notes=tuple(notes))
+        later = _read(config, config.evaluation_path, "", notes)
+    elif config.evaluation_split is not None:
+        later = _read(config, config.path, config.evaluation_split, notes)
+    elif config.evaluation_share:
+        train, later = split_by_time(
+            train,
+            config.evaluation_share,
+            lambda entry: entry.example.user,
+            lambda entry: entry.time,
+        )
+    return Dataset(
+        [entry.example for entry in train],
+        [entry.example for entry in later],
+        _features(later) | _features(train),
+        tuple(config.feature_columns),
+        notes=tuple(notes),
+    )
 
 
-def _load(
-    config: TableConfig, paths: str | list[str], notes: list[str]
-) -> tuple[list[Example], dict[str, FloatArray]]:
-    """The examples of some files, and each user's features [F]."""
-    examples: list[Example] = []
-    values: dict[str, list[list[float]]] = {}
+def _read(
+    config: TableConfig, paths: str | list[str], split: str, notes: list[str]
+) -> list[_Entry]:
+    """What the rows say that can be used; a note tells how many cannot."""
+    found: list[_Entry] = []
     left_out: list[DataError] = []
-    for file in files(config.name, paths):
-        for place, row in _rows(config, file, left_out.append):
-            try:
-                example = _example(config, place, row)
-                numbers = [_number(place, column, row) for column in config.feature_columns]
-            except DataError as complaint:
-                left_out.append(complaint)
-                if config.on_bad_row == "fail":
-                    raise
-                continue
-            values.setdefault(example.user, []).append(numbers)
-            examples.append(example)
+    for place, row in _rows(config, paths, split, left_out.append):
+        try:
+            found.append(_entry(config, place, row))
+        except DataError as complaint:
+            left_out.append(complaint)
+            if config.on_bad_row == "fail":
+                raise
     said = paths if isinstance(paths, str) else ", ".join(paths)
-    if not examples:
-        rest = f" that can be used; the first: {left_out[0]}" if left_out else ""
-        raise DataError(f"{said} holds no rows{rest}")
-    if left_out:
-        number = f"{len(left_out):,} of {len(left_out) + len(examples):,} rows"
-        notes.append(f"{number} of {said} were left out; the first: {left_out[0]}")
-    return examples, {user: np.mean(rows, axis=0) for user, rows in values.items()}
-
-
-def files(kind: str, paths: str | list[str]) -> list[Path]:
-    """The files that are named, in the order of their names where a pattern stands for several.
-
-    Raises:
-        DataError: one does not exist, or a pattern fits none.
-    """
-    found: list[Path] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        fitting = matching(path)
-        if not fitting:
-            state = "is a folder" if Path(path).expanduser().is_dir() else "does not exist"
-            raise DataError(f"{path} {state}; expected a {kind} file")
-        found += fitting
+    check_rows(said, len(found), left_out, notes)
     return found
 
 
-def _rows(config: TableConfig, file: Path, leave_out: Callable[[DataError], None]) -> Iterator[Row]:
-    if config.name == "jsonl":
-        return read_jsonl(file, fail if config.on_bad_row == "fail" else leave_out)
-    return read_csv(file) if config.name == "csv" else read_parquet(file)
+def check_rows(path: str, num_used: int, left_out: Sequence[DataError], notes: list[str]) -> None:
+    """Note how many rows were left out.
+
+    Raises:
+        DataError: none is left.
+    """
+    if not num_used:
+        rest = f" that can be used; the first: {left_out[0]}" if left_out else ""
+        raise DataError(f"{path} holds no rows{rest}")
+    if left_out:
+        number = f"{len(left_out):,} of {len(left_out) + num_used:,} rows"
+        notes.append(f"{number} of {path} were left out; the first: {left_out[0]}")
 
 
-def _example(config: TableConfig, place: str, row: Mapping[str, Any]) -> Example:
-    prompt = value_in(place, config.prompt_column, row)
-    turns = _turns(prompt)
-    text = "\n".join(f"{role}: {content}" for role, content in turns) if turns else prompt
-    if not isinstance(text, str) or not text:
-        raise DataError(
-            f"{place}: column {config.prompt_column} is {text!r:.100}; expected a text, or turns of a "
-            "chat with role and content, of which the last is not the assistant's"
-        )
-    user = value_in(place, config.user_column, row)
-    if isinstance(user, float) and user.is_integer():
-        # Whole numbers beside gaps become such in pandas.
-        user = int(user)
-    if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
-        raise DataError(
-            f"{place}: column {config.user_column} is {user!r}; expected a text or whole number"
-        )
+def _rows(
+    config: TableConfig, paths: str | list[str], split: str, leave_out: Callable[[DataError], None]
+) -> Iterator[Row]:
+    if config.name == "datasets":
+        yield from read_hub(cast(str, paths), config.subset, split)
+        return
+    refuse = fail if config.on_bad_row == "fail" else leave_out
+    for file in files(config.name, paths):
+        match config.name:
+            case "jsonl":
+                yield from read_jsonl(file, refuse)
+            case "csv":
+                yield from read_csv(file)
+            case "parquet":
+                yield from read_parquet(file)
+
+
+def _features(entries: Sequence[_Entry]) -> dict[str, FloatArray]:
+    """Each user's features [F], the means over its rows."""
+    rows: dict[str, list[list[float]]] = {}
+    for entry in entries:
+        rows.setdefault(entry.example.user, []).append(entry.features)
+    return {user: np.mean(own, axis=0) for user, own in rows.items()}
+
+
+def _entry(config: TableConfig, place: str, row: Mapping[str, Any]) -> _Entry:
+    text, turns = prompt_in(place, config.prompt_column, row)
     used = {config.prompt_column, config.user_column, config.choices_column}
-    return Example(
+    example = Example(
         text=text,
-        user=str(user),
+        user=user_in(place, config.user_column, row),
         columns={column: cast(Json, value) for column, value in row.items() if column not in used},
         choices=_choices(config.choices_column, place, row),
         turns=turns,
     )
-
-
-def _turns(prompt: object) -> tuple[tuple[str, str], ...]:
-    """Role and content of each turn; empty where the prompt is no chat."""
-    turns: list[tuple[str, str]] = []
-    for turn in cast(list[object], prompt) if isinstance(prompt, list) else []:
-        if not isinstance(turn, Mapping):
-            return ()
-        role, content = (cast(Mapping[str, object], turn).get(key) for key in ("role", "content"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            return ()
-        turns.append((role, content))
-    return () if not turns or turns[-1][0] == "assistant" else tuple(turns)
+    return _Entry(
+        example,
+        [number_in(place, column, row) for column in config.feature_columns],
+        0.0 if config.time_column is None else time_in(place, config.time_column, row),
+    )
 
 
 def _choices(column: str | None, place: str, row: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -160,14 +204,3 @@ def _choices(column: str | None, place: str, row: Mapping[str, Any]) -> tuple[st
     if len(set(entries)) < len(entries):
         raise DataError(f"{place}: column {column} is {value!r}; the choices must differ")
     return tuple(entries)
-
-
-def _number(place: str, column: str, row: Mapping[str, Any]) -> float:
-    value = value_in(place, column, row)
-    if isinstance(value, str):
-        # All that CSV holds are texts.
-        with suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{place}: column {column} is {value!r}; expected a finite number")
-    return float(value)

@@ -235,7 +235,7 @@ def _pretrained(
 
 
 def _tiny(vocabulary: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """An untrained two-layer Llama over whole words."""
+    """An untrained two-layer Llama over whole words, or over bytes, of which a text has many more."""
     tokenizer = tiny_tokenizer(vocabulary)
     make: Any = LlamaForCausalLM._from_config  # pyright: ignore[reportPrivateUsage]  # the only
     # constructor that takes an attention implementation
@@ -247,7 +247,7 @@ def _tiny(vocabulary: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokeniz
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
+            max_position_embeddings=256 if vocabulary else 4096,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,

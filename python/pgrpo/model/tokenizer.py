@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from pgrpo.config.sections import ModelConfig
@@ -20,7 +20,7 @@ def load_tokenizer(config: ModelConfig, vocabulary: Sequence[str] = ()) -> PreTr
 
     Args:
         config: the `[model]` section.
-        vocabulary: words of the data set, for `name = "tiny"`.
+        vocabulary: words of the data set, for `name = "tiny"`; without them it reads bytes.
 
     Raises:
         ModelError: there is no such model, or it cannot be used here.
@@ -44,18 +44,17 @@ def pretrained_tokenizer(folder: str, revision: str | None) -> PreTrainedTokeniz
 
 
 def tiny_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Whole words, each a token, after `<pad>`, `<eos>` and `<unk>`.
-
-    Raises:
-        ModelError: there are no words.
-    """
-    if not vocabulary:
-        raise ModelError(
-            'model.name = "tiny" needs a data set with a vocabulary of its own (personas)'
-        )
-    words = ["<pad>", "<eos>", "<unk>", *vocabulary]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """Whole words, each a token, after `<pad>`, `<eos>` and `<unk>`; without words, bytes of UTF-8."""
+    specials = ["<pad>", "<eos>", "<unk>"]
+    words = vocabulary or sorted(pre_tokenizers.ByteLevel.alphabet())
+    places = {word: place for place, word in enumerate([*specials, *words])}
+    if vocabulary:
+        core = Tokenizer(models.WordLevel(places, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        core = Tokenizer(models.BPE(places, [], unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )

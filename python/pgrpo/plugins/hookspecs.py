@@ -1,13 +1,15 @@
 """What a plugin can add, and what it must look like: all that a plugin's author has to read.
 
-A plugin is a module that implements either hook, marked with `hookimpl`, and that its distribution
-names in the entry-point group `pgrpo`:
+A plugin is a module that implements one of the hooks or several, marked with `hookimpl`, and that its
+distribution names in the entry-point group `pgrpo`:
 
     from pgrpo.plugins import hookimpl
 
     @hookimpl
     def pgrpo_register_rewards(register):
         register("length", lambda rollouts: [float(len(r.completion)) for r in rollouts])
+
+A data set or clusterer is added likewise, by the hooks below.
 
 A plugin with settings is a class whose attribute `Config` is a subclass of `pgrpo.config.Section`.
 It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where the `Config` of
@@ -21,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 
 import pluggy
 
-from pgrpo.types import ClusterId, Example, FloatArray, Json, Rollout
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Json, Rollout
 
 hookspec = pluggy.HookspecMarker("pgrpo")
 hookimpl = pluggy.HookimplMarker("pgrpo")
@@ -60,6 +62,19 @@ class Clusterer(Protocol):
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Take over what `state_dict` returned, also after a trip through JSON."""
         ...
+
+
+class DatasetLoader(Protocol):
+    """A function, or an object whose `__call__` is one."""
+
+    def __call__(self) -> Dataset:
+        """Load the data set: equal examples each time, for a resumed run loads it again."""
+        ...
+
+
+@hookspec
+def pgrpo_register_datasets(register: Callable[[str, Any], None]) -> None:
+    """Call `register(name, loader)` with a function, or a class whose instances are loaders."""
 
 
 @hookspec

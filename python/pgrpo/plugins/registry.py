@@ -1,4 +1,4 @@
-"""Finds the installed rewards and clusterers, and builds the ones a config names.
+"""Finds the installed rewards, clusterers and data sets, and builds the ones a config names.
 
 Everything that can be wrong with a plugin before it is called is found here, at load. pluggy stays
 inside this module.
@@ -17,21 +17,27 @@ import pluggy
 from pgrpo.config import Section
 from pgrpo.config.checks import check, suggest
 from pgrpo.config.sections import ClusteringConfig, PluginSection, RewardConfig
+from pgrpo.data import BUILT_IN, DataPluginConfig
 from pgrpo.errors import ConfigError, PgrpoError, PluginError
 from pgrpo.plugins import hookspecs
-from pgrpo.plugins.hookspecs import Clusterer, Reward
+from pgrpo.plugins.hookspecs import Clusterer, DatasetLoader, Reward
+from pgrpo.types import Dataset
 
-Kind = Literal["reward", "clusterer"]
+Kind = Literal["reward", "clusterer", "data set"]
 
 _SECTIONS: dict[Kind, type[PluginSection]] = {
     "reward": RewardConfig,
     "clusterer": ClusteringConfig,
+    "data set": DataPluginConfig,
 }
+
+_TAKEN: dict[Kind, tuple[str, ...]] = {"data set": tuple(BUILT_IN)}
+"""Names that are no plugin's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """A reward or clusterer somebody registered, not yet built."""
+    """What somebody registered, not yet built."""
 
     name: str
     """What a config calls it."""
@@ -69,10 +75,12 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """The rewards and clusterers of this environment, by name."""
+    """The rewards, clusterers and data sets of this environment, by name; of data sets, those that
+    plugins bring."""
 
     rewards: Mapping[str, Plugin]
     clusterers: Mapping[str, Plugin]
+    datasets: Mapping[str, Plugin]
 
     def reward(self, section: RewardConfig, seed: int = 0) -> Reward:
         """Build the reward a config section names.
@@ -91,9 +99,35 @@ class Registry:
         """
         return cast(Clusterer, _build(self.clusterers, "clusterer", section, None))
 
+    def dataset_loader(self, section: DataPluginConfig) -> DatasetLoader:
+        """Build what loads the data set a config section names; raises as `reward` does."""
+        return cast(DatasetLoader, _build(self.datasets, "data set", section, None))
+
+    def dataset(self, section: DataPluginConfig) -> Dataset:
+        """Load the data set a config section names.
+
+        Raises:
+            PluginError: as `reward`; or it failed, gave something else, or nothing to train on.
+            ConfigError: the section's settings are not the plugin's.
+        """
+        load = self.dataset_loader(section)
+        owner = f"data set {section.name!r} of {self.datasets[section.name].distribution}"
+        try:
+            dataset = cast(object, load())
+        except PgrpoError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{owner} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(dataset, Dataset):
+            kind = type(dataset).__name__
+            raise PluginError(f"{owner} gave a {kind}; expected a pgrpo.types.Dataset")
+        if not len(dataset.train):
+            raise PluginError(f"{owner} gave no examples to train on")
+        return dataset
+
     def listing(self) -> list[Plugin]:
         """All plugins, rewards first, each kind by name."""
-        kinds = (self.rewards, self.clusterers)
+        kinds = (self.rewards, self.clusterers, self.datasets)
         return [plugins[name] for plugins in kinds for name in sorted(plugins)]
 
 
@@ -131,7 +165,8 @@ def load_registry() -> Registry:
 
     rewards = _collect("reward", manager.hook.pgrpo_register_rewards.get_hookimpls())
     clusterers = _collect("clusterer", manager.hook.pgrpo_register_clusterers.get_hookimpls())
-    return Registry(rewards, clusterers)
+    datasets = _collect("data set", manager.hook.pgrpo_register_datasets.get_hookimpls())
+    return Registry(rewards, clusterers, datasets)
 
 
 def _distribution(entry_point: metadata.EntryPoint) -> str:
@@ -150,6 +185,8 @@ def _collect(kind: Kind, hookimpls: Iterable[pluggy.HookImpl]) -> dict[str, Plug
             complaint = _complaint(plugin)
             if complaint:
                 raise PluginError(f"{kind} {name!r} of {owner} {complaint}")
+            if name in _TAKEN.get(kind, ()):
+                raise PluginError(f"{kind} {name!r} of {owner} has a name that pgrpo itself uses")
             if name in found:
                 raise PluginError(
                     f"{kind} {name!r} is registered by both {found[name].distribution} and {owner}"
@@ -162,7 +199,7 @@ def _collect(kind: Kind, hookimpls: Iterable[pluggy.HookImpl]) -> dict[str, Plug
             raise
         except Exception as error:
             raise PluginError(
-                f"{hookimpl.plugin_name}: its hook pgrpo_register_{kind}s raised "
+                f"{hookimpl.plugin_name}: its hook pgrpo_register_{kind.replace(' ', '')}s raised "
                 f"{type(error).__name__}: {error}"
             ) from error
     return found
@@ -178,7 +215,7 @@ def _complaint(plugin: Plugin) -> str | None:
         if not inspect.isclass(plugin.thing) or lacks:
             return f"must be a class with {', '.join(parts)}"
     elif not callable(plugin.thing):
-        return f"is a {type(plugin.thing).__name__}; a reward is a function or a class"
+        return f"is a {type(plugin.thing).__name__}; a {plugin.kind} is a function or a class"
     elif inspect.isclass(plugin.thing) and "__call__" not in dir(plugin.thing):
         return "is a class whose instances cannot be called"
     config_class = plugin.config_class
@@ -203,7 +240,8 @@ def _build(
     plugin = plugins.get(section.name)
     if plugin is None:
         raise PluginError(
-            f"there is no {kind} {section.name!r}{suggest(section.name, list(plugins))}"
+            f"there is no {kind} {section.name!r}"
+            f"{suggest(section.name, [*plugins, *_TAKEN.get(kind, ())])}"
         )
     options, config_class, arguments = section.options, plugin.config_class, list[Section]()
     if config_class is None and options:

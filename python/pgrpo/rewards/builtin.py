@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,12 +16,15 @@ from pgrpo.plugins.hookspecs import hookimpl
 from pgrpo.rewards.judge import Judge
 from pgrpo.types import Json, Rollout
 
+_WORD = re.compile(r"\w+")
+
 
 @hookimpl
 def pgrpo_register_rewards(register: Callable[[str, Any], None]) -> None:
     """Offer what is built in."""
     register("choice", choice)
     register("rated", rated)
+    register("likeness", likeness)
     register("exact_match", ExactMatch)
     register("regex", Regex)
     register("persona", persona)
@@ -113,6 +117,26 @@ def _mentions(text: str, label: str, labels: Sequence[str]) -> bool:
         verbs = "|".join(["is", "or", "and", *map(re.escape, labels)])
         pattern += rf"(?!\s+(?!(?:{verbs})\b)\w)"
     return re.search(pattern, text) is not None
+
+
+def likeness(rollouts: Sequence[Rollout]) -> list[float]:
+    """How much more the completion is like what the person liked here than like what it disliked.
+
+    The F1 of words with the nearest text of column `liked`, minus that with the nearest one of column
+    `disliked`; from -1 to 1. As for answers to questions (Rajpurkar et al. 2016, arXiv 1606.05250),
+    F1 = 2 s / (n + m) for texts of n and m words that share s, each as often as both have it.
+    """
+    return [_nearest(rollout, "liked") - _nearest(rollout, "disliked") for rollout in rollouts]
+
+
+def _nearest(rollout: Rollout, column: str) -> float:
+    said = Counter(_WORD.findall(rollout.completion.casefold()))
+    return max((_f1(said, str(text)) for text in _listed(_column(rollout, column))), default=0.0)
+
+
+def _f1(said: Counter[str], text: str) -> float:
+    words = Counter(_WORD.findall(text.casefold()))
+    return 2 * (said & words).total() / max(1, said.total() + words.total())
 
 
 class ExactMatch:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from pydantic import Field, model_validator
 
 from pgrpo.config import Section
-from pgrpo.config.checks import check
+from pgrpo.config.checks import check, suggest
 from pgrpo.config.sections import (
     ClusteringConfig,
     EstimatorConfig,
@@ -25,8 +25,9 @@ from pgrpo.config.sections import (
     RunConfig,
 )
 from pgrpo.config.toml import Tree, read_toml
-from pgrpo.data import DataConfig
+from pgrpo.data import BUILT_IN, DataConfig, DataPluginConfig
 from pgrpo.data.rows import matching
+from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
 from pgrpo.rollout.settings import GenerationConfig
 
@@ -121,6 +122,20 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
 
     Raises:
         ConfigError: names the key, the value and what was expected, with a suggestion for a
-            misspelt key.
+            misspelt key or name of a data set.
     """
-    return check(Config, tree, source)
+    config = check(Config, tree, source)
+    if isinstance(config.data, DataPluginConfig):
+        _check_data_plugin(config.data, source)
+    return config
+
+
+def _check_data_plugin(section: DataPluginConfig, source: str) -> None:
+    # Here, for it takes a second, which runs on data sets of our own save.
+    from pgrpo.plugins.registry import load_registry
+
+    registry = load_registry()
+    if section.name not in registry.datasets:
+        hint = suggest(section.name, [*BUILT_IN, *registry.datasets])
+        raise ConfigError(f"{source}: data.name is {section.name!r}{hint}")
+    registry.dataset_loader(section)

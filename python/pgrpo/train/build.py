@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
-from pgrpo.data import load_dataset
+from pgrpo.data import DataPluginConfig, load_dataset
 from pgrpo.errors import ConfigError
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.tokenizer import load_tokenizer
@@ -67,8 +67,10 @@ class Assembly:
     @cached_property
     def dataset(self) -> Dataset:
         """What prompts are made of."""
-        self._note(f"loading data set {self.config.data.name}")
-        dataset = load_dataset(self.config.data)
+        data = self.config.data
+        self._note(f"loading data set {data.name}")
+        of_plugin = isinstance(data, DataPluginConfig)
+        dataset = self.registry.dataset(data) if of_plugin else load_dataset(data)
         for note in dataset.notes:
             self._note(note)
         return dataset

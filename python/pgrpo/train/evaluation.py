@@ -133,7 +133,7 @@ def evaluate_run(
     return results
 
 
-def _with_candidates(data: DataConfig, count: int) -> DataConfig:
+def _with_candidates(data: DataConfig, count: int) -> MovieLensConfig:
     if not isinstance(data, MovieLensConfig):
         raise ConfigError(f"data set {data.name!r} has no candidates to vary")
     tree = {**data.model_dump(), "candidates": count}
