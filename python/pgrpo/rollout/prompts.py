@@ -51,33 +51,14 @@ class PromptBuilder:
             DataError: the prompt is empty or longer than max_prompt_tokens, its user has no
                 cluster, or its choices cannot be told apart as tokens.
         """
-        if example.turns and not self._model.chat:
-            raise DataError(
-                f"the prompt of user {example.user!r} is a chat, and model.chat is false; expected true"
-            )
-        if self._model.chat:
-            turns = list(example.turns) or [("user", example.text)]
-            if self._model.system_prompt is not None and turns[0][0] != "system":
-                turns.insert(0, ("system", self._model.system_prompt))
-            text = cast(
-                str,
-                self._tokenizer.apply_chat_template(
-                    [{"role": role, "content": content} for role, content in turns],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **self._model.chat_template_kwargs,
-                ),
-            )
-            # The template has put the special tokens in already.
-            ids = self._encode(text)
-        else:
-            ids = tuple(cast(Any, self._tokenizer)(example.text).input_ids)
+        ids = token_ids(example, self._tokenizer, self._model)
         if not ids:
             raise DataError(f"the prompt of user {example.user!r} has no tokens: {example.text!r}")
         if len(ids) > self._longest:
             raise DataError(
                 f"the prompt of user {example.user!r} has {len(ids)} tokens, more than "
-                f"generation.max_prompt_tokens = {self._longest}"
+                f"generation.max_prompt_tokens = {self._longest}; generation.long_prompts = 'drop' "
+                "leaves such prompts out"
             )
         choices = None if example.choices is None else self._choices(example.choices)
         return Prompt(example, self._members.cluster(example.user), ids, choices)
@@ -90,7 +71,7 @@ class PromptBuilder:
         return self._choice_ids[texts]
 
     def _encode_choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        ids = tuple(self._encode(text) for text in texts)
+        ids = tuple(_encode(self._tokenizer, text) for text in texts)
         if len(ids) < 2:
             raise DataError(f"the choices are {texts!r}; expected at least two")
         if len(set(ids)) < len(ids) or not all(ids):
@@ -108,5 +89,36 @@ class PromptBuilder:
             ids = tuple((*choice, cast(int, end)) for choice in ids)
         return ids
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(cast(Any, self._tokenizer)(text, add_special_tokens=False).input_ids)
+
+def token_ids(
+    example: Example, tokenizer: PreTrainedTokenizerFast, model: ModelConfig
+) -> tuple[int, ...]:
+    """The prompt of an example as the model reads it, by its chat template if it is wanted.
+
+    Raises:
+        DataError: the prompt is a chat, and `model.chat` is false.
+    """
+    if example.turns and not model.chat:
+        raise DataError(
+            f"the prompt of user {example.user!r} is a chat, and model.chat is false; expected true"
+        )
+    if not model.chat:
+        return tuple(cast(Any, tokenizer)(example.text).input_ids)
+    turns = list(example.turns) or [("user", example.text)]
+    if model.system_prompt is not None and turns[0][0] != "system":
+        turns.insert(0, ("system", model.system_prompt))
+    text = cast(
+        str,
+        tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            tokenize=False,
+            add_generation_prompt=True,
+            **model.chat_template_kwargs,
+        ),
+    )
+    # The template has put the special tokens in already.
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(cast(Any, tokenizer)(text, add_special_tokens=False).input_ids)

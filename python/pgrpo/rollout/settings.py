@@ -23,7 +23,10 @@ class GenerationConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the sampling distribution, which is also the one that is trained."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
-    """A longer prompt stops the run when its turn comes; it is never cut silently."""
+    """Longest prompt; none is ever cut."""
+    long_prompts: Literal["fail", "drop"] = "fail"
+    """Whether a longer prompt stops the run when its turn comes, or all of them are left out at the
+    start and counted, which takes the time to count the tokens of every prompt."""
 
     def inactive(self) -> set[str]:
         return set() if self.engine == "vllm" else {"vllm"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,19 +14,19 @@ from transformers import PreTrainedTokenizerFast
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import DataPluginConfig, load_dataset
-from pgrpo.errors import ConfigError
+from pgrpo.errors import ConfigError, DataError
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.tokenizer import load_tokenizer
 from pgrpo.plugins.registry import Registry, load_registry
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.rollout.engines import Engine, make_engine
-from pgrpo.rollout.prompts import PromptBuilder
+from pgrpo.rollout.prompts import PromptBuilder, token_ids
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
 from pgrpo.train.checkpoint import Checkpoint
 from pgrpo.train.policy import Policy
-from pgrpo.types import Dataset
+from pgrpo.types import Dataset, Example
 
 
 class Assembly:
@@ -66,14 +67,21 @@ class Assembly:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What prompts are made of."""
-        data = self.config.data
-        self._note(f"loading data set {data.name}")
-        of_plugin = isinstance(data, DataPluginConfig)
-        dataset = self.registry.dataset(data) if of_plugin else load_dataset(data)
+        """What prompts are made of; without those that are too long, where they are to be dropped."""
+        dataset = self._loaded
+        if self.config.generation.long_prompts == "drop":
+            self._note("counting the tokens of all prompts")
+            dataset = _without_long_prompts(dataset, self.tokenizer, self.config)
         for note in dataset.notes:
             self._note(note)
         return dataset
+
+    @cached_property
+    def _loaded(self) -> Dataset:
+        data = self.config.data
+        self._note(f"loading data set {data.name}")
+        of_plugin = isinstance(data, DataPluginConfig)
+        return self.registry.dataset(data) if of_plugin else load_dataset(data)
 
     @cached_property
     def members(self) -> Membership:
@@ -102,7 +110,7 @@ class Assembly:
         """The model's; without its weights, where they were not asked for yet."""
         if "model" in vars(self):
             return self.model.tokenizer
-        return load_tokenizer(self.config.model, self.dataset.vocabulary)
+        return load_tokenizer(self.config.model, self._loaded.vocabulary)
 
     @cached_property
     def builder(self) -> PromptBuilder:
@@ -163,7 +171,7 @@ class Assembly:
     def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
         return load_language_model(
             self.config.model,
-            vocabulary=self.dataset.vocabulary,
+            vocabulary=self._loaded.vocabulary,
             seed=derive_seed(self.config.run.seed, "weights"),
             weights=checkpoint.model if checkpoint else None,
         )
@@ -175,6 +183,31 @@ class Assembly:
         reference = self._load_model(None)
         reference.model.requires_grad_(False)
         return reference
+
+
+def _without_long_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config
+) -> Dataset:
+    limit = config.generation.max_prompt_tokens
+
+    def short(examples: Sequence[Example]) -> list[Example]:
+        return [e for e in examples if len(token_ids(e, tokenizer, config.model)) <= limit]
+
+    train, evaluation = short(dataset.train), short(dataset.evaluation)
+    if not train:
+        raise DataError(
+            f"all {len(dataset.train)} prompts to train on are longer than "
+            f"generation.max_prompt_tokens = {limit}"
+        )
+    dropped = len(dataset.train) - len(train), len(dataset.evaluation) - len(evaluation)
+    note = (
+        f"prompts of more than {limit:,} tokens were left out: {dropped[0]:,} of "
+        f"{len(dataset.train):,} to train on, {dropped[1]:,} of {len(dataset.evaluation):,} held out"
+    )
+    notes = (*dataset.notes, note) if any(dropped) else dataset.notes
+    met = {example.user for example in (*train, *evaluation)}
+    users = {user: features for user, features in dataset.users.items() if user in met}
+    return replace(dataset, train=train, evaluation=evaluation, users=users, notes=notes)
 
 
 def _check_clusters(sections: Sequence[RewardConfig], clusters: Collection[str]) -> None:

@@ -89,7 +89,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             suspicious.append(
                 f"{sum(n > limit for n in lengths)} of {len(lengths)} prompts are longer than "
                 f"generation.max_prompt_tokens = {limit}, up to {max(lengths)} tokens: the first of "
-                "them stops the run"
+                "them stops the run, unless generation.long_prompts is 'drop'"
             )
         shown = _of_different_clusters(prompts)
         rewards, said = _scored(shown, parts.scorer)
