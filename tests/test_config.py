@@ -140,7 +140,11 @@ GENERATION = st.one_of(
 )
 LOSS = st.one_of(
     some(
-        clip_low=number(0, 1),
+        ratio=st.sampled_from(["token", "sequence"]),
+        clipping=st.sampled_from(["ppo", "cispo"]),
+        clip_low=st.floats(0, 1, exclude_min=True),
+        mask_truncated=st.booleans(),
+        entropy_coef=st.floats(0, 1),
         kl_coef=st.floats(0, 1),
         importance=st.sampled_from(["auto", "token", "sequence"]),
         importance_cap=number(1, 9),

@@ -98,6 +98,16 @@ VARIANTS = {
         {"estimator": {"name": "shrinkage", "order": "normalize_then_update", "prior_count": 4}},
         61,
     ),
+    "losses beside the usual one": (
+        {
+            "loss.ratio": "sequence",
+            "loss.clipping": "cispo",
+            "loss.mask_truncated": True,
+            "loss.entropy_coef": 0.01,
+            "optimizer.epochs": 2,
+        },
+        61,
+    ),
     "minibatches, epochs, a schedule": (
         {
             "optimizer.minibatches": 2,
