@@ -22,6 +22,7 @@ from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.engines.vllm import receiver
 from pgrpo.rollout.engines.vllm.backend import Request
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
+from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Group, Prompt, Rollout
 
@@ -172,7 +173,7 @@ def test_weights_of_another_version_are_refused(
 
 def test_choices_are_those_of_the_transformers_engine(pair: Pair) -> None:
     model, engine = pair
-    ours = TransformersEngine(model, max_new_tokens=8, temperature=1.0)
+    ours = TransformersEngine(GenerationConfig(max_new_tokens=8), model)
     for choices in (LABELS, PHRASES):
         prompts = prompts_of(model, choices, choices, choices)
         found = sample(engine, prompts, 16, seed=3)
@@ -206,7 +207,7 @@ def test_phrases_follow_their_distribution(pair: Pair) -> None:
 def test_free_completions_are_greedy_as_the_transformers_engines(pair: Pair) -> None:
     model, engine = pair
     prompts = prompts_of(model, None, None, None)
-    ours = TransformersEngine(model, max_new_tokens=8, temperature=1.0)
+    ours = TransformersEngine(GenerationConfig(max_new_tokens=8), model)
     found, expected = (sample(e, prompts, 1, seed=0, greedy=True) for e in (engine, ours))
     assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
     assert [r.truncated for r in found] == [r.truncated for r in expected]

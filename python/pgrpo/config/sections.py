@@ -233,7 +233,7 @@ class LossConfig(Section):
     importance: Literal["auto", "off", "token", "sequence"] = "auto"
     """Correct for rollouts that come from other probabilities than the trainer's, by the ratio
     p_old / p_rollout of each token or of the whole completion; `auto` is token with the vLLM engine
-    and off without."""
+    and with `top_k`, `top_p` or `min_p`, and else off."""
     importance_cap: float = Field(default=2.0, gt=0)
     """A larger ratio counts as this (truncated importance sampling)."""
     mask_below: float = Field(default=0.0, ge=0)
