@@ -108,6 +108,17 @@ VARIANTS = {
         },
         61,
     ),
+    "samples that are cut and stopped": (
+        {
+            "generation.top_k": 90,
+            "generation.top_p": 0.9,
+            "generation.min_p": 0.01,
+            "generation.stop": ["ea", "s t"],
+            "generation.max_new_tokens": 8,
+            "loss.mask_truncated": True,
+        },
+        61,
+    ),
     "minibatches, epochs, a schedule": (
         {
             "optimizer.minibatches": 2,
