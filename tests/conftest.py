@@ -95,6 +95,26 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param)
 
 
+def naive_truncated(
+    logs: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
+    """Log-probabilities [V] after vLLM's steps, one token at a time in float64; -inf of what is cut."""
+    p = np.exp(np.asarray(logs, np.float64))
+    kept = {i: float(p[i]) for i in range(len(p)) if p[i] >= min_p * p.max()}
+    if top_k:
+        least = sorted(kept.values(), reverse=True)[:top_k][-1]
+        kept = {i: value for i, value in kept.items() if value >= least}
+    total, reached, least = sum(kept.values()), 0.0, 0.0
+    for value in sorted(kept.values(), reverse=True):
+        if reached < top_p * total:
+            reached, least = reached + value, value
+    kept = {i: value for i, value in kept.items() if value >= least}
+    result = np.full(len(p), -np.inf)
+    for i, value in kept.items():
+        result[i] = np.log(value / sum(kept.values()))
+    return result
+
+
 def grouped(
     rollouts: Sequence[Rollout],
     advantages: Sequence[float] | np.ndarray | None = None,

@@ -24,6 +24,7 @@ from pgrpo.errors import CheckpointError, RunFolderError
 from pgrpo.model.language_model import load_language_model
 from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.seeds import derive_seed
+from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.train.checkpoint import (
     discard_partial,
     latest_checkpoint,
@@ -46,7 +47,7 @@ def make_policy(family: str = "smollm2", steps: int = 1) -> tuple[Policy, list[R
         temperature=1.0,
         max_new_tokens=4,
     )
-    engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
+    engine = TransformersEngine(GenerationConfig(max_new_tokens=4), model)
     rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group.rollouts]
     for _ in range(steps):
         update(policy, rollouts)
@@ -208,7 +209,7 @@ def test_transformers_loads_the_model_and_computes_the_same(model, tmp_path: Pat
         temperature=1.0,
         max_new_tokens=4,
     )
-    engine = TransformersEngine(model, max_new_tokens=4, temperature=1.0)
+    engine = TransformersEngine(GenerationConfig(max_new_tokens=4), model)
     rollouts = [r for group in engine.generate(PROMPTS, 3, seed=0) for r in group.rollouts]
     update(policy, rollouts)
     folder = save_checkpoint(tmp_path, 1, policy, {"x": 1}, keep=1).model

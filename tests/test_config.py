@@ -135,12 +135,23 @@ VLLM = st.one_of(
     ),
 )
 GENERATION = st.one_of(
-    some(engine=st.just("transformers"), group_size=st.integers(2, 9)),
+    some(
+        engine=st.just("transformers"),
+        group_size=st.integers(2, 9),
+        top_k=st.integers(0, 99),
+        top_p=st.floats(0, 1, exclude_min=True),
+        min_p=st.floats(0, 1, exclude_max=True),
+        stop=st.lists(TEXT.filter(bool), max_size=3),
+    ),
     st.fixed_dictionaries({"engine": st.just("vllm")}, optional={"vllm": VLLM}),
 )
 LOSS = st.one_of(
     some(
-        clip_low=number(0, 1),
+        ratio=st.sampled_from(["token", "sequence"]),
+        clipping=st.sampled_from(["ppo", "cispo"]),
+        clip_low=st.floats(0, 1, exclude_min=True),
+        mask_truncated=st.booleans(),
+        entropy_coef=st.floats(0, 1),
         kl_coef=st.floats(0, 1),
         importance=st.sampled_from(["auto", "token", "sequence"]),
         importance_cap=number(1, 9),
@@ -326,6 +337,22 @@ def test_settings_of_vllm_are_checked(setting: Tree, complaint: str) -> None:
         parse_config(tiny_run(vllm(**setting)))
 
 
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ({"top_k": -1}, "generation.top_k is -1: .* greater than or equal to 0"),
+        ({"top_p": 0.0}, "generation.top_p is 0.0: .* greater than 0"),
+        ({"top_p": 1.1}, "generation.top_p is 1.1: .* less than or equal to 1"),
+        ({"min_p": 1.0}, "generation.min_p is 1.0: .* less than 1"),
+        ({"stop": "x"}, "generation.stop is 'x': .* list"),
+        ({"stop": ["x", ""]}, r"generation.stop: stop is \['x', ''\]; expected texts .* not empty"),
+    ],
+)
+def test_settings_of_sampling_are_checked(setting: Tree, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(tiny_run({"generation": setting}))
+
+
 def test_further_options_of_vllm_are_passed_on(tmp_path: Path) -> None:
     options = {"enforce_eager": False, "max_num_seqs": 64, "hf_overrides": {"rope_theta": 1e4}}
     config = parse_config(tiny_run(vllm(options=options)))
@@ -355,17 +382,25 @@ def test_one_step_off_needs_weights_of_the_engine_s_own_and_a_correction() -> No
 
 
 @pytest.mark.parametrize(
-    ("engine", "loss", "importance"),
+    ("generation", "loss", "importance"),
     [
-        ("transformers", {}, "off"),
-        ("vllm", {}, "token"),
-        ("vllm", {"old_logprobs": "rollout"}, "off"),
-        ("vllm", {"importance": "off"}, "off"),
-        ("transformers", {"importance": "sequence"}, "sequence"),
+        ({"engine": "transformers"}, {}, "off"),
+        ({"engine": "vllm"}, {}, "token"),
+        ({"engine": "vllm"}, {"old_logprobs": "rollout"}, "off"),
+        ({"engine": "vllm"}, {"importance": "off"}, "off"),
+        ({"engine": "transformers"}, {"importance": "sequence"}, "sequence"),
+        ({"top_k": 5}, {}, "token"),
+        ({"top_p": 0.9}, {}, "token"),
+        ({"min_p": 0.1}, {}, "token"),
+        ({"min_p": 0.1}, {"importance": "off"}, "off"),
+        ({"top_p": 0.9}, {"old_logprobs": "rollout"}, "off"),
+        ({"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ["x"]}, {}, "off"),
     ],
 )
-def test_the_correction_depends_on_the_engine(engine: str, loss: Tree, importance: str) -> None:
-    config = parse_config(tiny_run({"generation.engine": engine, "loss": loss}))
+def test_the_correction_depends_on_the_sampling(
+    generation: Tree, loss: Tree, importance: str
+) -> None:
+    config = parse_config(tiny_run({"generation": generation, "loss": loss}))
     resolved = config.resolved_loss()
     assert resolved.importance == importance
     assert resolved.model_copy(update={"importance": config.loss.importance}) == config.loss

@@ -19,6 +19,7 @@ from pgrpo.model import attention
 from pgrpo.model.choices import branches
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.train import packing
+from pgrpo.train.loss import entropies, token_loss
 from pgrpo.train.packing import num_trained_tokens
 from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Prompt, Rollout
@@ -89,6 +90,13 @@ def make_policy(model: LanguageModel, **settings: object) -> Policy:
 
 def naive_logprobs(model: LanguageModel, rollout: Rollout) -> torch.Tensor:
     """One sequence at a time through transformers' own eager attention and head."""
+    rows = naive_rows(model, rollout)
+    chosen = [row[token] for row, token in zip(rows, rollout.completion_ids, strict=False)]
+    return torch.stack(chosen) if chosen else torch.zeros(0)
+
+
+def naive_rows(model: LanguageModel, rollout: Rollout) -> list[torch.Tensor]:
+    """Log-probabilities of all tokens at each position with a choice, -inf of those not permitted."""
     tokens = [*rollout.prompt.token_ids, *rollout.completion_ids]
     model.model.set_attn_implementation("eager")
     logits = model.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] / TEMPERATURE
@@ -107,8 +115,8 @@ def naive_logprobs(model: LanguageModel, rollout: Rollout) -> torch.Tensor:
             mask = torch.full_like(row, -torch.inf)
             mask[list(allowed)] = 0
             row = row + mask
-        values.append(row.log_softmax(-1)[rollout.completion_ids[t]])
-    return torch.stack(values) if values else torch.zeros(0)
+        values.append(row.log_softmax(-1))
+    return values
 
 
 def naive_loss(
@@ -125,14 +133,26 @@ def naive_loss(
         logprobs = naive_logprobs(model, rollout).double()
         old = logprobs.detach().numpy() if old_logprobs is None else old_logprobs[i]
         ratio = torch.exp(logprobs - torch.from_numpy(old))
+        if config.ratio == "sequence":
+            ratio = torch.exp((logprobs - torch.from_numpy(old)).mean()).expand(len(logprobs))
+            if config.old_logprobs == "recomputed" and config.importance == "token":
+                # Tokens weigh differently, so each has its own gradient: GSPO-token.
+                ratio = ratio.detach() * torch.exp(logprobs - logprobs.detach())
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        loss = -torch.minimum(ratio * advantage, clipped * advantage)
+        if config.clipping == "cispo":
+            loss = -clipped.detach() * advantage * logprobs
+        else:
+            loss = -torch.minimum(ratio * advantage, clipped * advantage)
         if config.old_logprobs == "recomputed" and config.importance != "off":
             loss = loss * torch.tensor(naive_weights(old, rollout, config)[0])
         if reference is not None:
             with torch.no_grad():
                 ref = naive_logprobs(reference, rollout).double()
             loss = loss + config.kl_coef * (torch.exp(ref - logprobs) - (ref - logprobs) - 1)
+        if config.entropy_coef and len(loss):
+            rows = [row.double()[torch.isfinite(row)] for row in naive_rows(model, rollout)]
+            entropy = torch.stack([-(row.exp() * row).sum() for row in rows])
+            loss = loss - config.entropy_coef * entropy
         losses.append(loss)
     if config.aggregation == "dapo":
         return torch.cat(losses).mean()
@@ -243,6 +263,7 @@ def test_kl_penalty_equals_the_naive_one() -> None:
 
 TRUNCATE = {"importance_cap": 1.2}
 MASK = {"importance_cap": 1.3, "mask_below": 0.7, "mask_above": 1.6}
+NARROW = {"clip_low": 0.01, "clip_high": 0.01}
 
 
 @pytest.mark.parametrize("updates", [(1, 1), (2, 2)], ids=["one update", "four updates"])
@@ -256,8 +277,16 @@ MASK = {"importance_cap": 1.3, "mask_below": 0.7, "mask_above": 1.6}
         {"importance": "sequence", **TRUNCATE},
         {"importance": "sequence", **MASK, "kl_coef": 0.3},
         {"old_logprobs": "rollout"},
+        {"importance": "sequence", **TRUNCATE, "ratio": "sequence", **NARROW},
+        {"importance": "token", **TRUNCATE, "ratio": "sequence", **NARROW},
+        {"importance": "token", **TRUNCATE, "clipping": "cispo", **NARROW},
+        {"old_logprobs": "rollout", "ratio": "sequence", "clipping": "cispo", "clip_low": 1.0},
+        {"importance": "off", "entropy_coef": 0.3, "kl_coef": 0.3},
     ],
-    ids=["off", "token", "token mask", "sequence", "sequence mask", "rollout"],
+    ids=[
+        *("off", "token", "token mask", "sequence", "sequence mask", "rollout"),
+        *("gspo", "gspo token", "cispo", "sequence cispo", "entropy"),
+    ],
 )
 @pytest.mark.parametrize("choices", [False, True])
 def test_the_correction_equals_the_naive_one(
@@ -329,16 +358,28 @@ def test_the_correction_equals_the_naive_one(
     assert asdict(stats.mismatch) == pytest.approx(
         naive_mismatch(trainers, rollouts, config), rel=1e-4
     )
+    if NARROW.items() <= correction.items() and epochs > 1:
+        assert 0 < stats.clipped < 1
     if correction.get("importance") in ("token", "sequence"):
         assert stats.mismatch.truncated > 0
         assert (stats.mismatch.masked > 0) == ("mask_below" in correction)
         assert stats.mismatch.masked < 1
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance": "token", **MASK},
+        {"importance": "sequence", **MASK},
+        {"old_logprobs": "rollout", "ratio": "sequence"},
+        {"old_logprobs": "rollout", "ratio": "sequence", "clipping": "cispo"},
+        {"old_logprobs": "rollout", "clipping": "cispo", "entropy_coef": 0.1},
+    ],
+    ids=["token", "sequence", "gspo", "sequence cispo", "cispo entropy"],
+)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_parts_of_a_step_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, level: str, updates: int
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], updates: int
 ) -> None:
     rollouts = perturbed(tiny_model("qwen3"), make_rollouts(), 0.4)
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
@@ -347,15 +388,14 @@ def test_parts_of_a_step_change_nothing(
     for budget, limit in ((10**6, 2**24), (1, 2**24), (10**6, VOCAB)):
         monkeypatch.setattr(packing, "_CHUNK_LOGITS", limit)
         model = tiny_model("qwen3")
-        policy = make_policy(
-            model, importance=level, token_budget=budget, minibatches=updates, **MASK
-        )
+        policy = make_policy(model, token_budget=budget, minibatches=updates, **settings)
         stats = policy.update(grouped(rollouts, advantages), 0.0)
         results.append((stats, gradients(model)))
     first, grads = results[0]
     for stats, others in results[1:]:
         assert stats.loss == pytest.approx(first.loss, rel=1e-5)
         assert asdict(stats.mismatch) == pytest.approx(asdict(first.mismatch), rel=1e-5)
+        assert (stats.clipped, stats.entropy) == pytest.approx((first.clipped, first.entropy))
         for name, gradient in grads.items():
             assert (gradient - others[name]).norm() < 1e-5 * gradient.norm()
 
@@ -367,6 +407,7 @@ def test_parts_of_a_step_change_nothing(
         ({"importance": "sequence"}, 1),
         ({"importance": "sequence", "minibatches": 2}, 3),
         ({"old_logprobs": "rollout", "minibatches": 2}, 2),
+        ({"ratio": "sequence", "minibatches": 2}, 3),
     ],
 )
 def test_passes_through_the_decoder(
@@ -442,6 +483,8 @@ def test_another_policys_samples_give_the_gradient_of_the_expected_reward(level:
         {"importance": "sequence"},
         {"old_logprobs": "rollout"},
         {"old_logprobs": "rollout", "kl_coef": 0.1},
+        {"old_logprobs": "rollout", "ratio": "sequence", "entropy_coef": 0.1},
+        {"old_logprobs": "rollout", "clipping": "cispo"},
     ],
 )
 @pytest.mark.parametrize("reported", [0.0, -1e4])
@@ -457,6 +500,127 @@ def test_nonsense_from_the_engine_leaves_everything_finite(
     stats = make_policy(model, epochs=2, **settings).update(grouped(rollouts, advantages), 1e-3)
     assert np.isfinite([stats.loss, stats.grad_norm, *asdict(stats.mismatch).values()]).all()
     assert stats.mismatch.max > 3
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, -0.02])
+@pytest.mark.parametrize("advantage", [1.7, -0.6])
+def test_gspo_s_gradient_is_that_of_its_paper(shift: float, advantage: float) -> None:
+    # Equation 10: s A / T times the sum of grad log pi, where grad log pi = onehot - p for logits;
+    # nothing where min takes the clipped term. Written out in NumPy.
+    random = np.random.default_rng(1)
+    values, tokens = random.normal(size=(3, 5)), [4, 0, 2]
+    chances = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
+    logs = np.log(chances[range(3), tokens])
+    old = logs - random.normal(size=3) * 0.1
+    old += (logs - old).mean() - shift
+    s = math.exp((logs - old).mean())
+    assert math.log(s) == pytest.approx(shift)
+    is_dropped = s > 1.01 if advantage > 0 else s < 0.99
+    expected = np.zeros((3, 5))
+    for t, token in enumerate(tokens):
+        expected[t] = -s * advantage / 3 * (np.eye(5)[token] - chances[t]) * (not is_dropped)
+
+    logits = torch.tensor(values, requires_grad=True)
+    logprobs = logits.log_softmax(-1)[range(3), tokens]
+    terms = token_loss(
+        logprobs,
+        torch.tensor(old),
+        torch.full((3,), advantage, dtype=torch.float64),
+        loss_config(ratio="sequence", **NARROW),
+        importance=torch.ones(3),
+        completion_log_ratios=(logprobs.detach() - torch.tensor(old)).mean().expand(3),
+    )
+    (terms.loss.sum() / 3).backward()
+    np.testing.assert_allclose(
+        terms.loss.detach(), -advantage * (np.clip(s, 0.99, 1.01) if is_dropped else s)
+    )
+    np.testing.assert_allclose(logits.grad, expected, rtol=1e-12, atol=1e-15)
+    assert terms.clipped.tolist() == [float(is_dropped)] * 3
+
+
+def test_cispo_drops_no_token() -> None:
+    # -clip(ratio) A (onehot - p) at every token, whatever the signs.
+    values = np.random.default_rng(2).normal(size=(4, 5))
+    tokens, advantages = [1, 1, 3, 0], np.array([2.0, -1.0, 0.5, -0.5])
+    ratios, weights = np.array([1.5, 0.4, 0.9, 2.0]), np.array([1.0, 0.5, 2.0, 1.0])
+    chances = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
+    logs = np.log(chances[range(4), tokens])
+    expected = -(np.array([1.2, 0.8, 0.9, 1.2]) * advantages * weights)[:, None] * (
+        np.eye(5)[tokens] - chances
+    )
+    logits = torch.tensor(values, requires_grad=True)
+    terms = token_loss(
+        logits.log_softmax(-1)[range(4), tokens],
+        torch.tensor(logs - np.log(ratios)),
+        torch.tensor(advantages),
+        loss_config(clipping="cispo"),
+        importance=torch.tensor(weights),
+    )
+    terms.loss.sum().backward()
+    np.testing.assert_allclose(logits.grad, expected, rtol=1e-12)
+    assert terms.clipped.tolist() == [1, 1, 0, 1]
+
+
+def test_entropies_and_their_gradient() -> None:
+    # H = -sum p log p and dH / dlogit = -p (log p + H), where 0 log 0 = 0.
+    values = np.random.default_rng(3).normal(size=(3, 6)) * 3
+    values[1, [0, 4]] = -np.inf
+    values[2] = [0.0, -2000.0, -1000.0, -np.inf, -100.0, -5000.0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = np.exp(values - values.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        logs = np.where(p > 0, np.log(p), 0.0)
+    expected = -(p * logs).sum(-1)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        logits = torch.tensor(values, dtype=dtype, requires_grad=True)
+        entropy = entropies(logits)
+        entropy.sum().backward()
+        np.testing.assert_allclose(entropy.detach(), expected, atol=tolerance)
+        np.testing.assert_allclose(logits.grad, -p * (logs + expected[:, None]), atol=tolerance)
+
+
+def test_the_entropy_of_a_step_is_that_of_its_tokens() -> None:
+    model, rollouts = tiny_model("smollm2"), make_rollouts(choices=True)
+    expected = [
+        float(-(row[row.isfinite()].exp() * row[row.isfinite()]).sum())
+        for rollout in rollouts
+        for row in map(torch.detach, naive_rows(model, rollout))
+    ]
+    policy = make_policy(model, entropy_coef=0.1, token_budget=20)
+    stats = policy.update(grouped(rollouts, np.zeros(len(rollouts))), 0.0)
+    assert stats.entropy == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo"])
+def test_truncated_completions_are_as_if_they_were_not_there(aggregation: str) -> None:
+    rollouts = make_rollouts()
+    advantages = np.random.default_rng(0).normal(size=len(rollouts))
+    # One of the first group, all of the second.
+    cut = {1, 3}
+    marked = [replace(r, truncated=i in cut) for i, r in enumerate(rollouts)]
+    kept = [i for i in range(len(rollouts)) if i not in cut]
+    settings = {"aggregation": aggregation, "kl_coef": 0.1, "entropy_coef": 0.1, "epochs": 2}
+    results = []
+    for mask, rows in ((True, range(len(rollouts))), (False, kept), (False, range(len(rollouts)))):
+        model = tiny_model("smollm2")
+        policy = make_policy(model, mask_truncated=mask, **settings)
+        groups = grouped([marked[i] for i in rows], advantages[list(rows)])
+        results.append((policy.update(groups, 1e-3), model.model.state_dict()))
+    (stats, weights), (others, without), (_, unmasked) = results
+    assert stats == others
+    assert all(torch.equal(weights[name], value) for name, value in without.items())
+    assert any(not torch.equal(weights[name], value) for name, value in unmasked.items())
+
+
+def test_a_step_whose_completions_are_all_truncated_moves_by_momentum() -> None:
+    model, rollouts = tiny_model("smollm2"), make_rollouts()
+    policy = make_policy(model, mask_truncated=True, minibatches=2, kl_coef=0.1)
+    policy.update(grouped(rollouts, np.ones(len(rollouts))), 1e-3)
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    cut = [replace(rollout, truncated=True) for rollout in rollouts]
+    stats = policy.update(grouped(cut, np.ones(len(cut))), 1e-3)
+    assert (stats.loss, stats.grad_norm, stats.kl, stats.num_updates) == (0, 0, 0, 1)
+    assert any((p != before[n]).any() for n, p in model.model.named_parameters())
 
 
 def test_importance_must_be_decided() -> None:

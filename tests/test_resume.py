@@ -98,6 +98,27 @@ VARIANTS = {
         {"estimator": {"name": "shrinkage", "order": "normalize_then_update", "prior_count": 4}},
         61,
     ),
+    "losses beside the usual one": (
+        {
+            "loss.ratio": "sequence",
+            "loss.clipping": "cispo",
+            "loss.mask_truncated": True,
+            "loss.entropy_coef": 0.01,
+            "optimizer.epochs": 2,
+        },
+        61,
+    ),
+    "samples that are cut and stopped": (
+        {
+            "generation.top_k": 90,
+            "generation.top_p": 0.9,
+            "generation.min_p": 0.01,
+            "generation.stop": ["ea", "s t"],
+            "generation.max_new_tokens": 8,
+            "loss.mask_truncated": True,
+        },
+        61,
+    ),
     "minibatches, epochs, a schedule": (
         {
             "optimizer.minibatches": 2,

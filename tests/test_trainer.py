@@ -383,6 +383,33 @@ def test_accumulation_changes_the_passes_and_not_the_gradient(run: Path, tmp_pat
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "grpo"},
+        {"clipping": "cispo", "clip_low": 1.0, "entropy_coef": 0.01},
+        {"mask_truncated": True, "kl_coef": 0.1},
+    ],
+    ids=["gspo", "cispo", "masked"],
+)
+def test_runs_with_other_losses(tmp_path: Path, loss: Tree) -> None:
+    changes = {**ALL, "loss": loss, "generation.max_new_tokens": 60, "optimizer.minibatches": 2}
+    runs = [
+        train(tmp_path / str(budget), {**changes, "optimizer.token_budget": budget})
+        for budget in (10**6, 12)
+    ]
+    for a, b in zip(*(lines(run, "metrics.jsonl") for run in runs), strict=True):
+        for name in ("loss", "grad_norm", "clipped"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
+        assert 0 < a["truncated"] < 1
+        if "entropy_coef" in loss:
+            assert a["exact_entropy"] == pytest.approx(b["exact_entropy"], rel=1e-4)
+            # Single tokens estimate the same.
+            assert a["exact_entropy"] == pytest.approx(a["entropy"], rel=0.3)
+        else:
+            assert a["exact_entropy"] is None
+
+
 def test_learning_happens(tmp_path: Path) -> None:
     """One persona's reward rises, well beyond noise, within a few seconds."""
     changes = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import grouped
+from conftest import grouped, naive_truncated
 from models import SMOLLM2, config_of, running, small_model
 
 from pgrpo.config.sections import LossConfig, OptimizerConfig, RewardConfig
@@ -18,10 +18,12 @@ from pgrpo.errors import EngineError
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.engines.sampling import StopSearch
 from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.engines.vllm import receiver
 from pgrpo.rollout.engines.vllm.backend import Request
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
+from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Group, Prompt, Rollout
 
@@ -172,7 +174,7 @@ def test_weights_of_another_version_are_refused(
 
 def test_choices_are_those_of_the_transformers_engine(pair: Pair) -> None:
     model, engine = pair
-    ours = TransformersEngine(model, max_new_tokens=8, temperature=1.0)
+    ours = TransformersEngine(GenerationConfig(max_new_tokens=8), model)
     for choices in (LABELS, PHRASES):
         prompts = prompts_of(model, choices, choices, choices)
         found = sample(engine, prompts, 16, seed=3)
@@ -206,7 +208,7 @@ def test_phrases_follow_their_distribution(pair: Pair) -> None:
 def test_free_completions_are_greedy_as_the_transformers_engines(pair: Pair) -> None:
     model, engine = pair
     prompts = prompts_of(model, None, None, None)
-    ours = TransformersEngine(model, max_new_tokens=8, temperature=1.0)
+    ours = TransformersEngine(GenerationConfig(max_new_tokens=8), model)
     found, expected = (sample(e, prompts, 1, seed=0, greedy=True) for e in (engine, ours))
     assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
     assert [r.truncated for r in found] == [r.truncated for r in expected]
@@ -240,6 +242,81 @@ def test_completions_end_where_the_policy_says(pair: Pair, monkeypatch: pytest.M
         assert not any(at_end[:-1])
         assert rollout.truncated == (not at_end[-1])
         assert rollout.truncated == (len(at_end) == 8 and not at_end[-1])
+
+
+def distributions(model: LanguageModel, rollout: Rollout, temperature: float) -> np.ndarray:
+    """Log-probabilities [T, V] of the whole vocabulary, by transformers' own attention."""
+    ids = [*rollout.prompt.token_ids, *rollout.completion_ids]
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    model.model.set_attn_implementation("pgrpo_shared_prefix")
+    rows = logits[len(rollout.prompt.token_ids) - 1 : -1] / temperature
+    return rows.double().log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 30, "top_p": 0.8, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_truncated_samples_are_those_of_the_written_rule(
+    pair: Pair, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = pair
+    changed = engine._config.model_copy(update={**settings, "temperature": 1.5})
+    monkeypatch.setattr(engine, "_config", changed)
+    engine.sync(0)  # the probe is of the whole distribution
+    # The rule goes through the vocabulary one by one, so they are few.
+    for rollout in sample(engine, prompts_of(model, None), 3, seed=0):
+        rows = distributions(model, rollout, 1.5)
+        for row, token, found in zip(
+            rows, rollout.completion_ids, rollout.rollout_logprobs, strict=True
+        ):
+            expected = naive_truncated(row, **settings)[token]
+            assert found == pytest.approx(expected, abs=1e-3)
+    ours = TransformersEngine(changed, model)
+    prompts = prompts_of(model, LABELS, LABELS)
+    found, expected = (sample(e, prompts, 16, seed=3) for e in (engine, ours))
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+    np.testing.assert_allclose(
+        [r.rollout_logprobs for r in found], [r.rollout_logprobs for r in expected], atol=1e-4
+    )
+    found, expected = (
+        sample(e, prompts_of(model, None), 1, seed=0, greedy=True) for e in (engine, ours)
+    )
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+
+
+def test_stop_texts_end_completions_as_in_the_transformers_engine() -> None:
+    stop = ["e ", " the", "\n\n", "ing,"]
+    config = config_of(SMOLLM2, {"generation.stop": stop, "generation.max_new_tokens": 12})
+    with running(config) as (model, engine):
+        engine.sync(0)
+        prompts, decode = prompts_of(model, None, None, None), model.tokenizer.decode
+        ends = {True: 0, False: 0}
+        for rollout in sample(engine, prompts, 16, seed=0):
+            ids = rollout.completion_ids
+            assert len(rollout.rollout_logprobs) == len(ids)
+            assert not any(text in decode(ids[:-1], skip_special_tokens=True) for text in stop)
+            is_stopped = any(text in rollout.completion for text in stop)
+            assert rollout.truncated == (not is_stopped and ids[-1] not in model.end_ids)
+            search = StopSearch(model.tokenizer, rollout.prompt.token_ids, stop)
+            assert [search.is_over(i) for i in ids] == [False] * (len(ids) - 1) + [is_stopped]
+            ends[is_stopped] += 1
+        assert min(ends.values()) > 5
+        ours = TransformersEngine(config.generation, model)
+        found, expected = (sample(e, prompts, 1, seed=0, greedy=True) for e in (engine, ours))
+        assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+        assert [r.truncated for r in found] == [r.truncated for r in expected]
+        choices = [r.completion for r in sample(engine, prompts_of(model, PHRASES), 16, seed=0)]
+        assert any(choice.startswith(" green") for choice in choices)
+        assert set(choices) <= {*PHRASES}
 
 
 def test_a_group_shares_its_prompts_blocks(pair: Pair) -> None:

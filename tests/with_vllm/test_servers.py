@@ -91,6 +91,23 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
     assert holds_key(tmp_path) == []
 
 
+def test_served_samples_are_cut_and_stopped_as_in_this_process(
+    tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    sampling = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "stop": ["7", "2 w"]}
+    changes: Tree = {**SMALL, **{f"generation.{name}": v for name, v in sampling.items()}}
+    server = serve(changes)
+    whole, run = tmp_path / "whole" / "run", tmp_path / "remote" / "run"
+    assert main(["train", str(write(tmp_path / "whole", changes)), "--out", str(whole)]) == 0
+    server.wait()
+    remote = {**changes, "generation.vllm": {"servers": [server.url]}}
+    assert main(["train", str(write(tmp_path / "remote", remote)), "--out", str(run)]) == 0
+    assert rewards_and_losses(run) == rewards_and_losses(whole)
+    for record in metrics(run):
+        assert record["mismatch"]["weight"] < 0.99, "what was cut is corrected for"
+        assert record["completion_tokens"] < 8, "some were stopped"
+
+
 def test_servers_that_stay_away_stop_the_run_and_it_can_go_on(
     tmp_path: Path,
     serve: Callable[..., Served],

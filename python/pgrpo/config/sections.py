@@ -208,10 +208,24 @@ class LossConfig(Section):
     aggregation: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
     """Mean over the step's tokens, sum over tokens divided by a constant length, or mean over
     rollouts of each one's token mean."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The probability ratio is clipped below at 1 - clip_low."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What the clipped ratio is taken over: each token, or the whole completion as in GSPO, with the
+    geometric mean of its tokens' ratios, which stays so near 1 that the clip range has to be about a
+    thousand times smaller (GSPO: `clip_low = 3e-4`, `clip_high = 4e-4`)."""
+    clipping: Literal["ppo", "cispo"] = "ppo"
+    """`ppo` drops the gradient where the ratio has left the clip range in the direction of the
+    advantage; `cispo` drops none, and weighs that of the log-probability by the clipped ratio."""
+    clip_low: float = Field(default=0.2, gt=0, le=1)
+    """The probability ratio is clipped below at 1 - clip_low; with 1 it is not."""
     clip_high: float = Field(default=0.2, gt=0)
     """The probability ratio is clipped above at 1 + clip_high."""
+    mask_truncated: bool = False
+    """Leave completions that `generation.max_new_tokens` cut off out of the update, as if they were not
+    there: no gradient, no count in the denominators. Their rewards are in the histories, and in the
+    advantages of the others."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of a bonus for the entropy, in nats, of the distribution each trained token was chosen
+    from, at the temperature and over permitted tokens; computed exactly, of all logits."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference); no reference is held when 0."""
     old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
@@ -220,7 +234,7 @@ class LossConfig(Section):
     importance: Literal["auto", "off", "token", "sequence"] = "auto"
     """Correct for rollouts that come from other probabilities than the trainer's, by the ratio
     p_old / p_rollout of each token or of the whole completion; `auto` is token with the vLLM engine
-    and off without."""
+    and with `top_k`, `top_p` or `min_p`, and else off."""
     importance_cap: float = Field(default=2.0, gt=0)
     """A larger ratio counts as this (truncated importance sampling)."""
     mask_below: float = Field(default=0.0, ge=0)

@@ -60,9 +60,11 @@ class LanguageModel:
                 )
         self.num_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        ends: Any = bare.generation_config.eos_token_id if bare.generation_config else None
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.end_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
+        # Each of them lacks, in some model, the token that another one ends its turns with.
+        told_by = (bare.generation_config, bare.config, config, tokenizer)
+        self.end_ids = frozenset(
+            end for each in told_by for end in _end_ids(each) if end < self.vocab_size
+        )
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +143,12 @@ class LanguageModel:
     def _decode(self, ids: Tensor, positions: Tensor, groups: SharedPrefix | PrefixCache) -> Tensor:
         out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, groups=groups)
         return out.last_hidden_state[0]
+
+
+def _end_ids(told_by: Any) -> set[int]:
+    """The end tokens that a config or a tokenizer names: none, one or several."""
+    ends = getattr(told_by, "eos_token_id", None)
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 def load_language_model(

@@ -48,11 +48,12 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def resolved_loss(self) -> LossConfig:
-        """`[loss]` with `importance = "auto"` as what it stands for with this engine."""
+        """`[loss]` with `importance = "auto"` as what it stands for with this sampling."""
         if self.loss.importance != "auto":
             return self.loss
-        own_weights = self.generation.engine == "vllm" and self.loss.old_logprobs == "recomputed"
-        return self.loss.model_copy(update={"importance": "token" if own_weights else "off"})
+        differs = self.generation.engine == "vllm" or self.generation.truncates
+        is_corrected = differs and self.loss.old_logprobs == "recomputed"
+        return self.loss.model_copy(update={"importance": "token" if is_corrected else "off"})
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:

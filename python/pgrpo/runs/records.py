@@ -154,12 +154,17 @@ class StepRecord(Record):
     entropy: float | None = None
     """estimate of the policy's entropy per token: minus the log-probability a token was sampled with,
     mean over a completion, then over completions. Forced tokens count with 0"""
+    exact_entropy: float | None = None
+    """mean entropy in nats of the distributions that trained tokens were chosen from, at the
+    temperature and over permitted tokens, computed from all logits; `null` without
+    `loss.entropy_coef`"""
     kl: float | None = None
     """mean k3 estimate of KL(policy || reference) per trained token; `null` without `loss.kl_coef`"""
     clipped: float | None = None
-    """share of the trained tokens at which the clipped term replaced the other; 0 with one update per
-    step and `loss.old_logprobs = "recomputed"`. Rollouts with an advantage of exactly 0 do not count,
-    unless there is a KL penalty"""
+    """share of the trained tokens at which the clipped term replaced the other (with `loss.clipping =
+    "cispo"`, whose ratio was out of range); 0 with one update per step and `loss.old_logprobs =
+    "recomputed"`. Rollouts with an advantage of exactly 0 do not count, unless there is a KL penalty or
+    an entropy bonus"""
     mismatch: MismatchRecord = MismatchRecord()
     """how far the engine's log-probabilities are from the trainer's: the names below"""
     policy_version: int | None = None

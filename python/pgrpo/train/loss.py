@@ -2,7 +2,9 @@
 
 Source: PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) as GRPO uses it (Shao et al.
 2024, arXiv 2402.03300); asymmetric clipping and token-level aggregation from DAPO (Yu et al. 2025,
-arXiv 2503.14476); constant-length aggregation from Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+arXiv 2503.14476); constant-length aggregation from Dr. GRPO (Liu et al. 2025, arXiv 2503.20783);
+ratios of whole completions from GSPO (Zheng et al. 2025, arXiv 2507.18071); clipped weights in place
+of a clipped surrogate from CISPO (MiniMax 2025, arXiv 2506.13585).
 
 Engine and trainer never agree exactly: precision and kernels differ, and weights may be older. The
 correction keeps the policy that sampled apart from the one that the ratio is clipped against, as in
@@ -36,6 +38,7 @@ class TokenLoss:
     loss: Tensor
     kl: Tensor
     clipped: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,13 @@ def importance_weights(log_ratios: Tensor, config: LossConfig) -> Tensor:
     return ratios.clamp(max=config.importance_cap) * kept
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy in nats of each row's softmax: [R, V] -> [R]; a logit of -inf is no part of it."""
+    logs = logits.log_softmax(-1)
+    # 0 log 0 counts as 0, in the gradient too: no float32 exp of less than -1000 is more than 0.
+    return -(logs.exp() * logs.clamp(min=-1e3)).sum(-1)
+
+
 def token_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -112,13 +122,24 @@ def token_loss(
     config: LossConfig,
     *,
     importance: Tensor,
+    completion_log_ratios: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> TokenLoss:
-    """Clipped surrogate, importance correction and KL penalty of each token.
+    """Clipped surrogate, importance correction, KL penalty and entropy bonus of each token.
 
-        ratio = exp(logprobs - old_logprobs)
-        loss  = -w min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef kl
+        ratio = exp(logprobs - old_logprobs)                                        ratio "token"
+              = exp(mean over the completion's trained tokens of the same)                "sequence"
+        range = [1 - clip_low, 1 + clip_high]
+        loss  = -w min(ratio A, clip(ratio, range) A)                               clipping "ppo"
+              = -w sg(clip(ratio, range)) A logprobs                                      "cispo"
+              + kl_coef kl - entropy_coef entropy
         kl    = exp(ref - logprobs) - (ref - logprobs) - 1      (k3: unbiased, never negative)
+
+    sg stops the gradient. The mean of a completion has, at each token, the gradient of that token's
+    log-probability alone (GSPO-token, equations 13 to 16 there): where all tokens of a completion have
+    one weight, their sum is the gradient of the completion's own ratio, for its mean over T tokens
+    stands there T times.
 
     `logprobs` are the current policy's, `old_logprobs` the trainer's before the update, and
     rollout_logprobs what the engine reported. The weight w, `importance`, carries no gradient and
@@ -133,18 +154,39 @@ def token_loss(
     old_logprobs "rollout" the old ones are what the engine reported: the clipped ratio then holds
     the mismatch, and w = 1. Ratios count as at most e^20 and have no gradient beyond.
 
+    Args:
+        logprobs: with gradients; of T tokens, as everything else.
+        old_logprobs: not read where `completion_log_ratios` stand in for their differences.
+        advantages: of each token's completion.
+        config: the section `[loss]`.
+        importance: w.
+        completion_log_ratios: at each token the mean over its completion, which these T tokens need not
+            hold the whole of; needed when the ratio is the sequence's.
+        ref_logprobs: the reference's; without them there is no penalty.
+        entropy: with gradients; without it there is no bonus.
+
     Shapes: everything [T] float32, log-probabilities in nats.
     """
-    ratio = _bounded_exp(logprobs - old_logprobs)
+    log_ratios = logprobs - old_logprobs
+    if completion_log_ratios is not None:
+        log_ratios = completion_log_ratios + (logprobs - logprobs.detach())
+    ratio = _bounded_exp(log_ratios)
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages) * importance
+    if config.clipping == "ppo":
+        loss = -torch.minimum(ratio * advantages, bounded * advantages) * importance
+        replaced = ratio * advantages > bounded * advantages
+    else:
+        loss = -bounded.detach() * advantages * logprobs * importance
+        replaced = ratio != bounded
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
         loss = loss + config.kl_coef * kl
-    with torch.no_grad():
-        clipped = (ratio * advantages > bounded * advantages).float()
-    return TokenLoss(loss, kl.detach(), clipped)
+    if entropy is None:
+        entropy = torch.zeros_like(logprobs)
+    else:
+        loss = loss - config.entropy_coef * entropy
+    return TokenLoss(loss, kl.detach(), replaced.float(), entropy.detach())
 
 
 def mismatch(differences: Sequence[FloatArray], config: LossConfig) -> Mismatch:

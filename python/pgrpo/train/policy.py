@@ -19,6 +19,7 @@ from pgrpo.errors import ModelError
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.train.loss import (
     Mismatch,
+    entropies,
     importance_level,
     importance_weights,
     mismatch,
@@ -38,6 +39,7 @@ class UpdateStats:
     grad_norm: float
     kl: float
     clipped: float
+    entropy: float
     mismatch: Mismatch
     """Of the tokens of the first epoch. Where old_logprobs are those of the rollout, it compares with
     the policy at that moment, which earlier minibatches may have moved."""
@@ -137,7 +139,8 @@ class Policy:
         One optimizer step for each of `minibatches` parts of the groups, `epochs` times over; each
         accumulates its gradient over passes of at most `token_budget` tokens, with weights of the
         whole minibatch, so the split changes nothing. A rollout whose advantage is exactly 0 has no
-        gradient without a KL penalty, and is left out of the passes (not of the averages).
+        gradient without a KL penalty or an entropy bonus, and is left out of the passes (not of the
+        averages).
 
         Args:
             groups: with finite advantages.
@@ -148,8 +151,11 @@ class Policy:
                 the optimizer step that would have followed.
         """
         c = self._config
-        # Groups without a reward may have left fewer than there are minibatches.
-        num_parts = min(c.minibatches, len(groups))
+        if self._loss.mask_truncated:
+            groups = _without_truncated(groups)
+        # Groups without a reward may have left fewer than there are minibatches; none at all leave the
+        # step to the momentum.
+        num_parts = max(min(c.minibatches, len(groups)), 1)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         moves = c.epochs * num_parts
@@ -163,7 +169,7 @@ class Policy:
             # own pass.
             old = [[None] * len(group.rollouts) for group in groups]
         ref = self._ref_logprobs(groups)
-        totals = np.zeros(4)
+        totals = np.zeros(5)
         norms: list[float] = []
         differences: list[FloatArray] = []
         for epoch in range(c.epochs):
@@ -187,12 +193,13 @@ class Policy:
                 norms.append(norm)
                 if epoch == 0:
                     differences += seen
-        tokens = max(totals[3], 1.0)
+        tokens = max(totals[4], 1.0)
         return UpdateStats(
             loss=float(totals[0]) / moves,
             grad_norm=float(np.mean(norms)),
             kl=float(totals[1] / tokens),
             clipped=float(totals[2] / tokens),
+            entropy=float(totals[3] / tokens),
             mismatch=mismatch(differences, self._loss),
             num_updates=moves,
         )
@@ -200,15 +207,15 @@ class Policy:
     def _optimizer_step(
         self, groups: Sequence[Sequence[TrainedRollout]]
     ) -> tuple[FloatArray, float, list[FloatArray]]:
-        """Accumulate the gradient of one minibatch and step: sums of (loss, kl, clipped, tokens),
-        gradient norm, and what `_backward` returns of each rollout."""
+        """Accumulate the gradient of one minibatch and step: sums of (loss, kl, clipped, entropy,
+        tokens), gradient norm, and what `_backward` returns of each rollout."""
         # Gradients stay allocated: momentum must also move weights that got no gradient this time.
         self.optimizer.zero_grad(set_to_none=False)
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        with_gradient = [[t for t in group if _has_gradient(t)] for group in groups]
-        sums = np.zeros(4)
+        with_gradient = [[t for t in group if self._has_gradient(t)] for group in groups]
+        sums = np.zeros(5)
         differences: list[FloatArray] = []
         for packed in passes(
             [group for group in with_gradient if group], self.model, self._config.token_budget
@@ -227,8 +234,8 @@ class Policy:
         return sums, norm, differences
 
     def _backward(self, packed: Pass) -> tuple[FloatArray, list[FloatArray]]:
-        """Add the gradient of a pass; return its sums of (loss, kl, clipped, tokens), and by how much
-        the trainer's log-probabilities exceed the engine's, [T] of each rollout."""
+        """Add the gradient of a pass; return its sums of (loss, kl, clipped, entropy, tokens), and by
+        how much the trainer's log-probabilities exceed the engine's, [T] of each rollout."""
         model, device = self.model, self.model.device
         trained, lengths = packed.rollouts, packed.lengths
 
@@ -244,13 +251,17 @@ class Policy:
         old = [t.old_logprobs for t in trained if t.old_logprobs is not None]
         ref = [t.ref_logprobs for t in trained if t.ref_logprobs is not None]
         old_flat, ref_flat = flat(old) if old else None, flat(ref) if ref else None
-        sums = torch.zeros(3)
+        sums = torch.zeros(4)
         differences = torch.zeros(packed.num_tokens, dtype=torch.float64)
         with model.autocast():
             hidden = model.hidden(packed.layout)
+        # What depends on all of a completion, which no chunk need hold, is read beforehand.
+        moved: Tensor | None = None
+        if self._loss.ratio == "sequence" and old_flat is not None:
+            now = flat(self._read(model, hidden, packed))
+            moved = sum_over_completions(now - old_flat, lengths) / spread(lengths)
         log_ratios: Tensor | None = None
         if self._importance == "sequence":
-            # The weight of a token depends on all of its completion, which no chunk need hold.
             if old_flat is None:
                 old_flat = flat(self._read(model, hidden, packed))
             log_ratios = sum_over_completions(old_flat - sampled, lengths)
@@ -259,7 +270,9 @@ class Policy:
             for chunk in packed.chunks:
                 leaf = hidden.detach()[chunk.rows].requires_grad_()
                 where = torch.tensor([i for _, _, i in chunk.targets], device=device)
-                logprobs = self._chunk_logprobs(model, leaf, chunk)
+                logprobs, entropy = self._chunk_logprobs(
+                    model, leaf, chunk, with_entropy=self._loss.entropy_coef > 0
+                )
                 current = logprobs.detach()
                 old_logprobs = current if old_flat is None else old_flat[where]
                 trainers = current if self._loss.old_logprobs == "rollout" else old_logprobs
@@ -273,13 +286,16 @@ class Policy:
                     importance=importance_weights(
                         difference if log_ratios is None else log_ratios[where], self._loss
                     ),
+                    completion_log_ratios=None if moved is None else moved[where],
                     ref_logprobs=None if ref_flat is None else ref_flat[where],
+                    entropy=entropy,
                 )
                 loss = (terms.loss * weights[where]).sum()
                 loss.backward()  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 gradient[chunk.rows] = leaf.grad
-                sums += torch.stack([loss.detach(), terms.kl.sum(), terms.clipped.sum()]).cpu()
+                counted = [terms.kl.sum(), terms.clipped.sum(), terms.entropy.sum()]
+                sums += torch.stack([loss.detach(), *counted]).cpu()
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
         totals = np.array([*sums.tolist(), packed.num_tokens])
         return totals, packed.by_rollout(differences.numpy())
@@ -295,12 +311,15 @@ class Policy:
         with model.autocast():
             for chunk in packed.chunks:
                 where = [flat_index for _, _, flat_index in chunk.targets]
-                values = self._chunk_logprobs(model, hidden[chunk.rows], chunk)
+                values, _ = self._chunk_logprobs(model, hidden[chunk.rows], chunk)
                 flat[where] = values.double().cpu()
         return packed.by_rollout(flat.numpy())
 
-    def _chunk_logprobs(self, model: LanguageModel, hidden: Tensor, chunk: Chunk) -> Tensor:
-        """Log-probability of every target of a chunk: hidden [R, hidden] -> [targets]."""
+    def _chunk_logprobs(
+        self, model: LanguageModel, hidden: Tensor, chunk: Chunk, *, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of every target of a chunk, and the entropy of the distribution it was
+        chosen from if that is asked for: hidden [R, hidden] -> [targets] each."""
         device = hidden.device
         rows = torch.tensor([row for row, _, _ in chunk.targets], device=device)
         ids = torch.tensor([token for _, token, _ in chunk.targets], device=device)
@@ -310,7 +329,13 @@ class Policy:
         else:
             logits = model.logits(hidden)
         logits = logits / self._temperature
-        return logits[rows, ids] - logits.logsumexp(-1)[rows]
+        entropy = entropies(logits)[rows] if with_entropy else None
+        return logits[rows, ids] - logits.logsumexp(-1)[rows], entropy
+
+    def _has_gradient(self, trained: TrainedRollout) -> bool:
+        """Whether it moves the policy: a choice of one has no probability to change."""
+        moves = trained.advantage != 0.0 or self._loss.kl_coef > 0 or self._loss.entropy_coef > 0
+        return moves and num_trained_tokens(trained.rollout) > 0
 
     def _ref_logprobs(self, groups: Sequence[Group]) -> Sequence[Sequence[FloatArray | None]]:
         if self._loss.kl_coef == 0:
@@ -321,7 +346,12 @@ class Policy:
             return self.logprobs(groups)
 
 
-def _has_gradient(trained: TrainedRollout) -> bool:
-    """Whether it moves the policy: a choice of one has no probability to change."""
-    moves = trained.advantage != 0.0 or trained.ref_logprobs is not None
-    return moves and num_trained_tokens(trained.rollout) > 0
+def _without_truncated(groups: Sequence[Group]) -> list[Group]:
+    """The groups without rollouts that were cut off, where anything is left of them."""
+    kept: list[Group] = []
+    for group in groups:
+        places = [i for i, rollout in enumerate(group.rollouts) if not rollout.truncated]
+        if places:
+            rollouts = tuple(group.rollouts[i] for i in places)
+            kept.append(Group(rollouts, group.rewards[places], group.advantages[places]))
+    return kept

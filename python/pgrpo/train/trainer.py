@@ -171,6 +171,7 @@ class Trainer:
             learning_rate=learning_rate,
             kl=stats.kl if config.loss.kl_coef else None,
             clipped=stats.clipped,
+            exact_entropy=stats.entropy if config.loss.entropy_coef else None,
             mismatch=asdict(stats.mismatch),
             policy_version=self.policy_version,
             sync=None if self._sync_stats is None else asdict(self._sync_stats),

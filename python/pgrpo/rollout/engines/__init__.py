@@ -42,7 +42,8 @@ class Engine(Protocol):
             prompts: B prompts; the position in this sequence becomes the group_id.
             group_size: G.
             seed: of this call; the same call with the same weights repeats its rollouts.
-            greedy: take the likeliest token instead of sampling.
+            greedy: take the likeliest token instead of sampling; `top_k`, `top_p` and `min_p` then cut
+                nothing.
 
         Raises:
             EngineError: it failed, and trying again did not help.
@@ -87,11 +88,7 @@ def make_engine(
         case "transformers":
             from pgrpo.rollout.engines.transformers import TransformersEngine
 
-            return TransformersEngine(
-                model,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-            )
+            return TransformersEngine(config, model)
         case "vllm":
             from pgrpo.rollout.engines.vllm.engine import VllmEngine
 

@@ -7,6 +7,7 @@ prompt's keys and values (`attention.PrefixCache`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,22 +15,24 @@ from torch import Tensor
 from pgrpo.model.attention import PrefixCache
 from pgrpo.model.choices import forced_tail, permitted
 from pgrpo.model.language_model import LanguageModel
+from pgrpo.rollout.engines.sampling import StopSearch, truncated
 from pgrpo.types import Group, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from pgrpo.rollout.settings import GenerationConfig
 
 
 class TransformersEngine:
     """The engine protocol over a `LanguageModel` that is shared with the policy.
 
     Args:
+        config: the section `[generation]`.
         model: the policy's model; there is one copy of the weights, so `sync` has nothing to move.
-        max_new_tokens: longest free completion.
-        temperature: softmax temperature.
     """
 
-    def __init__(self, model: LanguageModel, *, max_new_tokens: int, temperature: float) -> None:
+    def __init__(self, config: GenerationConfig, model: LanguageModel) -> None:
+        self._config = config
         self._model = model
-        self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
         self._policy_version = 0
 
     def sync(self, policy_version: int) -> None:
@@ -63,8 +66,11 @@ class TransformersEngine:
         logprobs: list[list[float]] = [[] for _ in rows]
         done = [False] * len(rows)
         longest = max(
-            self._max_new_tokens if p.choices is None else max(map(len, p.choices)) for p in prompts
+            self._config.max_new_tokens if p.choices is None else max(map(len, p.choices))
+            for p in prompts
         )
+        stops = [self._stop_search(prompt) for prompt in rows]
+        ended = [False] * len(rows)
         cache = PrefixCache([p.token_ids for p in prompts], group_size, longest, self._model.device)
         with self._model.autocast():
             # A choice that is no choice costs nothing; it may even end the completion here.
@@ -76,9 +82,13 @@ class TransformersEngine:
                 due = [n for n in range(len(rows)) if not done[n] and len(tokens[n]) == position]
                 self._sample(hidden, due, rows, tokens, logprobs, random, greedy)
                 for n in due:
-                    done[n] = self._is_done(rows[n], tokens[n]) or self._skip_forced(
-                        rows[n], tokens[n], logprobs[n]
-                    )
+                    if rows[n].choices is None:
+                        search, last = stops[n], tokens[n][-1]
+                        found = search is not None and search.is_over(last)
+                        ended[n] = found or last in self._model.end_ids
+                        done[n] = ended[n] or len(tokens[n]) >= self._config.max_new_tokens
+                    else:
+                        done[n] = self._skip_forced(rows[n], tokens[n], logprobs[n])
                 if all(done):
                     break
                 step = [t[position] if position < len(t) else 0 for t in tokens]
@@ -92,16 +102,16 @@ class TransformersEngine:
                 completion_ids=tuple(tokens[n]),
                 completion=texts[n],
                 rollout_logprobs=tuple(logprobs[n]),
-                truncated=prompt.choices is None and tokens[n][-1] not in self._model.end_ids,
+                truncated=prompt.choices is None and not ended[n],
                 policy_version=self._policy_version,
             )
             for n, prompt in enumerate(rows)
         ]
 
-    def _is_done(self, prompt: Prompt, tokens: Sequence[int]) -> bool:
-        if prompt.choices is not None:
-            return not permitted(prompt.choices, tokens)
-        return tokens[-1] in self._model.end_ids or len(tokens) >= self._max_new_tokens
+    def _stop_search(self, prompt: Prompt) -> StopSearch | None:
+        if prompt.choices is not None or not self._config.stop:
+            return None
+        return StopSearch(self._model.tokenizer, prompt.token_ids, self._config.stop)
 
     @staticmethod
     def _skip_forced(prompt: Prompt, tokens: list[int], logprobs: list[float]) -> bool:
@@ -135,7 +145,9 @@ class TransformersEngine:
             else:
                 logits = self._model.logits(hidden[members])
             union = list(column)
-            logs = (logits.cpu() / self._temperature).log_softmax(-1)
+            logs = (logits.cpu() / self._config.temperature).log_softmax(-1)
+            if not greedy:
+                logs = truncated(logs, self._config)
             drawn = logs.argmax(-1) if greedy else _draw(logs, random)
             values = logs.gather(1, drawn[:, None])[:, 0].tolist()
             for n, index, value in zip(members, drawn.tolist(), values, strict=True):

@@ -76,7 +76,7 @@ class VllmEngine:
         self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
     ) -> Iterator[Group]:
         """See `Engine.generate`."""
-        return self._generate(prompts, group_size, seed, greedy, self._config.max_new_tokens)
+        return self._generate(prompts, group_size, seed, greedy, self._config)
 
     def sync(self, policy_version: int) -> SyncStats:
         """See `Engine.sync`."""
@@ -112,7 +112,7 @@ class VllmEngine:
         group_size: int,
         seed: int,
         greedy: bool,
-        max_new_tokens: int,
+        config: GenerationConfig,
     ) -> Iterator[Group]:
         if self._version < 0:
             raise EngineError("the engine has no weights yet; sync comes before generate")
@@ -131,19 +131,14 @@ class VllmEngine:
                     FreeGroup(
                         prompt,
                         group_size,
-                        max_new_tokens,
+                        config,
                         self._model.end_ids,
-                        0.0 if greedy else self._config.temperature,
-                        seed + b * group_size,
+                        None if greedy else seed + b * group_size,
                     )
                 )
             else:
                 mine = levels[:, b * group_size : (b + 1) * group_size]
-                groups.append(
-                    ChoiceGroup(
-                        prompt, group_size, self._config.temperature, None if greedy else mine
-                    )
-                )
+                groups.append(ChoiceGroup(prompt, group_size, config, None if greedy else mine))
         waiting: dict[int, tuple[int, int, int]] = {}
         """Key of a request -> its group, its number among the group's, and its samples."""
         num_keys = 0
@@ -214,17 +209,27 @@ class VllmEngine:
                     completion_ids=tuple(tokens),
                     completion=text,
                     rollout_logprobs=tuple(logprobs),
-                    truncated=group.prompt.choices is None
-                    and tokens[-1] not in self._model.end_ids,
+                    truncated=truncated,
                     policy_version=self._version,
                 )
-                for tokens, logprobs, text in zip(group.tokens, group.logprobs, texts, strict=True)
+                for tokens, logprobs, truncated, text in zip(
+                    group.tokens, group.logprobs, group.truncated, texts, strict=True
+                )
             ]
         )
 
     def _probe(self) -> float:
         """Sample anew and compare; see `check_probe`."""
         prompt = probe_prompt(self._model, self._config)
-        tokens = min(PROBE_TOKENS, self._config.max_new_tokens)
-        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, False, tokens)
+        # Of the whole distribution, which is what the trainer computes.
+        whole = self._config.model_copy(
+            update={
+                "max_new_tokens": min(PROBE_TOKENS, self._config.max_new_tokens),
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "stop": [],
+            }
+        )
+        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, False, whole)
         return check_probe(group.rollouts, self._model, self._config.temperature, self._tolerance)

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 
 from pgrpo.model.choices import forced_tail, permitted
+from pgrpo.rollout.engines.sampling import truncated
 from pgrpo.rollout.engines.vllm.backend import Completion, Request
 from pgrpo.types import FloatArray, Prompt
+
+if TYPE_CHECKING:
+    from pgrpo.rollout.settings import GenerationConfig
 
 
 @dataclass(slots=True)
@@ -25,33 +30,43 @@ class FreeGroup:
     prompt: Prompt
     size: int
     """G."""
-    max_new_tokens: int
+    config: GenerationConfig
+    """How they are sampled."""
     end_ids: frozenset[int]
     """Tokens that end a completion."""
-    temperature: float
-    """0 takes the likeliest token instead of sampling."""
-    seed: int
-    """Of the first sample; vLLM takes the numbers after it for the others."""
+    seed: int | None
+    """Of the first sample; vLLM takes the numbers after it for the others. None takes the likeliest
+    token instead of sampling."""
     tokens: list[list[int]] = field(default_factory=list[list[int]])
     """[G][T] once accepted."""
     logprobs: list[list[float]] = field(default_factory=list[list[float]])
     """[G][T] in nats, once accepted."""
+    truncated: list[bool] = field(default_factory=list[bool])
+    """[G] once accepted."""
 
     def start(self) -> list[Request]:
         """The one request."""
-        greedy = self.temperature == 0.0
+        config = self.config
         sampling: dict[str, Any] = {
             # The likeliest completion is the same for all.
-            "n": 1 if greedy else self.size,
-            "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
+            "n": 1 if self.seed is None else self.size,
+            "temperature": 0.0 if self.seed is None else config.temperature,
+            "max_tokens": config.max_new_tokens,
             # The policy's own end tokens; vLLM would add those of the model's generation config.
             "ignore_eos": True,
             "stop_token_ids": sorted(self.end_ids),
             "logprobs": 0,
+            "detokenize": bool(config.stop),
         }
-        if not greedy:
-            sampling["seed"] = self.seed
+        if config.stop:
+            sampling |= {"stop": config.stop, "include_stop_str_in_output": True}
+        if self.seed is not None:
+            sampling |= {
+                "seed": self.seed,
+                "top_k": config.top_k,
+                "top_p": config.top_p,
+                "min_p": config.min_p,
+            }
         return [Request(self.prompt.token_ids, sampling)]
 
     def accept(self, _number: int, completions: Sequence[Completion]) -> list[Request]:
@@ -62,6 +77,7 @@ class FreeGroup:
             [options[token] for token, options in zip(c.token_ids, c.logprobs, strict=True)]
             for c in samples
         ]
+        self.truncated = [c.finish_reason == "length" for c in samples]
         return []
 
 
@@ -71,18 +87,19 @@ class ChoiceGroup:
     Args:
         prompt: with its choices.
         size: G.
-        temperature: of the distribution that is drawn from.
+        config: of the distribution that is drawn from.
         levels: [position, G] random numbers in [0, 1) that choose the token at each position; None
             takes the likeliest.
     """
 
     def __init__(
-        self, prompt: Prompt, size: int, temperature: float, levels: FloatArray | None
+        self, prompt: Prompt, size: int, config: GenerationConfig, levels: FloatArray | None
     ) -> None:
         self.prompt = prompt
         self.tokens: list[list[int]] = [[] for _ in range(size)]
         self.logprobs: list[list[float]] = [[] for _ in range(size)]
-        self._temperature = temperature
+        self.truncated = [False] * size
+        self._config = config
         self._levels = levels
         self._branches: list[tuple[int, ...]] = []
         self._missing = 0
@@ -102,12 +119,13 @@ class ChoiceGroup:
             allowed = list(permitted(choices, branch))
             sampling = {
                 "n": 1,
-                "temperature": self._temperature,
+                "temperature": self._config.temperature,
                 "max_tokens": 1,
                 "ignore_eos": True,
                 "seed": 0,
                 "allowed_token_ids": allowed,
                 "logprobs": len(allowed),
+                "detokenize": False,
             }
             requests.append(Request(self.prompt.token_ids + branch, sampling))
         return requests
@@ -127,6 +145,8 @@ class ChoiceGroup:
         known = completions[0].logprobs[0]
         logs = np.array([known[token] for token in allowed])
         logs -= np.log(np.exp(logs).sum())
+        if self._levels is not None:
+            logs = truncated(torch.from_numpy(logs)[None], self._config)[0].numpy()
         cumulated = np.exp(logs).cumsum()
         for g, tokens in enumerate(self.tokens):
             if tuple(tokens) != branch:

@@ -78,8 +78,8 @@ def engine_arguments(
         "model": model_folder(model.name) if adapters or folder is None else folder,
         "load_format": "auto" if adapters else "dummy",
         "revision": model.revision,
-        # Texts are made by the trainer's tokenizer.
-        "skip_tokenizer_init": True,
+        # Texts are made by the trainer's tokenizer; vLLM needs one where texts end completions.
+        "skip_tokenizer_init": not generation.stop,
         "dtype": "float32" if precision == "fp32" else "bfloat16",
         "max_model_len": longest,
         "tensor_parallel_size": options.tensor_parallel_size,
@@ -200,12 +200,14 @@ def folder_of(options: VllmConfig) -> Path | None:
     return folder
 
 
-def save_config(model: LanguageModel, folder: Path) -> str:
+def save_config(model: LanguageModel, folder: Path, *, with_tokenizer: bool) -> str:
     """Write what vLLM builds the model from, without weights; returns the folder."""
     bare = model.bare
     # A model that was made from a config, and not loaded, does not name its class there.
     bare.config.architectures = [type(bare).__name__]
     bare.config.save_pretrained(folder)
+    if with_tokenizer:
+        model.tokenizer.save_pretrained(str(folder))
     return str(folder)
 
 

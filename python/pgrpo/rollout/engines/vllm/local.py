@@ -88,7 +88,7 @@ class Local:
             source,
             engine_precision(self._options, model.precision),
             model.num_positions,
-            save_config(model, Path(self._folder.name)),
+            save_config(model, Path(self._folder.name), with_tokenizer=bool(config.stop)),
             on_cpu=not self._on_gpu,
         )
         set_num_threads = torch.set_num_threads
@@ -121,7 +121,6 @@ class Local:
         """See `Backend.submit`."""
         parameters = self._vllm.SamplingParams(
             **request.sampling,
-            detokenize=False,
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         with engine_errors("vLLM refuses a request"):

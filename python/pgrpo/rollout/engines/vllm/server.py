@@ -67,7 +67,7 @@ class Server:
         """A request's samples, drawn with the named adapters if there are any; errors as of `post`."""
         body: dict[str, Any] = {
             "token_ids": request.token_ids,
-            "sampling_params": {**request.sampling, "detokenize": False},
+            "sampling_params": request.sampling,
         }
         if model is not None:
             body["model"] = model
