@@ -85,6 +85,7 @@ VARIANTS = {
     # Killed before there is a checkpoint, and between two.
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
     "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
+    "sampled evaluations": ({"run.eval_samples": 3}, 61),
     "lora": ({"model.lora": {"rank": 2}}, 61),
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from reference import Reference
 
 from pgrpo.cli import main
 from pgrpo.normalizer import RULES, ClusterNormalizer
+from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.build import Assembly
+from pgrpo.train.evaluation import evaluate, held_out
 from pgrpo.train.policy import Policy
 from pgrpo.train.trainer import Trainer
 from pgrpo.types import Group, Rollout
+
+Capture = pytest.CaptureFixture[str]
 
 NUM_PROMPTS, GROUP = 4, 3
 # Every rollout is written to samples.jsonl.
@@ -363,6 +368,116 @@ def test_rollouts_without_a_reward_are_left_out(
         without = [s for s in samples if s["reward"] is None]
         assert len(without) == unrewarded
         assert all(s["advantage"] == 0 for s in without)
+
+
+GAPS = """
+from pgrpo.plugins import hookimpl
+
+def gaps(rollouts):
+    '''Nothing for the first group, and for the first of several rollouts of another.'''
+    groups = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group_id, []).append(rollout)
+    return [
+        None if r.group_id == 0 or r is groups[r.group_id][0] and len(groups[r.group_id]) > 1
+        else sum(map(ord, r.completion)) % 7
+        for r in rollouts
+    ]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("gaps", gaps)
+"""
+
+
+class Recording:
+    """A run's own scorer, with what it scored."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.scored: list[Group] = []
+
+    def score(self, groups: Iterable[Group]) -> list[Group]:
+        self.scored += (scored := self._scorer.score(groups))
+        return scored
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_an_evaluation_is_of_means_over_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", GAPS)
+    reward = {"name": "gaps", "batch": "step"}
+    # Several calls of the engine, in each of which the first prompt gets no reward.
+    changes = {
+        "evaluation": [reward],
+        "run.eval_samples": samples,
+        "optimizer.token_budget": 40 * max(1, samples),
+    }
+    config = parse_config(tiny_run(changes))
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        prompts = [parts.builder.build(example) for example in held_out(parts.dataset, 30)]
+        scorer: Any = Recording(parts.held_out_scorer)
+        record, shown = evaluate(7, parts.engine, prompts, scorer, config)
+        again, _ = evaluate(7, parts.engine, prompts, parts.held_out_scorer, config)
+    assert again == record
+    assert [group.prompt for group in scorer.scored] == prompts
+    values: dict[str, list[list[float]]] = {}
+    for group in scorer.scored:
+        assert len(group.rollouts) == max(1, samples)
+        rewards = [r for r in group.rewards.tolist() if not math.isnan(r)]
+        if rewards:
+            values.setdefault(str(group.prompt.cluster_id), []).append(rewards)
+    if samples > 1:
+        completions = [{r.completion for r in group.rollouts} for group in scorer.scored]
+        assert max(map(len, completions)) == samples, "they are sampled"
+        assert min(len(r) for own in values.values() for r in own) == samples - 1
+    assert record.step == 7
+    assert record.num_samples == samples
+    for found, expected in [
+        (record, [rewards for own in values.values() for rewards in own]),
+        *((found, values.get(name, [])) for name, found in record.clusters.items()),
+    ]:
+        assert found.num_prompts == len(expected)
+        if not expected:
+            assert (found.reward, found.std, found.best) == (None, None, None)
+            continue
+        means = [sum(rewards) / len(rewards) for rewards in expected]
+        mean = sum(means) / len(means)
+        assert found.reward == pytest.approx(mean)
+        assert found.std == pytest.approx(
+            math.sqrt(sum((m - mean) ** 2 for m in means) / len(means)), abs=1e-12
+        )
+        best = sum(map(max, expected)) / len(expected) if samples else None
+        assert found.best == (None if best is None else pytest.approx(best))
+    texts = {group.rollouts[0].prompt.example.text: group for group in scorer.scored}
+    for sample in shown:
+        assert sample.completion == texts[sample.prompt].rollouts[0].completion
+
+
+def test_every_evaluation_samples_from_the_same_seeds(tmp_path: Path, capsys: Capture) -> None:
+    """A policy that does not move gets the same completions every time."""
+    changes = {"run.eval_samples": 5, "optimizer.learning_rate": 1e-30}
+    run = train(tmp_path, changes)
+    first, *others = lines(run, "evaluations.jsonl")
+    assert others
+    assert all({**record, "step": 0} == first for record in others)
+    assert first["best"] > first["reward"]
+    said = [{**sample, "step": 0} for sample in lines(run, "held_out.jsonl")]
+    assert said == said[:8] * (1 + len(others))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--prompts", "8", "--json"]) == 0
+    [result] = json.loads(capsys.readouterr().out)
+    assert {**first, "step": 4} == {key: result[key] for key in first}
+    assert result["standard_error"] == pytest.approx(first["std"] / 8**0.5)
+    assert main(["evaluate", str(run), "--prompts", "8"]) == 0
+    said = f"8 prompts, 5 samples each: best of them {first['best']:.3f}\n"
+    assert said in capsys.readouterr().out
+    assert "Mean of 5 samples each on 8 held-out prompts" in (run / "report.html").read_text()
+    other = lines(train(tmp_path / "other", {**changes, "run.seed": 1}), "evaluations.jsonl")
+    assert other[0]["reward"] != first["reward"]
 
 
 def test_every_example_comes_once_per_epoch_in_another_order() -> None:

@@ -32,9 +32,11 @@ def evaluate(
     for result in results:
         count = result["candidates"]
         what = "" if count is None else f"{count} candidates (chance {1 / count:.3f}): "
+        samples = result["num_samples"]
+        how = f", {samples} samples each: best of them {result['best']:.3f}" if samples else ""
         print(
             f"{what}reward {result['reward']:.3f} +- {result['standard_error']:.3f}, "
-            f"{result['num_prompts']} prompts"
+            f"{result['num_prompts']} prompts{how}"
         )
         for cluster, values in result["clusters"].items():
             reward = "none" if values["reward"] is None else f"{values['reward']:.3f}"

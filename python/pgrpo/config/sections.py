@@ -58,6 +58,9 @@ class RunConfig(Section):
     """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
     eval_prompts: int = Field(default=200, ge=1)
     """Held-out prompts of one evaluation, always the same ones."""
+    eval_samples: int = Field(default=0, ge=0)
+    """Completions of each held-out prompt that an evaluation samples, by the same seeds every time; the
+    prompt's reward is their mean. 0: one completion, of the likeliest tokens."""
     samples_per_step: int = Field(default=4, ge=0)
     """Rollouts of each step written to samples.jsonl."""
     num_threads: int = Field(default=0, ge=0)

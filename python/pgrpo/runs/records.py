@@ -190,27 +190,35 @@ class ClusterEvaluation(Record):
     """One cluster's share of an evaluation."""
 
     reward: float | None = None
-    """mean reward; `null` where no prompt got one"""
+    """mean of the prompts' rewards; `null` where no prompt got one"""
     std: float | None = None
-    """standard deviation of single rewards (dividing by their number)"""
+    """standard deviation of the prompts' rewards (dividing by their number)"""
+    best: float | None = None
+    """mean over the prompts of the best reward among a prompt's samples; `null` without samples"""
     num_prompts: int = 0
     """prompts that got a reward"""
 
 
 class EvaluationRecord(Record):
-    """A line of evaluations.jsonl: greedy decoding on held-out prompts."""
+    """A line of evaluations.jsonl: what completions of held-out prompts get. A prompt's reward is that
+    of its greedy completion or, with `run.eval_samples`, the mean over its samples that got one."""
 
     step: int
     """steps taken before it; 0 is the untrained model"""
     reward: float | None = None
-    """mean reward"""
+    """mean of the prompts' rewards"""
     std: float | None = None
-    """standard deviation of single rewards (dividing by their number); `std / sqrt(num_prompts)` is the
-    standard error"""
+    """standard deviation of the prompts' rewards (dividing by their number); `std / sqrt(num_prompts)`
+    is the standard error, over prompts: more samples of each make these no more representative"""
+    best: float | None = None
+    """mean over the prompts of the best reward among a prompt's samples (for rewards of 0 and 1 pass@k,
+    with k = `num_samples`); `null` without samples"""
     num_prompts: int = 0
     """prompts that got a reward"""
+    num_samples: int = 0
+    """sampled completions of each prompt; 0: one greedy completion"""
     clusters: dict[str, ClusterEvaluation] = {}
-    """cluster -> `reward`, `std`, `num_prompts`"""
+    """cluster -> `reward`, `std`, `best`, `num_prompts`"""
 
 
 def _writable(text: str) -> str:

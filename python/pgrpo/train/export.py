@@ -125,7 +125,8 @@ def _table(info: RunInfo, before: EvaluationRecord, after: EvaluationRecord) -> 
     rules = [_number(value) for value in info.baselines.values()]
     ends = [_number(before.reward), _number(after.reward)]
     rows.append(["all", "", "", str(after.num_prompts), *ends, *rules])
-    said = f"Held-out reward of greedy completions, before training and after step {after.step}:"
+    how = "sampled" if after.num_samples else "greedy"
+    said = f"Held-out reward of {how} completions, before training and after step {after.step}:"
     return [said, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 

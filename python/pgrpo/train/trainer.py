@@ -218,15 +218,8 @@ class Trainer:
         self._unused_batch()  # waits until the engine is idle
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
-        sinks.evaluation(
-            *evaluate(
-                step,
-                self.engine,
-                self.held_out_prompts,
-                self.held_out_scorer,
-                self.config.optimizer.token_budget,
-            )
-        )
+        prompts, scorer = self.held_out_prompts, self.held_out_scorer
+        sinks.evaluation(*evaluate(step, self.engine, prompts, scorer, self.config))
 
     def _save(self, step: int) -> None:
         state = {
