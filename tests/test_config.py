@@ -254,6 +254,7 @@ def vllm(**settings: object) -> Tree:
     [
         ({"model.system_prompt": "Be brief."}, "model: system_prompt"),
         ({"model.revision": "main"}, "model: revision"),
+        ({"run": {"keep_best": True}}, "run: keep_best"),
         ({"model": {"name": "pypi:x==1", "revision": "main"}}, "model: revision"),
         ({"estimator": {"name": "grpo", "history": "cluster"}}, "estimator: history"),
         ({"estimator": {"name": "batch", "order": "update_then_normalize"}}, "estimator: order"),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pgrpo.cli.arguments import numbers
+from pgrpo.cli.arguments import Best, numbers
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import printable
 
@@ -18,6 +18,7 @@ def evaluate(
     ] = None,
     prompts: Annotated[int, Option(help="held-out prompts")] = 500,
     as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
+    best: Best = False,
 ) -> None:
     """Held-out reward of a run's last checkpoint."""
     counts = [None] if candidates is None else numbers(candidates, "--candidates")
@@ -25,7 +26,7 @@ def evaluate(
         raise ConfigError(f"--prompts is {prompts}; expected 1 or more")
     from pgrpo.train.evaluation import evaluate_run
 
-    results = evaluate_run(folder, counts, prompts)
+    results = evaluate_run(folder, counts, prompts, best=best)
     if as_json:
         print(json.dumps(results, indent=2))
         return

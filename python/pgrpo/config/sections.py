@@ -54,6 +54,9 @@ class RunConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Complete checkpoints that are kept, the newest ones."""
+    keep_best: bool = False
+    """Keep that of the best held-out reward so far as well, the earlier of equal ones: whenever an
+    evaluation after a step is the best, a checkpoint of that step is written."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
     eval_prompts: int = Field(default=200, ge=1)
@@ -76,7 +79,8 @@ class RunConfig(Section):
     from weights one update older, which `loss.importance` corrects for."""
 
     def inactive(self) -> set[str]:
-        return set() if set(self.trackers) - {"tensorboard"} else {"project"}
+        local = not set(self.trackers) - {"tensorboard"}
+        return ({"project"} if local else set()) | (set() if self.eval_every else {"keep_best"})
 
 
 class LoraConfig(Section):

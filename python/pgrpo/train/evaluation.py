@@ -11,7 +11,7 @@ import numpy as np
 from pgrpo.config.checks import check
 from pgrpo.data import DataConfig, load_dataset
 from pgrpo.data.movielens import MovieLensConfig
-from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
+from pgrpo.errors import ConfigError, DataError, PluginError
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.seeds import derive_seed
@@ -20,7 +20,7 @@ from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import one_of_each, sample_record
 from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
 from pgrpo.train.build import Assembly
-from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt
 
 SAMPLES = 24
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def evaluate_run(
-    folder: Path, candidates: Sequence[int | None], num_prompts: int
+    folder: Path, candidates: Sequence[int | None], num_prompts: int, *, best: bool = False
 ) -> list[dict[str, Any]]:
     """Evaluate a run's last checkpoint, once for each number of MovieLens candidates.
 
@@ -113,6 +113,7 @@ def evaluate_run(
         folder: of the run.
         candidates: films to choose from; None stands for the number that was trained with.
         num_prompts: held-out prompts, the same interactions for every number of candidates.
+        best: take the checkpoint of the best held-out reward in the place of the last.
 
     Returns:
         One record for each entry of `candidates`: those of `evaluate`, with `candidates`, `step` and
@@ -120,14 +121,12 @@ def evaluate_run(
 
     Raises:
         RunFolderError: it is no run folder.
-        CheckpointError: there is no usable checkpoint in it.
+        CheckpointError: there is no such checkpoint in it, or it is damaged.
         ConfigError: candidates are asked for of a data set that has none.
     """
     run = RunFolder(folder)
     config = run.config()
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} has no checkpoint yet")
+    checkpoint = chosen_checkpoint(run, best=best)
     results: list[dict[str, Any]] = []
     with Assembly(config, checkpoint) as parts:
         parts.engine.sync(int(checkpoint.state()["policy_version"]))
