@@ -242,7 +242,9 @@ def test_the_resolved_config_is_complete() -> None:
         }
     ]
     assert "system_prompt" not in tree["model"], "it has no effect without a chat"
-    assert "vllm" not in tree["generation"], "it has no effect with transformers"
+    idle = {"vllm", "overlong_penalty"}
+    assert tree["generation"].keys() | idle == type(config.generation).model_fields.keys()
+    assert not idle & tree["generation"].keys(), "they have no effect here"
 
 
 def vllm(**settings: object) -> Tree:
@@ -268,6 +270,7 @@ def vllm(**settings: object) -> Tree:
             {"estimator": {"history": "one", "frequency_weight": 0.5}},
             "estimator: frequency_weight",
         ),
+        ({"generation": {"overlong_penalty": 0.5}}, "generation: overlong_penalty"),
         ({"generation.vllm": {"block_size": 64}}, "generation: vllm"),
         ({"generation": {"engine": "transformers", "vllm": {}}}, "generation: vllm"),
         (vllm(api_key_env="KEY"), "generation.vllm: api_key_env"),

@@ -125,6 +125,9 @@ def test_settings_said_to_have_no_effect_are_refused(key):
                 {"mask_above": 2.0},
             )
         ],
+        "`generation.overlong_penalty` without `generation.overlong_buffer`": [
+            {"generation": {"overlong_penalty": 0.5}}
+        ],
         '`[generation.vllm]` without `engine = "vllm"`, and in it:': [
             {"generation": {"vllm": {"block_size": 64}}},
             {"generation": {"vllm": {}}},

@@ -95,6 +95,10 @@ VARIANTS = {
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
     "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
     "sampled evaluations": ({"run.eval_samples": 3}, 61),
+    "a penalty of long completions": (
+        {"generation.overlong_buffer": 2, "generation.overlong_penalty": 0.5},
+        61,
+    ),
     "lora": ({"model.lora": {"rank": 2}}, 61),
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),

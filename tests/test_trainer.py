@@ -6,7 +6,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
+from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES, ClusterNormalizer
 from pgrpo.rewards.scorer import Scorer
-from pgrpo.rollout.collector import Collector
+from pgrpo.rollout.collector import Collector, overlong_penalties
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
@@ -26,7 +30,7 @@ from pgrpo.train.build import Assembly
 from pgrpo.train.evaluation import evaluate, held_out
 from pgrpo.train.policy import Policy
 from pgrpo.train.trainer import Trainer
-from pgrpo.types import Group, Rollout
+from pgrpo.types import Example, Group, Prompt, Rollout
 
 Capture = pytest.CaptureFixture[str]
 
@@ -368,6 +372,102 @@ def test_rollouts_without_a_reward_are_left_out(
         without = [s for s in samples if s["reward"] is None]
         assert len(without) == unrewarded
         assert all(s["advantage"] == 0 for s in without)
+
+
+def test_the_penalty_of_every_length() -> None:
+    """DAPO's equation 13, case by case, in exact numbers."""
+    listed = Prompt(Example("", "u"), 0, (5,), ((6,), (7,)))
+    free = Prompt(Example("", "u"), 0, (5,))
+    for longest, buffer, factor in product(
+        (1, 2, 7, 64), (1, 2, 5, 64), (Fraction(1), Fraction(1, 4))
+    ):
+        settings = {
+            "max_new_tokens": longest,
+            "overlong_buffer": buffer,
+            "overlong_penalty": float(factor),
+        }
+        if buffer > longest:
+            with pytest.raises(ConfigError, match=f"overlong_buffer is {buffer}; expected at most"):
+                parse_config(tiny_run({"generation": settings}))
+            continue
+        generation = parse_config(tiny_run({"generation": settings})).generation
+        lengths = range(1, longest + 1)
+        expected = [
+            Fraction(0)
+            if length <= longest - buffer
+            else factor * Fraction(length - (longest - buffer), buffer)
+            for length in lengths
+        ]
+        assert expected[-1] == factor
+        rollouts = [Rollout(free, 0, (6,) * n, "", (0.0,) * n, n == longest) for n in lengths]
+        found = overlong_penalties(rollouts, generation)
+        np.testing.assert_allclose(found, [float(value) for value in expected], rtol=1e-15)
+        # Choices may be longer than that, and lose nothing.
+        chosen = [replace(rollout, prompt=listed) for rollout in rollouts]
+        assert not overlong_penalties(chosen, generation).any()
+
+
+OVERLONG: Tree = {
+    "generation.max_new_tokens": 5,
+    "generation.overlong_buffer": 3,
+    "generation.overlong_penalty": 0.75,
+}
+LOST = {1: 0.0, 2: 0.0, 3: 0.25, 4: 0.5, 5: 0.75}
+
+
+@pytest.mark.parametrize("estimator", ["pgrpo", "grpo", "auto"])
+def test_penalties_are_in_histories_and_advantages_and_not_in_rewards(
+    tmp_path: Path, batches: list[Batch], estimator: str
+) -> None:
+    changes = {**ALL, **OVERLONG, "estimator.name": estimator}
+    run = train(tmp_path, changes)
+    shaped = [
+        (collector, rollouts, rewards - [LOST[len(r.completion_ids)] for r in rollouts], found)
+        for collector, rollouts, rewards, found in batches
+    ]
+    steps = by_step(run)
+    expected = expected_advantages({"name": estimator}, shaped)
+    seen: dict[str, list[float]] = {}
+    for record, samples, raw, (_, rollouts, values, found), advantages in zip(
+        lines(run, "metrics.jsonl"), steps, batches, shaped, expected, strict=True
+    ):
+        np.testing.assert_allclose(found, advantages, rtol=1e-9, atol=1e-9)
+        assert [sample["reward"] for sample in samples] == raw[2].tolist(), (
+            "raw as they were scored"
+        )
+        assert record["reward"] == pytest.approx(raw[2].mean())
+        assert record["overlong"] == pytest.approx((raw[2] - values).mean())
+        assert record["overlong"] > 0
+        parts = values.reshape(-1, GROUP)
+        equal = [len(set(part)) == 1 for part in parts.tolist()]
+        assert record["equal_groups"] == pytest.approx(np.mean(equal))
+        terms: dict[str, list[tuple[float, float]]] = {}
+        for part, rollout in zip(parts, rollouts[::GROUP], strict=True):
+            cluster = str(rollout.prompt.cluster_id)
+            seen.setdefault(cluster, []).extend(part)
+            terms.setdefault(cluster, []).append((part.std(), part.mean()))
+        for cluster, told in record["clusters"].items():
+            assert told["count"] == len(seen[cluster])
+            assert told["mean"] == pytest.approx(np.mean(seen[cluster]))
+            assert told["std"] == pytest.approx(np.std(seen[cluster]), abs=1e-12)
+            if cluster in terms:
+                scale = told["std"] + EPS
+                ratio = np.mean([(std + EPS) / scale for std, _ in terms[cluster]])
+                assert told["scale_ratio"] == pytest.approx(ratio)
+                bias = np.mean([(mean - told["mean"]) / scale for _, mean in terms[cluster]])
+                assert told["bias"] == pytest.approx(bias, abs=1e-9)
+    # Evaluations know of no penalty: with a policy that stands still it changes none of them.
+    still = {**changes, "optimizer.learning_rate": 1e-30}
+    runs = [train(tmp_path / "with", still)]
+    runs += [
+        train(
+            tmp_path / "without",
+            {**still, "generation": {"group_size": GROUP, "max_new_tokens": 5}},
+        )
+    ]
+    one, other = (lines(run, "evaluations.jsonl") for run in runs)
+    assert one == other
+    assert all(record["overlong"] is None for record in lines(runs[1], "metrics.jsonl"))
 
 
 GAPS = """

@@ -21,7 +21,17 @@ from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
-from pgrpo.types import ClusterId, Dataset, Example, Group, Prompt, Rollout, split_by_group
+from pgrpo.rollout.settings import GenerationConfig
+from pgrpo.types import (
+    ClusterId,
+    Dataset,
+    Example,
+    FloatArray,
+    Group,
+    Prompt,
+    Rollout,
+    split_by_group,
+)
 
 Histories = Mapping[ClusterId, ClusterStats]
 
@@ -58,7 +68,7 @@ class Collector:
     Args:
         run: the section `[run]`.
         estimator: the section `[estimator]`.
-        group_size: rollouts per prompt.
+        generation: the section `[generation]`.
         dataset: what prompts are made of.
         members: knows whose rewards share a history.
         builder: makes prompts.
@@ -75,7 +85,7 @@ class Collector:
         self,
         run: RunConfig,
         estimator: EstimatorConfig,
-        group_size: int,
+        generation: GenerationConfig,
         dataset: Dataset,
         members: Membership,
         builder: PromptBuilder,
@@ -83,7 +93,7 @@ class Collector:
         scorer: Scorer,
     ) -> None:
         self._run = run
-        self._group_size = group_size
+        self._generation = generation
         self._dataset = dataset
         self._builder = builder
         self._engine = engine
@@ -113,10 +123,10 @@ class Collector:
         seed_globals(derive_seed(run.seed, "globals", step))
         groups = self._engine.generate(
             self._prompts(step),
-            self._group_size,
+            self._generation.group_size,
             seed=derive_seed(run.seed, "sampling", step),
         )
-        scored = self._scorer.score(watch.over(groups))
+        scored = [self._penalised(group) for group in self._scorer.score(watch.over(groups))]
         if not any(np.isfinite(group.rewards).any() for group in scored):
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
@@ -150,7 +160,7 @@ class Collector:
             if self.histories is not self.normalizer:
                 self.histories.load_state_dict(state["histories"])
             saved = state["batch"]
-            batch = None if saved is None else _batch(saved, self._prompts(step + 1))
+            batch = None if saved is None else self._batch(saved, self._prompts(step + 1))
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks {error} in state.json") from None
         self.num_folded = step if batch is None else batch.step
@@ -158,7 +168,7 @@ class Collector:
 
     def _normalize(self, groups: Sequence[Group]) -> list[Group]:
         """Fold the step's rewards into the histories, and add advantages to the groups."""
-        rewards = np.concatenate([group.rewards for group in groups])
+        rewards = np.concatenate([group.shaped for group in groups])
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
         group_ids = [rollout.group_id for rollout in rollouts]
@@ -174,8 +184,38 @@ class Collector:
         parts = split_by_group(advantages, groups)
         return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
 
+    def _penalised(self, group: Group) -> Group:
+        """With the penalties of the section `[generation]`, if it has any."""
+        if not self._generation.overlong_buffer:
+            return group
+        return replace(group, penalties=overlong_penalties(group.rollouts, self._generation))
+
     def _prompts(self, step: int) -> list[Prompt]:
         return [self._builder.build(example) for example in self._examples(step)]
+
+    def _batch(self, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
+        """The batch that `_batch_state` was told of."""
+
+        def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
+            return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
+
+        def group(saved: Mapping[str, Any]) -> Group:
+            place = saved["group_id"]
+            rollouts = tuple(
+                Rollout(
+                    prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version
+                )
+                for ids, text, logprobs, truncated, version in saved["rollouts"]
+            )
+            rewards, advantages = np.array(saved["rewards"]), np.array(saved["advantages"])
+            return self._penalised(Group(rollouts, rewards, advantages))
+
+        return Batch(
+            state["step"],
+            [group(saved) for saved in state["groups"]],
+            histories(state["before"]),
+            histories(state["after"]),
+        )
 
     def _examples(self, step: int) -> list[Example]:
         """The step's training examples: consecutive places in a shuffle of its own per epoch."""
@@ -190,6 +230,21 @@ class Collector:
             random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
+
+
+def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig) -> FloatArray:
+    """What completions lose for their length, [N], in units of the reward.
+
+    Of a free completion of T tokens, the end token included, with L = `max_new_tokens`:
+
+        overlong_penalty * clip((T - (L - overlong_buffer)) / overlong_buffer, 0, 1)
+
+    This is -R_length of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), times `overlong_penalty`.
+    Completions from a list lose nothing.
+    """
+    buffer, longest = generation.overlong_buffer, generation.max_new_tokens
+    lengths = np.array([len(r.completion_ids) if r.prompt.choices is None else 0 for r in rollouts])
+    return generation.overlong_penalty * ((lengths - (longest - buffer)) / buffer).clip(0, 1)
 
 
 class _Watch:
@@ -236,23 +291,3 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
         "before": histories(batch.before),
         "after": histories(batch.after),
     }
-
-
-def _batch(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
-    def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
-        return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
-
-    def group(saved: Mapping[str, Any]) -> Group:
-        place = saved["group_id"]
-        rollouts = tuple(
-            Rollout(prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version)
-            for ids, text, logprobs, truncated, version in saved["rollouts"]
-        )
-        return Group(rollouts, np.array(saved["rewards"]), np.array(saved["advantages"]))
-
-    return Batch(
-        state["step"],
-        [group(saved) for saved in state["groups"]],
-        histories(state["before"]),
-        histories(state["after"]),
-    )

@@ -34,7 +34,8 @@ class ClusterRecord(Record):
     under every estimator, so that arms can be compared. Whether advantages are read from it depends
     on the estimator: `grpo`, `dr_grpo`, `rloo` and `batch` read no history, the control arms
     `history = "one"` and `"shuffled"` read others, and `prior_count` and `sigma_floor` change how it
-    is read.
+    is read. With `generation.overlong_buffer` a history is of rewards less penalties, and so are the
+    two terms of Corollary 3.1; `reward` stays raw.
     """
 
     reward: float | None = None
@@ -148,9 +149,12 @@ class StepRecord(Record):
     """mean length of a completion in tokens, forced ones and the end token included"""
     truncated: float | None = None
     """share of the rollouts that `generation.max_new_tokens` ended; 0 for completions from a list"""
+    overlong: float | None = None
+    """mean penalty of a rollout for its length, which is not in `reward`; `null` without
+    `generation.overlong_buffer`"""
     equal_groups: float | None = None
-    """share of the groups whose rewards are all equal, in which `grpo` has no signal; 1 at group size
-    1"""
+    """share of the groups whose rewards, less penalties, are all equal, in which `grpo` has no signal;
+    1 at group size 1"""
     entropy: float | None = None
     """estimate of the policy's entropy per token: minus the log-probability a token was sampled with,
     mean over a completion, then over completions. Forced tokens count with 0"""
