@@ -66,6 +66,7 @@ These would have no effect, and are therefore refused:
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
 - `run.keep_best` without `run.eval_every`
+- `run.resample` with an estimator that does not compare within the group
 @ESTIMATORS@
 - `frequency_weight` of `[estimator]` with `history = "one"`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`

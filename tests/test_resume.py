@@ -95,6 +95,10 @@ VARIANTS = {
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
     "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
     "sampled evaluations": ({"run.eval_samples": 3}, 61),
+    "groups without signal give their places to others": (
+        {"run.resample": 2, "estimator": {"name": "grpo"}},
+        61,
+    ),
     "a penalty of long completions": (
         {"generation.overlong_buffer": 2, "generation.overlong_penalty": 0.5},
         61,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from html import escape
@@ -15,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
+from conftest import Tree, grouped, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
-from pgrpo.errors import ConfigError
+from pgrpo.errors import ConfigError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer
 from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.collector import Batch as CollectedBatch
 from pgrpo.rollout.collector import Collector, overlong_penalties
+from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
@@ -144,13 +147,15 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     seen: list[Batch] = []
     normalize = Collector._normalize
 
-    def spy(self: Collector, scored: list[Group]) -> list[Group]:
-        groups = normalize(self, scored)
+    def spy(self: Collector, kept: list[Group], replaced: list[Group]) -> list[Group]:
+        found = normalize(self, kept, replaced)
+        numbers = {group.group_id for group in kept}
+        groups = [group for group in found if group.group_id in numbers]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = np.concatenate([group.rewards for group in groups])
         advantages = np.concatenate([group.advantages for group in groups])
         seen.append((self, rollouts, rewards, advantages))
-        return groups
+        return found
 
     monkeypatch.setattr(Collector, "_normalize", spy)
     return seen
@@ -468,6 +473,260 @@ def test_penalties_are_in_histories_and_advantages_and_not_in_rewards(
     one, other = (lines(run, "evaluations.jsonl") for run in runs)
     assert one == other
     assert all(record["overlong"] is None for record in lines(runs[1], "metrics.jsonl"))
+
+
+# Groups without signal.
+
+WITHIN = [name for name, rule in RULES.items() if rule.zero_alone]
+VALUES = (0.0, 1.0, 0.3, -0.5)
+
+
+def signal(rule: str, rewards: Sequence[float], lengths: Sequence[int]) -> bool:
+    """Whether exact arithmetic gives any of a group an advantage."""
+    found = Reference(rule)(rewards, [0] * len(rewards), [0] * len(rewards), lengths=lengths)
+    return bool(found.any())
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_groups_have_a_signal_where_their_rule_says_so(name: str) -> None:
+    config = parse_config(tiny_run({"estimator.name": name}))
+    with Assembly(config) as parts:
+        prompt = parts.builder.build(parts.dataset.train[0])
+        lengths = (2, 1, 3)
+        rollouts = [Rollout(prompt, 0, (6,) * n, "", (-1.0,) * n, False) for n in lengths]
+        for rewards in product(VALUES, repeat=3):
+            (group,) = grouped(rollouts, rewards=rewards)
+            found = parts.collector._has_signal(group)
+            assert found == signal(name, rewards, lengths)
+            if name == "max_rl":
+                assert found == (len(set(rewards)) > 1 and sum(rewards) > 0)
+            else:
+                assert found == (len(set(rewards)) > 1)
+        for rewards, expected in (
+            ((math.nan, 0.3, 0.3), False),
+            ((math.nan, math.nan, 0.3), False),
+            ((math.nan, math.nan, math.nan), False),
+            ((math.nan, 0.3, 1.0), True),
+        ):
+            (group,) = grouped(rollouts, rewards=rewards)
+            assert parts.collector._has_signal(group) == expected
+        # What the penalty makes of them is what counts.
+        (group,) = grouped(rollouts, rewards=(1.0, 1.0, 1.0))
+        assert parts.collector._has_signal(replace(group, penalties=np.array([0.0, 0.0, 0.5])))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equal_rewards_have_a_signal_under_the_other_rules_alone(name: str) -> None:
+    """Of one cluster, in a step with other groups and after another one."""
+    normalizer, lengths = ClusterNormalizer(name), [1, 2, 3, 1, 2, 3]
+    groups = [0, 0, 0, 1, 1, 1]
+    normalizer([0.1, 0.7, 0.2, 0.4, 0.9, 0.5], [0] * 6, groups, lengths=lengths)
+    found = normalizer([0.6, 0.6, 0.6, 0.0, 1.0, 0.2], [0] * 6, groups, lengths=lengths)
+    assert (np.abs(found[:3]).max() < 1e-9) == RULES[name].zero_alone
+    if not RULES[name].zero_alone:
+        with pytest.raises(ConfigError, match=f"run.resample has no effect under .* {name!r}"):
+            parse_config(tiny_run({"estimator.name": name, "run.resample": 1}))
+
+
+IDLE = """
+import zlib
+from pgrpo.plugins import hookimpl
+
+def idle(rollouts):
+    '''Equal rewards for two prompts of three, and else others for each rollout of a group.'''
+    kind = zlib.crc32(rollouts[0].prompt.example.text.encode()) % 3
+    return [0.25 + kind if kind else place / 7 + rollouts[0].group_id for place in range(len(rollouts))]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("idle", idle)
+"""
+
+
+def is_idle(example: Example) -> bool:
+    return zlib.crc32(example.text.encode()) % 3 > 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "resample"),
+    [
+        *(({"name": name}, 2) for name in WITHIN),
+        ({"name": "two_way", "order": "normalize_then_update"}, 1),
+        ({"name": "two_way", "history": "one"}, 1),
+        ({"name": "grpo", "frequency_weight": 0.5}, 1),
+        ({"name": "grpo"}, 40),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_groups_without_signal_give_their_places_to_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[Batch],
+    estimator: Tree,
+    resample: int,
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", IDLE)
+    collected: list[CollectedBatch] = []
+    learned: list[list[int]] = []
+    collect, update = Collector.collect, Policy.update
+
+    def watched(self: Collector, step: int) -> CollectedBatch:
+        collected.append(collect(self, step))
+        return collected[-1]
+
+    def counted(self: Policy, groups: list[Group], *arguments: Any) -> Any:
+        learned.append([group.group_id for group in groups])
+        return update(self, groups, *arguments)
+
+    monkeypatch.setattr(Collector, "collect", watched)
+    monkeypatch.setattr(Policy, "update", counted)
+    changes = {
+        "run.samples_per_step": 10_000,
+        "run.resample": resample,
+        "run.eval_every": 0,
+        "rewards": [{"name": "idle"}],
+        "estimator": estimator,
+        "generation.group_size": GROUP,
+    }
+    run = train(tmp_path, changes)
+    # Rewards, histories and all means are of all rollouts, each once.
+    check_metrics(run)
+
+    with Assembly(parse_config(tiny_run({"run.num_steps": 4}))) as parts:
+        own = {step: parts.collector._examples(step) for step in range(1, 5)}
+        train_examples = list(parts.dataset.train)
+    assert len(collected) == 4
+    for batch, told, record in zip(collected, learned, lines(run, "metrics.jsonl"), strict=True):
+        # The whole process once more, from the seeds and the prompts.
+        step = batch.step
+        shuffled = np.random.default_rng(derive_seed(0, "resample", step)).permutation(64).tolist()
+        examples, kept, replaced = list(own[step]), set(range(NUM_PROMPTS)), set[int]()
+        others = (train_examples[n] for n in shuffled if train_examples[n] not in own[step])
+        for _ in range(resample):
+            idle = {number for number in kept if is_idle(examples[number])}
+            if not idle:
+                break
+            replaced |= idle
+            kept -= idle
+            for _ in idle:
+                kept.add(len(examples))
+                examples.append(next(others))
+        assert [group.group_id for group in batch.groups] == list(range(len(examples)))
+        assert [group.prompt.example for group in batch.groups] == examples
+        assert set(batch.replaced) == replaced
+        assert told == sorted(kept), "a step keeps its size"
+        assert len(kept) == NUM_PROMPTS
+        if resample > 10:
+            assert not any(is_idle(examples[number]) for number in kept)
+        assert record["num_replaced"] == len(replaced)
+        assert record["num_rollouts"] == GROUP * len(examples)
+        assert record["equal_groups"] == pytest.approx(np.mean([is_idle(e) for e in examples]))
+        for group in batch.groups:
+            assert {rollout.group_id for rollout in group.rollouts} == {group.group_id}
+            if group.group_id in replaced:
+                assert not group.advantages.any()
+    assert sum(record["num_replaced"] for record in lines(run, "metrics.jsonl")) > 4
+
+    # Advantages are those of the groups that are left; histories know the others, too.
+    options = dict(estimator)
+    history = options.pop("history", "cluster")
+    oracle = Reference(options.pop("name"), **options)
+
+    def fold(groups: list[Group]) -> None:
+        for group in groups:
+            key = 0 if history == "one" else group.prompt.cluster_id
+            oracle.update(group.rewards, [key] * GROUP, [group.group_id] * GROUP)
+
+    for batch, (_, rollouts, rewards, found) in zip(collected, batches, strict=True):
+        others = [group for group in batch.groups if group.group_id in batch.replaced]
+        before = estimator.get("order") == "normalize_then_update"
+        if not before:
+            fold(others)
+        keys = [0 if history == "one" else r.prompt.cluster_id for r in rollouts]
+        lengths = [len(r.completion_ids) for r in rollouts]
+        expected = oracle(rewards, keys, [r.group_id for r in rollouts], lengths=lengths)
+        if before:
+            fold(others)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_prompts_that_replace_others() -> None:
+    for size in (4, 63, 64, 100):
+        changes = {"run.prompts_per_step": size, "estimator.name": "grpo"}
+        with Assembly(parse_config(tiny_run(changes))) as parts:
+            own = {example.text for example in parts.collector._examples(3)}
+            others = [example.text for example in parts.collector._others(3, 150)]
+            assert others[:50] == [example.text for example in parts.collector._others(3, 50)]
+            assert others != [example.text for example in parts.collector._others(4, 150)]
+            everything = {example.text for example in parts.dataset.train}
+        # Some that the step does not have, if there are any, each as often as the others.
+        expected = everything - own or everything
+        assert set(others) == expected
+        counts = Counter(others).values()
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("resample", [0, 2])
+def test_a_batch_that_waits_survives_a_checkpoint(resample: int) -> None:
+    changes = {**ALL, **OVERLONG, "run.resample": resample, "estimator.name": "grpo"}
+    config = parse_config(tiny_run(changes))
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        first = parts.collector.collect(1)
+        state = json.loads(json.dumps(parts.collector.state_dict(first)))
+        second = parts.collector.collect(2)
+    assert bool(first.replaced) == bool(resample)
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        restored = parts.collector.load_state_dict(state, 0)
+        assert restored is not None and parts.collector.num_folded == 1
+        again = parts.collector.collect(2)
+    for one, other in ((first, restored), (second, again)):
+        assert (one.step, one.before, one.after) == (other.step, other.before, other.after)
+        assert one.replaced == other.replaced
+        for groups in ((one.groups, other.groups), (one.rewarded(), other.rewarded())):
+            for a, b in zip(*groups, strict=True):
+                assert a.rollouts == b.rollouts
+                for found, expected in zip(
+                    (a.rewards, a.advantages, a.shaped),
+                    (b.rewards, b.advantages, b.shaped),
+                    strict=True,
+                ):
+                    np.testing.assert_array_equal(found, expected)
+
+
+NOTHING = """
+from pgrpo.plugins import hookimpl
+
+seen = []
+
+def nothing(rollouts):
+    seen.append(rollouts[0].group_id)
+    return [None] * len(rollouts)
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("nothing", nothing)
+"""
+
+
+def test_a_step_without_any_reward_asks_as_often_as_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", NOTHING)
+    changes = {"rewards": [{"name": "nothing"}], "estimator.name": "grpo", "run.resample": 3}
+    with Assembly(parse_config(tiny_run(changes))) as parts:
+        parts.engine.sync(0)
+        with pytest.raises(PluginError, match="no rollout of step 1 got a reward"):
+            parts.collector.collect(1)
+        assert not parts.collector.histories.snapshot()
+        assert parts.collector.num_folded == 0
+    # Rewards, too, see each number once.
+    import my_plugin  # pyright: ignore[reportMissingImports]
+
+    assert sorted(my_plugin.seen) == list(range(4 * NUM_PROMPTS))
 
 
 GAPS = """

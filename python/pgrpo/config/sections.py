@@ -48,6 +48,10 @@ class RunConfig(Section):
     """Optimisation steps."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts (groups) of one step."""
+    resample: int = Field(default=0, ge=0)
+    """How many times a step may draw other prompts in the place of those whose groups have no signal,
+    which is DAPO's dynamic sampling ([how_it_works.md](how_it_works.md#groups-without-signal)). The
+    step keeps its size."""
     seed: int = Field(default=0, ge=0)
     """Seeds sampling, shuffling and initialisation. Same seed, same machine: same run."""
     checkpoint_every: int = Field(default=50, ge=1)

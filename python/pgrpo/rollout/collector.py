@@ -1,15 +1,16 @@
 """Everything of a step up to the update: prompts, rollouts, rewards, histories, advantages.
 
 Groups are scored while others are still generated. A step's rewards are folded into the histories in
-one call, in rollout order, so that whichever group finishes first, a seeded run repeats.
+rollout order once all are there, so that whichever group finishes first, a seeded run repeats.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,18 +43,23 @@ class Batch:
 
     step: int
     groups: Sequence[Group]
-    """By group_id, with rewards and advantages."""
+    """All that were generated, by group_id, with rewards and advantages."""
     before: Histories
     """Clusters' histories without this step's rewards."""
     after: Histories
     """And with them."""
+    replaced: Set[int] = frozenset()
+    """group_ids of those that had no signal and gave their place to others."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
 
     def rewarded(self) -> list[Group]:
-        """The groups without rollouts that got no reward, where anything is left of them."""
+        """What the policy learns from: the groups that were not replaced, without rollouts that got no
+        reward, where anything is left of them."""
         kept: list[Group] = []
         for group in self.groups:
+            if group.group_id in self.replaced:
+                continue
             has_reward = np.isfinite(group.rewards)
             rollouts = [r for r, has in zip(group.rollouts, has_reward, strict=True) if has]
             if rollouts:
@@ -102,6 +108,7 @@ class Collector:
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._rule = RULES[estimator.name]
+        self._reads_before = estimator.order == "normalize_then_update"
         options = estimator.model_dump(exclude={"name", "history"})
         self.normalizer = ClusterNormalizer(
             estimator.name, nan_policy="zero", track_diagnostics=True, **options
@@ -121,20 +128,28 @@ class Collector:
         """
         run, watch = self._run, _Watch()
         seed_globals(derive_seed(run.seed, "globals", step))
-        groups = self._engine.generate(
-            self._prompts(step),
-            self._generation.group_size,
-            seed=derive_seed(run.seed, "sampling", step),
-        )
-        scored = [self._penalised(group) for group in self._scorer.score(watch.over(groups))]
-        if not any(np.isfinite(group.rewards).any() for group in scored):
+        kept = self._sample(self._prompts(step), 0, derive_seed(run.seed, "sampling", step), watch)
+        replaced: list[Group] = []
+        for attempt in range(run.resample):
+            idle = [group for group in kept if not self._has_signal(group)]
+            if not idle:
+                break
+            first = len(kept) + len(replaced)
+            others = self._others(step, len(replaced) + len(idle))[len(replaced) :]
+            prompts = [self._builder.build(example) for example in others]
+            seed = derive_seed(run.seed, f"resample {attempt}", step)
+            kept = [group for group in kept if group not in idle]
+            kept += self._sample(prompts, first, seed, watch)
+            replaced += idle
+        if not any(np.isfinite(group.rewards).any() for group in kept):
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
             )
         before = self.histories.snapshot()
         self.num_folded = step
-        normalized = self._normalize(scored)
-        return Batch(step, normalized, before, self.histories.snapshot(), watch.laps())
+        groups = self._normalize(kept, replaced)
+        after, numbers = self.histories.snapshot(), {group.group_id for group in replaced}
+        return Batch(step, groups, before, after, numbers, watch.laps())
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
@@ -160,14 +175,55 @@ class Collector:
             if self.histories is not self.normalizer:
                 self.histories.load_state_dict(state["histories"])
             saved = state["batch"]
-            batch = None if saved is None else self._batch(saved, self._prompts(step + 1))
+            batch = None if saved is None else self._batch(saved)
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks {error} in state.json") from None
         self.num_folded = step if batch is None else batch.step
         return batch
 
-    def _normalize(self, groups: Sequence[Group]) -> list[Group]:
-        """Fold the step's rewards into the histories, and add advantages to the groups."""
+    def _sample(
+        self, prompts: Sequence[Prompt], first: int, seed: int, watch: _Watch
+    ) -> list[Group]:
+        """Groups of these prompts, numbered from `first` on, with rewards."""
+        groups = self._engine.generate(prompts, self._generation.group_size, seed=seed)
+        scored = self._scorer.score(_numbered(watch.over(groups), first))
+        return [self._penalised(group) for group in scored]
+
+    def _has_signal(self, group: Group) -> bool:
+        """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
+        batch, columns = self._columns([group])
+        return bool(ClusterNormalizer(self._rule.name, nan_policy="zero")(*batch, **columns).any())
+
+    def _normalize(self, kept: Sequence[Group], replaced: Sequence[Group]) -> list[Group]:
+        """Fold all rewards of the step into the histories; returns all groups with advantages, of which
+        those that were replaced have 0: the rule does not see them, only their clusters' histories do.
+        """
+        if replaced and not self._reads_before:
+            self._fold(replaced)
+        batch, columns = self._columns(kept)
+        self._fold_of_clusters(kept)
+        parts = split_by_group(self.normalizer(*batch, **columns), kept)
+        if replaced and self._reads_before:
+            self._fold(replaced)
+        groups = [replace(g, advantages=part) for g, part in zip(kept, parts, strict=True)]
+        groups += [replace(group, advantages=np.zeros(len(group.rollouts))) for group in replaced]
+        return sorted(groups, key=lambda group: group.group_id)
+
+    def _fold(self, groups: Sequence[Group]) -> None:
+        batch, columns = self._columns(groups)
+        self.normalizer.update(*batch, **columns)
+        self._fold_of_clusters(groups)
+
+    def _fold_of_clusters(self, groups: Sequence[Group]) -> None:
+        """Add rewards to the clusters' histories, where advantages read others."""
+        if self.histories is not self.normalizer:
+            rewards = np.concatenate([group.shaped for group in groups])
+            clusters = [r.prompt.cluster_id for group in groups for r in group.rollouts]
+            self.histories.update(rewards, clusters)
+
+    def _columns(self, groups: Sequence[Group]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a normalizer is told of groups: rewards, keys of histories, numbers of groups; and what
+        else the rule reads."""
         rewards = np.concatenate([group.shaped for group in groups])
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
@@ -178,11 +234,7 @@ class Collector:
             norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self._rule.needs_lengths:
             lengths = [len(rollout.completion_ids) for rollout in rollouts]
-        if self.histories is not self.normalizer:
-            self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
-        advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms, lengths=lengths)
-        parts = split_by_group(advantages, groups)
-        return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
+        return (rewards, keys, group_ids), {"score_norms": norms, "lengths": lengths}
 
     def _penalised(self, group: Group) -> Group:
         """With the penalties of the section `[generation]`, if it has any."""
@@ -190,11 +242,15 @@ class Collector:
             return group
         return replace(group, penalties=overlong_penalties(group.rollouts, self._generation))
 
-    def _prompts(self, step: int) -> list[Prompt]:
-        return [self._builder.build(example) for example in self._examples(step)]
+    def _prompts(self, step: int, num_others: int = 0) -> list[Prompt]:
+        """By group_id: the step's own prompts, then as many of those that may take their places."""
+        examples = self._examples(step) + self._others(step, num_others)
+        return [self._builder.build(example) for example in examples]
 
-    def _batch(self, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
+    def _batch(self, state: Mapping[str, Any]) -> Batch:
         """The batch that `_batch_state` was told of."""
+        num_others = len(state["groups"]) - self._run.prompts_per_step
+        prompts = self._prompts(state["step"], num_others)
 
         def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
             return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
@@ -215,13 +271,28 @@ class Collector:
             [group(saved) for saved in state["groups"]],
             histories(state["before"]),
             histories(state["after"]),
+            frozenset(state["replaced"]),
         )
 
     def _examples(self, step: int) -> list[Example]:
         """The step's training examples: consecutive places in a shuffle of its own per epoch."""
-        train, size = self._dataset.train, self._run.prompts_per_step
+        return [self._dataset.train[place] for place in self._places(step)]
+
+    def _others(self, step: int, num: int) -> list[Example]:
+        """The first examples of a shuffle of the step's own, in which its own examples do not stand
+        unless there are no others; over again where they are too few."""
+        train = self._dataset.train
+        if not num:
+            return []
+        random = np.random.default_rng(derive_seed(self._run.seed, "resample", step))
+        shuffled = random.permutation(len(train))
+        others = shuffled[~np.isin(shuffled, self._places(step))]
+        return [train[n] for n in np.resize(others if len(others) else shuffled, num).tolist()]
+
+    def _places(self, step: int) -> list[int]:
+        num, size = len(self._dataset.train), self._run.prompts_per_step
         return [
-            train[self._shuffled(place // len(train))[place % len(train)]]
+            self._shuffled(place // num)[place % num]
             for place in range((step - 1) * size, step * size)
         ]
 
@@ -230,6 +301,14 @@ class Collector:
             random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
+
+
+def _numbered(groups: Iterator[Group], first: int) -> Iterator[Group]:
+    """The groups with numbers from `first` on."""
+    with closing(cast(Any, groups)):
+        for group in groups:
+            rollouts = [replace(r, group_id=first + r.group_id) for r in group.rollouts]
+            yield replace(group, rollouts=tuple(rollouts))
 
 
 def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig) -> FloatArray:
@@ -290,4 +369,5 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
         ],
         "before": histories(batch.before),
         "after": histories(batch.after),
+        "replaced": sorted(batch.replaced),
     }

@@ -61,6 +61,7 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
         reward=float(rewarded.mean()),
         num_rollouts=len(rollouts),
         num_unrewarded=len(rollouts) - len(rewarded),
+        num_replaced=len(batch.replaced),
         completion_tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
         truncated=float(np.mean([r.truncated for r in rollouts])),
         overlong=float(np.concatenate(penalties).mean()) if penalties else None,

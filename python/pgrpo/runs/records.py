@@ -145,6 +145,9 @@ class StepRecord(Record):
     """rollouts generated"""
     num_unrewarded: int | None = None
     """of these, how many got no reward; they are left out of the update"""
+    num_replaced: int | None = None
+    """groups that had no signal and gave their place to others (`run.resample`). Their rollouts are in
+    all numbers of this line but those that the update tells"""
     completion_tokens: float | None = None
     """mean length of a completion in tokens, forced ones and the end token included"""
     truncated: float | None = None
