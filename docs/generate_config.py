@@ -69,10 +69,13 @@ These would have no effect, and are therefore refused:
 
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
+- `run.keep_best` without `run.eval_every`
+- `run.resample` with an estimator that does not compare within the group
 @ESTIMATORS@
 - `frequency_weight` of `[estimator]` with `history = "one"`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
 - `importance` and these three with `old_logprobs = "rollout"`
+- `generation.overlong_penalty` without `generation.overlong_buffer`
 - `[generation.vllm]` without `engine = "vllm"`, and in it:
   - `api_key_env`, `transfer`, `data_parallel_size` and `retry_s` without `servers`
   - `transfer_folder` without `servers` or `tensor_parallel_size` > 1, and where no file is the means

@@ -202,6 +202,30 @@ def install_plugin(site: Path, source: str) -> None:
     (info / "entry_points.txt").write_text("[pgrpo]\nentry = my_plugin\n")
 
 
+PEAK = """
+from pgrpo.plugins import hookimpl
+
+REWARDS = [0.9, 0.2, 0.1, 0.1, 0.2, 0.7, 0.7]
+
+def peak(rollouts):
+    '''By the updates that the policy has seen: the best is that of step 5, and step 1 was it before.'''
+    return [REWARDS[rollout.policy_version] for rollout in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("peak", peak)
+"""
+
+WITH_PEAK: Tree = {
+    "evaluation": [{"name": "peak"}],
+    "run.keep_best": True,
+    "run.num_steps": 6,
+    "run.checkpoint_every": 3,
+    "run.eval_every": 1,
+}
+"""A run whose best step is not its last, with the plugin `PEAK`."""
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import grouped, processes, tiny_model, trace, train, write_config
+from conftest import (
+    PEAK,
+    WITH_PEAK,
+    grouped,
+    install_plugin,
+    processes,
+    tiny_model,
+    trace,
+    train,
+    write_config,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,6 +91,59 @@ def test_the_newest_are_kept(run: Path) -> None:
 def test_nothing_in_a_folder_that_holds_none(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "missing") is None
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    lines = (run / "evaluations.jsonl").read_text("utf-8").splitlines()
+    return {record["step"]: record["reward"] for record in map(json.loads, lines)}
+
+
+def test_the_best_is_kept_besides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", PEAK)
+    run = train(tmp_path, WITH_PEAK)
+    # The untrained model's reward, of which there is no checkpoint, is higher, and that of step 6 equal.
+    rewards = evaluations(run)
+    assert rewards == pytest.approx(dict(enumerate([0.9, 0.2, 0.1, 0.1, 0.2, 0.7, 0.7])))
+    best = 5
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [best, 6]
+    plain = train(tmp_path / "plain", {**WITH_PEAK, "run.keep_best": False})
+    assert [c.step for c in list_checkpoints(plain / "checkpoints")] == [6]
+    assert trace(run) == trace(plain), "keeping it changes nothing else"
+
+    capsys.readouterr()
+    for options, step in (([], 6), (["--best"], best)):
+        assert main(["evaluate", str(run), "--prompts", "8", "--json", *options]) == 0
+        [result] = json.loads(capsys.readouterr().out)
+        assert (result["step"], result["reward"]) == (step, rewards[step])
+        out = tmp_path / f"model-{step}"
+        assert main(["export", str(run), "--out", str(out), *options]) == 0
+        capsys.readouterr()
+        saved = run / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors"
+        assert (out / "model.safetensors").read_bytes() == saved.read_bytes()
+        assert f"before training and after step {step}:" in (out / "README.md").read_text()
+
+    assert main(["evaluate", str(plain), "--best"]) == 2
+    assert capsys.readouterr().err == (
+        f"pgrpo: {plain} has its best held-out reward after step {best}, and no checkpoint of that; "
+        "run.keep_best = true keeps it\n"
+    )
+    damaged = run / "checkpoints" / f"step-{best:06d}"
+    cut(damaged / "state.json")
+    assert main(["export", str(run), "--out", str(tmp_path / "other"), "--best"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pgrpo: checkpoint {damaged} is damaged: state.json has ")
+
+
+def test_there_is_no_best_without_evaluations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, {"run.eval_every": 0})
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--best"]) == 2
+    assert capsys.readouterr().err == (f"pgrpo: {run} has no checkpoint of an evaluated step yet\n")
 
 
 def cut(path: Path) -> None:

@@ -179,3 +179,10 @@ def test_all_arms_weigh_clusters_alike() -> None:
     base = parse_config(tiny_run({"estimator": {"name": "pgrpo", **weighing}}))
     for name in RULES:
         assert arm_config(base, name, 0).estimator.model_dump(include=set(weighing)) == weighing
+
+
+def test_arms_resample_where_groups_can_be_without_signal() -> None:
+    base = parse_config(tiny_run({"estimator": {"name": "grpo"}, "run.resample": 2}))
+    found = {name: arm_config(base, name, 0).run.resample for name in RULES}
+    within = {"grpo", "dr_grpo", "rloo", "two_way", "lite", "max_rl", "opo", "gdpo_multi"}
+    assert found == {name: 2 if name in within else 0 for name in RULES}

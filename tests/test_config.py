@@ -253,7 +253,9 @@ def test_the_resolved_config_is_complete() -> None:
         }
     ]
     assert "system_prompt" not in tree["model"], "it has no effect without a chat"
-    assert "vllm" not in tree["generation"], "it has no effect with transformers"
+    idle = {"vllm", "overlong_penalty"}
+    assert tree["generation"].keys() | idle == type(config.generation).model_fields.keys()
+    assert not idle & tree["generation"].keys(), "they have no effect here"
 
 
 def vllm(**settings: object) -> Tree:
@@ -265,6 +267,7 @@ def vllm(**settings: object) -> Tree:
     [
         ({"model.system_prompt": "Be brief."}, "model: system_prompt"),
         ({"model.revision": "main"}, "model: revision"),
+        ({"run": {"keep_best": True}}, "run: keep_best"),
         ({"model": {"name": "pypi:x==1", "revision": "main"}}, "model: revision"),
         ({"estimator": {"name": "grpo", "history": "cluster"}}, "estimator: history"),
         ({"estimator": {"name": "batch", "order": "update_then_normalize"}}, "estimator: order"),
@@ -278,6 +281,7 @@ def vllm(**settings: object) -> Tree:
             {"estimator": {"history": "one", "frequency_weight": 0.5}},
             "estimator: frequency_weight",
         ),
+        ({"generation": {"overlong_penalty": 0.5}}, "generation: overlong_penalty"),
         ({"generation.vllm": {"block_size": 64}}, "generation: vllm"),
         ({"generation": {"engine": "transformers", "vllm": {}}}, "generation: vllm"),
         (vllm(api_key_env="KEY"), "generation.vllm: api_key_env"),

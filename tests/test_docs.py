@@ -109,6 +109,11 @@ def test_settings_said_to_have_no_effect_are_refused(key):
         "`model.revision` of `tiny` and of a `pypi:` model": [
             {"model": {"name": name, "revision": "main"}} for name in ("tiny", "pypi:a==1")
         ],
+        "`run.resample` with an estimator that does not compare within the group": [
+            {"run": {"resample": 1}, "estimator": {"name": name}}
+            for name in ("pgrpo", "batch", "shrinkage", "auto", "rae")
+        ],
+        "`run.keep_best` without `run.eval_every`": [{"run": {"keep_best": True, "eval_every": 0}}],
         '`frequency_weight` of `[estimator]` with `history = "one"`': [
             {"estimator": {"history": "one", "frequency_weight": 0.5}}
         ],
@@ -124,6 +129,9 @@ def test_settings_said_to_have_no_effect_are_refused(key):
                 {"mask_below": 0.5},
                 {"mask_above": 2.0},
             )
+        ],
+        "`generation.overlong_penalty` without `generation.overlong_buffer`": [
+            {"generation": {"overlong_penalty": 0.5}}
         ],
         '`[generation.vllm]` without `engine = "vllm"`, and in it:': [
             {"generation": {"vllm": {"block_size": 64}}},

@@ -11,16 +11,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import contents, install_plugin, start, trace, train, write_config
+from conftest import (
+    PEAK,
+    WITH_PEAK,
+    contents,
+    install_plugin,
+    start,
+    trace,
+    train,
+    write_config,
+)
 
 from pgrpo.cli import main
 from pgrpo.runs.folder import RunFolder
-from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.train.checkpoint import chosen_checkpoint, latest_checkpoint, list_checkpoints
 from pgrpo.train.policy import Policy
 
 TIMEOUT_S = 120
@@ -85,6 +94,15 @@ VARIANTS = {
     # Killed before there is a checkpoint, and between two.
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
     "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
+    "sampled evaluations": ({"run.eval_samples": 3}, 61),
+    "groups without signal give their places to others": (
+        {"run.resample": 2, "estimator": {"name": "grpo"}},
+        61,
+    ),
+    "a penalty of long completions": (
+        {"generation.overlong_buffer": 2, "generation.overlong_penalty": 0.5},
+        61,
+    ),
     "lora": ({"model.lora": {"rank": 2}}, 61),
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),
@@ -140,6 +158,47 @@ def test_variants(tmp_path: Path, variant: str) -> None:
     assert (latest_checkpoint(run / "checkpoints") is None) == (variant == "no checkpoint yet")
     resume(run)
     assert trace(run) == trace(whole)
+
+
+def weights(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def with_peak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("peak")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder / "site"))
+        install_plugin(folder / "site", PEAK)
+        yield train(folder, WITH_PEAK)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kill_at"),
+    [
+        *(("checkpoints/.partial-000001", kill_at) for kill_at in (1, 23)),
+        *(("checkpoints/.partial-000005", kill_at) for kill_at in range(1, 33, 8)),
+        # It is there, and the one that was the best before goes, or the newest.
+        *(("checkpoints/.partial-step-000001", kill_at) for kill_at in (1, 2)),
+        *(("checkpoints/.partial-step-000003", kill_at) for kill_at in (1, 2)),
+        *(("checkpoints/.partial-000006", kill_at) for kill_at in (1, 23)),
+        *(("", kill_at) for kill_at in random.Random(2).sample(range(40, 200), 4)),
+    ],
+)
+def test_the_best_checkpoint_outlives_kills(
+    with_peak: Path, tmp_path: Path, folder: str, kill_at: int
+) -> None:
+    run = tmp_path / "run"
+    killed(write_config(tmp_path, WITH_PEAK), run, kill_at, run / folder)
+    found = list_checkpoints(run / "checkpoints")
+    if found:
+        best = RunFolder(run).best_step(found[-1].step)
+        assert best in {checkpoint.step for checkpoint in found}
+        assert chosen_checkpoint(RunFolder(run), best=True).step == best
+    resume(run)
+    assert trace(run) == trace(with_peak)
+    assert chosen_checkpoint(RunFolder(run), best=True).step == 5
+    assert weights(run, 5) == weights(with_peak, 5) != weights(with_peak, 6)
 
 
 NOISY = """

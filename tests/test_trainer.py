@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree, install_plugin, tiny_run, trace, train, write_config
+from conftest import Tree, grouped, install_plugin, tiny_run, trace, train, write_config
 from reference import Reference
 
 from pgrpo.cli import main
+from pgrpo.errors import ConfigError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer
-from pgrpo.rollout.collector import Collector
+from pgrpo.rewards.scorer import Scorer
+from pgrpo.rollout.collector import Batch as CollectedBatch
+from pgrpo.rollout.collector import Collector, overlong_penalties
+from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.build import Assembly
+from pgrpo.train.evaluation import evaluate, held_out
 from pgrpo.train.policy import Policy
 from pgrpo.train.trainer import Trainer
-from pgrpo.types import Group, Rollout
+from pgrpo.types import Example, Group, Prompt, Rollout
+
+Capture = pytest.CaptureFixture[str]
 
 NUM_PROMPTS, GROUP = 4, 3
 # Every rollout is written to samples.jsonl.
@@ -135,13 +147,15 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     seen: list[Batch] = []
     normalize = Collector._normalize
 
-    def spy(self: Collector, scored: list[Group]) -> list[Group]:
-        groups = normalize(self, scored)
+    def spy(self: Collector, kept: list[Group], replaced: list[Group]) -> list[Group]:
+        found = normalize(self, kept, replaced)
+        numbers = {group.group_id for group in kept}
+        groups = [group for group in found if group.group_id in numbers]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = np.concatenate([group.rewards for group in groups])
         advantages = np.concatenate([group.advantages for group in groups])
         seen.append((self, rollouts, rewards, advantages))
-        return groups
+        return found
 
     monkeypatch.setattr(Collector, "_normalize", spy)
     return seen
@@ -363,6 +377,466 @@ def test_rollouts_without_a_reward_are_left_out(
         without = [s for s in samples if s["reward"] is None]
         assert len(without) == unrewarded
         assert all(s["advantage"] == 0 for s in without)
+
+
+def test_the_penalty_of_every_length() -> None:
+    """DAPO's equation 13, case by case, in exact numbers."""
+    listed = Prompt(Example("", "u"), 0, (5,), ((6,), (7,)))
+    free = Prompt(Example("", "u"), 0, (5,))
+    for longest, buffer, factor in product(
+        (1, 2, 7, 64), (1, 2, 5, 64), (Fraction(1), Fraction(1, 4))
+    ):
+        settings = {
+            "max_new_tokens": longest,
+            "overlong_buffer": buffer,
+            "overlong_penalty": float(factor),
+        }
+        if buffer > longest:
+            with pytest.raises(ConfigError, match=f"overlong_buffer is {buffer}; expected at most"):
+                parse_config(tiny_run({"generation": settings}))
+            continue
+        generation = parse_config(tiny_run({"generation": settings})).generation
+        lengths = range(1, longest + 1)
+        expected = [
+            Fraction(0)
+            if length <= longest - buffer
+            else factor * Fraction(length - (longest - buffer), buffer)
+            for length in lengths
+        ]
+        assert expected[-1] == factor
+        rollouts = [Rollout(free, 0, (6,) * n, "", (0.0,) * n, n == longest) for n in lengths]
+        found = overlong_penalties(rollouts, generation)
+        np.testing.assert_allclose(found, [float(value) for value in expected], rtol=1e-15)
+        # Choices may be longer than that, and lose nothing.
+        chosen = [replace(rollout, prompt=listed) for rollout in rollouts]
+        assert not overlong_penalties(chosen, generation).any()
+
+
+OVERLONG: Tree = {
+    "generation.max_new_tokens": 5,
+    "generation.overlong_buffer": 3,
+    "generation.overlong_penalty": 0.75,
+}
+LOST = {1: 0.0, 2: 0.0, 3: 0.25, 4: 0.5, 5: 0.75}
+
+
+@pytest.mark.parametrize("estimator", ["pgrpo", "grpo", "auto"])
+def test_penalties_are_in_histories_and_advantages_and_not_in_rewards(
+    tmp_path: Path, batches: list[Batch], estimator: str
+) -> None:
+    changes = {**ALL, **OVERLONG, "estimator.name": estimator}
+    run = train(tmp_path, changes)
+    shaped = [
+        (collector, rollouts, rewards - [LOST[len(r.completion_ids)] for r in rollouts], found)
+        for collector, rollouts, rewards, found in batches
+    ]
+    steps = by_step(run)
+    expected = expected_advantages({"name": estimator}, shaped)
+    seen: dict[str, list[float]] = {}
+    for record, samples, raw, (_, rollouts, values, found), advantages in zip(
+        lines(run, "metrics.jsonl"), steps, batches, shaped, expected, strict=True
+    ):
+        np.testing.assert_allclose(found, advantages, rtol=1e-9, atol=1e-9)
+        assert [sample["reward"] for sample in samples] == raw[2].tolist(), (
+            "raw as they were scored"
+        )
+        assert record["reward"] == pytest.approx(raw[2].mean())
+        assert record["overlong"] == pytest.approx((raw[2] - values).mean())
+        assert record["overlong"] > 0
+        parts = values.reshape(-1, GROUP)
+        equal = [len(set(part)) == 1 for part in parts.tolist()]
+        assert record["equal_groups"] == pytest.approx(np.mean(equal))
+        terms: dict[str, list[tuple[float, float]]] = {}
+        for part, rollout in zip(parts, rollouts[::GROUP], strict=True):
+            cluster = str(rollout.prompt.cluster_id)
+            seen.setdefault(cluster, []).extend(part)
+            terms.setdefault(cluster, []).append((part.std(), part.mean()))
+        for cluster, told in record["clusters"].items():
+            assert told["count"] == len(seen[cluster])
+            assert told["mean"] == pytest.approx(np.mean(seen[cluster]))
+            assert told["std"] == pytest.approx(np.std(seen[cluster]), abs=1e-12)
+            if cluster in terms:
+                scale = told["std"] + EPS
+                ratio = np.mean([(std + EPS) / scale for std, _ in terms[cluster]])
+                assert told["scale_ratio"] == pytest.approx(ratio)
+                bias = np.mean([(mean - told["mean"]) / scale for _, mean in terms[cluster]])
+                assert told["bias"] == pytest.approx(bias, abs=1e-9)
+    # Evaluations know of no penalty: with a policy that stands still it changes none of them.
+    still = {**changes, "optimizer.learning_rate": 1e-30}
+    runs = [train(tmp_path / "with", still)]
+    runs += [
+        train(
+            tmp_path / "without",
+            {**still, "generation": {"group_size": GROUP, "max_new_tokens": 5}},
+        )
+    ]
+    one, other = (lines(run, "evaluations.jsonl") for run in runs)
+    assert one == other
+    assert all(record["overlong"] is None for record in lines(runs[1], "metrics.jsonl"))
+
+
+# Groups without signal.
+
+WITHIN = [name for name, rule in RULES.items() if rule.zero_alone]
+VALUES = (0.0, 1.0, 0.3, -0.5)
+
+
+def signal(rule: str, rewards: Sequence[float], lengths: Sequence[int]) -> bool:
+    """Whether exact arithmetic gives any of a group an advantage."""
+    found = Reference(rule)(rewards, [0] * len(rewards), [0] * len(rewards), lengths=lengths)
+    return bool(found.any())
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_groups_have_a_signal_where_their_rule_says_so(name: str) -> None:
+    config = parse_config(tiny_run({"estimator.name": name}))
+    with Assembly(config) as parts:
+        prompt = parts.builder.build(parts.dataset.train[0])
+        lengths = (2, 1, 3)
+        rollouts = [Rollout(prompt, 0, (6,) * n, "", (-1.0,) * n, False) for n in lengths]
+        for rewards in product(VALUES, repeat=3):
+            (group,) = grouped(rollouts, rewards=rewards)
+            found = parts.collector._has_signal(group)
+            assert found == signal(name, rewards, lengths)
+            if name == "max_rl":
+                assert found == (len(set(rewards)) > 1 and sum(rewards) > 0)
+            else:
+                assert found == (len(set(rewards)) > 1)
+        for rewards, expected in (
+            ((math.nan, 0.3, 0.3), False),
+            ((math.nan, math.nan, 0.3), False),
+            ((math.nan, math.nan, math.nan), False),
+            ((math.nan, 0.3, 1.0), True),
+        ):
+            (group,) = grouped(rollouts, rewards=rewards)
+            assert parts.collector._has_signal(group) == expected
+        # What the penalty makes of them is what counts.
+        (group,) = grouped(rollouts, rewards=(1.0, 1.0, 1.0))
+        assert parts.collector._has_signal(replace(group, penalties=np.array([0.0, 0.0, 0.5])))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equal_rewards_have_a_signal_under_the_other_rules_alone(name: str) -> None:
+    """Of one cluster, in a step with other groups and after another one."""
+    normalizer, lengths = ClusterNormalizer(name), [1, 2, 3, 1, 2, 3]
+    groups = [0, 0, 0, 1, 1, 1]
+    normalizer([0.1, 0.7, 0.2, 0.4, 0.9, 0.5], [0] * 6, groups, lengths=lengths)
+    found = normalizer([0.6, 0.6, 0.6, 0.0, 1.0, 0.2], [0] * 6, groups, lengths=lengths)
+    assert (np.abs(found[:3]).max() < 1e-9) == RULES[name].zero_alone
+    if not RULES[name].zero_alone:
+        with pytest.raises(ConfigError, match=f"run.resample has no effect under .* {name!r}"):
+            parse_config(tiny_run({"estimator.name": name, "run.resample": 1}))
+
+
+IDLE = """
+import zlib
+from pgrpo.plugins import hookimpl
+
+def idle(rollouts):
+    '''Equal rewards for two prompts of three, and else others for each rollout of a group.'''
+    kind = zlib.crc32(rollouts[0].prompt.example.text.encode()) % 3
+    return [0.25 + kind if kind else place / 7 + rollouts[0].group_id for place in range(len(rollouts))]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("idle", idle)
+"""
+
+
+def is_idle(example: Example) -> bool:
+    return zlib.crc32(example.text.encode()) % 3 > 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "resample"),
+    [
+        *(({"name": name}, 2) for name in WITHIN),
+        ({"name": "two_way", "order": "normalize_then_update"}, 1),
+        ({"name": "two_way", "history": "one"}, 1),
+        ({"name": "grpo", "frequency_weight": 0.5}, 1),
+        ({"name": "grpo"}, 40),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_groups_without_signal_give_their_places_to_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[Batch],
+    estimator: Tree,
+    resample: int,
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", IDLE)
+    collected: list[CollectedBatch] = []
+    learned: list[list[int]] = []
+    collect, update = Collector.collect, Policy.update
+
+    def watched(self: Collector, step: int) -> CollectedBatch:
+        collected.append(collect(self, step))
+        return collected[-1]
+
+    def counted(self: Policy, groups: list[Group], *arguments: Any) -> Any:
+        learned.append([group.group_id for group in groups])
+        return update(self, groups, *arguments)
+
+    monkeypatch.setattr(Collector, "collect", watched)
+    monkeypatch.setattr(Policy, "update", counted)
+    changes = {
+        "run.samples_per_step": 10_000,
+        "run.resample": resample,
+        "run.eval_every": 0,
+        "rewards": [{"name": "idle"}],
+        "estimator": estimator,
+        "generation.group_size": GROUP,
+    }
+    run = train(tmp_path, changes)
+    # Rewards, histories and all means are of all rollouts, each once.
+    check_metrics(run)
+
+    with Assembly(parse_config(tiny_run({"run.num_steps": 4}))) as parts:
+        own = {step: parts.collector._examples(step) for step in range(1, 5)}
+        train_examples = list(parts.dataset.train)
+    assert len(collected) == 4
+    for batch, told, record in zip(collected, learned, lines(run, "metrics.jsonl"), strict=True):
+        # The whole process once more, from the seeds and the prompts.
+        step = batch.step
+        shuffled = np.random.default_rng(derive_seed(0, "resample", step)).permutation(64).tolist()
+        examples, kept, replaced = list(own[step]), set(range(NUM_PROMPTS)), set[int]()
+        others = (train_examples[n] for n in shuffled if train_examples[n] not in own[step])
+        for _ in range(resample):
+            idle = {number for number in kept if is_idle(examples[number])}
+            if not idle:
+                break
+            replaced |= idle
+            kept -= idle
+            for _ in idle:
+                kept.add(len(examples))
+                examples.append(next(others))
+        assert [group.group_id for group in batch.groups] == list(range(len(examples)))
+        assert [group.prompt.example for group in batch.groups] == examples
+        assert set(batch.replaced) == replaced
+        assert told == sorted(kept), "a step keeps its size"
+        assert len(kept) == NUM_PROMPTS
+        if resample > 10:
+            assert not any(is_idle(examples[number]) for number in kept)
+        assert record["num_replaced"] == len(replaced)
+        assert record["num_rollouts"] == GROUP * len(examples)
+        assert record["equal_groups"] == pytest.approx(np.mean([is_idle(e) for e in examples]))
+        for group in batch.groups:
+            assert {rollout.group_id for rollout in group.rollouts} == {group.group_id}
+            if group.group_id in replaced:
+                assert not group.advantages.any()
+    assert sum(record["num_replaced"] for record in lines(run, "metrics.jsonl")) > 4
+
+    # Advantages are those of the groups that are left; histories know the others, too.
+    options = dict(estimator)
+    history = options.pop("history", "cluster")
+    oracle = Reference(options.pop("name"), **options)
+
+    def fold(groups: list[Group]) -> None:
+        for group in groups:
+            key = 0 if history == "one" else group.prompt.cluster_id
+            oracle.update(group.rewards, [key] * GROUP, [group.group_id] * GROUP)
+
+    for batch, (_, rollouts, rewards, found) in zip(collected, batches, strict=True):
+        others = [group for group in batch.groups if group.group_id in batch.replaced]
+        before = estimator.get("order") == "normalize_then_update"
+        if not before:
+            fold(others)
+        keys = [0 if history == "one" else r.prompt.cluster_id for r in rollouts]
+        lengths = [len(r.completion_ids) for r in rollouts]
+        expected = oracle(rewards, keys, [r.group_id for r in rollouts], lengths=lengths)
+        if before:
+            fold(others)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_prompts_that_replace_others() -> None:
+    for size in (4, 63, 64, 100):
+        changes = {"run.prompts_per_step": size, "estimator.name": "grpo"}
+        with Assembly(parse_config(tiny_run(changes))) as parts:
+            own = {example.text for example in parts.collector._examples(3)}
+            others = [example.text for example in parts.collector._others(3, 150)]
+            assert others[:50] == [example.text for example in parts.collector._others(3, 50)]
+            assert others != [example.text for example in parts.collector._others(4, 150)]
+            everything = {example.text for example in parts.dataset.train}
+        # Some that the step does not have, if there are any, each as often as the others.
+        expected = everything - own or everything
+        assert set(others) == expected
+        counts = Counter(others).values()
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("resample", [0, 2])
+def test_a_batch_that_waits_survives_a_checkpoint(resample: int) -> None:
+    changes = {**ALL, **OVERLONG, "run.resample": resample, "estimator.name": "grpo"}
+    config = parse_config(tiny_run(changes))
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        first = parts.collector.collect(1)
+        state = json.loads(json.dumps(parts.collector.state_dict(first)))
+        second = parts.collector.collect(2)
+    assert bool(first.replaced) == bool(resample)
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        restored = parts.collector.load_state_dict(state, 0)
+        assert restored is not None and parts.collector.num_folded == 1
+        again = parts.collector.collect(2)
+    for one, other in ((first, restored), (second, again)):
+        assert (one.step, one.before, one.after) == (other.step, other.before, other.after)
+        assert one.replaced == other.replaced
+        for groups in ((one.groups, other.groups), (one.rewarded(), other.rewarded())):
+            for a, b in zip(*groups, strict=True):
+                assert a.rollouts == b.rollouts
+                for found, expected in zip(
+                    (a.rewards, a.advantages, a.shaped),
+                    (b.rewards, b.advantages, b.shaped),
+                    strict=True,
+                ):
+                    np.testing.assert_array_equal(found, expected)
+
+
+NOTHING = """
+from pgrpo.plugins import hookimpl
+
+seen = []
+
+def nothing(rollouts):
+    seen.append(rollouts[0].group_id)
+    return [None] * len(rollouts)
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("nothing", nothing)
+"""
+
+
+def test_a_step_without_any_reward_asks_as_often_as_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", NOTHING)
+    changes = {"rewards": [{"name": "nothing"}], "estimator.name": "grpo", "run.resample": 3}
+    with Assembly(parse_config(tiny_run(changes))) as parts:
+        parts.engine.sync(0)
+        with pytest.raises(PluginError, match="no rollout of step 1 got a reward"):
+            parts.collector.collect(1)
+        assert not parts.collector.histories.snapshot()
+        assert parts.collector.num_folded == 0
+    # Rewards, too, see each number once.
+    import my_plugin  # pyright: ignore[reportMissingImports]
+
+    assert sorted(my_plugin.seen) == list(range(4 * NUM_PROMPTS))
+
+
+GAPS = """
+from pgrpo.plugins import hookimpl
+
+def gaps(rollouts):
+    '''Nothing for the first group, and for the first of several rollouts of another.'''
+    groups = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group_id, []).append(rollout)
+    return [
+        None if r.group_id == 0 or r is groups[r.group_id][0] and len(groups[r.group_id]) > 1
+        else sum(map(ord, r.completion)) % 7
+        for r in rollouts
+    ]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("gaps", gaps)
+"""
+
+
+class Recording:
+    """A run's own scorer, with what it scored."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.scored: list[Group] = []
+
+    def score(self, groups: Iterable[Group]) -> list[Group]:
+        self.scored += (scored := self._scorer.score(groups))
+        return scored
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_an_evaluation_is_of_means_over_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", GAPS)
+    reward = {"name": "gaps", "batch": "step"}
+    # Several calls of the engine, in each of which the first prompt gets no reward.
+    changes = {
+        "evaluation": [reward],
+        "run.eval_samples": samples,
+        "optimizer.token_budget": 40 * max(1, samples),
+    }
+    config = parse_config(tiny_run(changes))
+    with Assembly(config) as parts:
+        parts.engine.sync(0)
+        prompts = [parts.builder.build(example) for example in held_out(parts.dataset, 30)]
+        scorer: Any = Recording(parts.held_out_scorer)
+        record, shown = evaluate(7, parts.engine, prompts, scorer, config)
+        again, _ = evaluate(7, parts.engine, prompts, parts.held_out_scorer, config)
+    assert again == record
+    assert [group.prompt for group in scorer.scored] == prompts
+    values: dict[str, list[list[float]]] = {}
+    for group in scorer.scored:
+        assert len(group.rollouts) == max(1, samples)
+        rewards = [r for r in group.rewards.tolist() if not math.isnan(r)]
+        if rewards:
+            values.setdefault(str(group.prompt.cluster_id), []).append(rewards)
+    if samples > 1:
+        completions = [{r.completion for r in group.rollouts} for group in scorer.scored]
+        assert max(map(len, completions)) == samples, "they are sampled"
+        assert min(len(r) for own in values.values() for r in own) == samples - 1
+    assert record.step == 7
+    assert record.num_samples == samples
+    for found, expected in [
+        (record, [rewards for own in values.values() for rewards in own]),
+        *((found, values.get(name, [])) for name, found in record.clusters.items()),
+    ]:
+        assert found.num_prompts == len(expected)
+        if not expected:
+            assert (found.reward, found.std, found.best) == (None, None, None)
+            continue
+        means = [sum(rewards) / len(rewards) for rewards in expected]
+        mean = sum(means) / len(means)
+        assert found.reward == pytest.approx(mean)
+        assert found.std == pytest.approx(
+            math.sqrt(sum((m - mean) ** 2 for m in means) / len(means)), abs=1e-12
+        )
+        best = sum(map(max, expected)) / len(expected) if samples else None
+        assert found.best == (None if best is None else pytest.approx(best))
+    texts = {group.rollouts[0].prompt.example.text: group for group in scorer.scored}
+    for sample in shown:
+        assert sample.completion == texts[sample.prompt].rollouts[0].completion
+
+
+def test_every_evaluation_samples_from_the_same_seeds(tmp_path: Path, capsys: Capture) -> None:
+    """A policy that does not move gets the same completions every time."""
+    changes = {"run.eval_samples": 5, "optimizer.learning_rate": 1e-30}
+    run = train(tmp_path, changes)
+    first, *others = lines(run, "evaluations.jsonl")
+    assert others
+    assert all({**record, "step": 0} == first for record in others)
+    assert first["best"] > first["reward"]
+    said = [{**sample, "step": 0} for sample in lines(run, "held_out.jsonl")]
+    assert said == said[:8] * (1 + len(others))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--prompts", "8", "--json"]) == 0
+    [result] = json.loads(capsys.readouterr().out)
+    assert {**first, "step": 4} == {key: result[key] for key in first}
+    assert result["standard_error"] == pytest.approx(first["std"] / 8**0.5)
+    assert main(["evaluate", str(run), "--prompts", "8"]) == 0
+    said = f"8 prompts, 5 samples each: best of them {first['best']:.3f}\n"
+    assert said in capsys.readouterr().out
+    assert "Mean of 5 samples each on 8 held-out prompts" in (run / "report.html").read_text()
+    other = lines(train(tmp_path / "other", {**changes, "run.seed": 1}), "evaluations.jsonl")
+    assert other[0]["reward"] != first["reward"]
 
 
 def test_every_example_comes_once_per_epoch_in_another_order() -> None:

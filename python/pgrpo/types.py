@@ -101,12 +101,19 @@ class Group:
     """[G] raw; NaN where there is none, or not yet."""
     advantages: FloatArray
     """[G]; NaN before they are computed."""
+    penalties: FloatArray | None = None
+    """[G] what is taken off the rewards before they are folded and normalised; None for nothing."""
 
     @classmethod
     def sampled(cls, rollouts: Sequence[Rollout]) -> Group:
         """Rollouts of which nothing further is known."""
         unknown = np.full(len(rollouts), np.nan)
         return cls(tuple(rollouts), unknown, unknown.copy())
+
+    @property
+    def shaped(self) -> FloatArray:
+        """[G] rewards less penalties: what histories and advantages are made of."""
+        return self.rewards if self.penalties is None else self.rewards - self.penalties
 
     @property
     def prompt(self) -> Prompt:

@@ -22,6 +22,13 @@ Overrides: TypeAlias = Annotated[
     Option("--set", metavar="SECTION.KEY=VALUE", help="override a setting; may be repeated"),
 ]
 
+Best: TypeAlias = Annotated[
+    bool,
+    Option(
+        "--best", help="the checkpoint of the best held-out reward, not the last (run.keep_best)"
+    ),
+]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:

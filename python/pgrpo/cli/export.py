@@ -5,6 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from pgrpo.cli.arguments import Best
+
 
 def export(
     folder: Annotated[Path, Argument(metavar="RUN", help="run folder")],
@@ -12,9 +14,10 @@ def export(
     merge: Annotated[
         bool, Option("--merge", help="add adapters to the weights that they adapt")
     ] = False,
+    best: Best = False,
 ) -> None:
     """A run's model as a folder that transformers loads elsewhere, with a model card."""
     from pgrpo.train.export import export
 
-    export(folder, out, merge=merge)
+    export(folder, out, merge=merge, best=best)
     print(f"{out} holds the model; {out / 'README.md'} tells of it")

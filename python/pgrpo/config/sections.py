@@ -48,16 +48,26 @@ class RunConfig(Section):
     """Optimisation steps."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts (groups) of one step."""
+    resample: int = Field(default=0, ge=0)
+    """How many times a step may draw other prompts in the place of those whose groups have no signal,
+    which is DAPO's dynamic sampling ([how_it_works.md](how_it_works.md#groups-without-signal)). The
+    step keeps its size."""
     seed: int = Field(default=0, ge=0)
     """Seeds sampling, shuffling and initialisation. Same seed, same machine: same run."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Complete checkpoints that are kept, the newest ones."""
+    keep_best: bool = False
+    """Keep that of the best held-out reward so far as well, the earlier of equal ones: whenever an
+    evaluation after a step is the best, a checkpoint of that step is written."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between held-out evaluations (also before the first and after the last step); 0: none."""
     eval_prompts: int = Field(default=200, ge=1)
     """Held-out prompts of one evaluation, always the same ones."""
+    eval_samples: int = Field(default=0, ge=0)
+    """Completions of each held-out prompt that an evaluation samples, by the same seeds every time; the
+    prompt's reward is their mean. 0: one completion, of the likeliest tokens."""
     samples_per_step: int = Field(default=4, ge=0)
     """Rollouts of each step written to samples.jsonl."""
     num_threads: int = Field(default=0, ge=0)
@@ -73,7 +83,8 @@ class RunConfig(Section):
     from weights one update older, which `loss.importance` corrects for."""
 
     def inactive(self) -> set[str]:
-        return set() if set(self.trackers) - {"tensorboard"} else {"project"}
+        local = not set(self.trackers) - {"tensorboard"}
+        return ({"project"} if local else set()) | (set() if self.eval_every else {"keep_best"})
 
 
 class LoraConfig(Section):

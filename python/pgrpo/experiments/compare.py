@@ -87,6 +87,8 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
     chosen: dict[str, Any] = {"name": name, **({"history": history} if colon else {})}
     idle = EstimatorConfig.model_construct(**base | chosen).inactive()
     tree["estimator"] = {key: value for key, value in base.items() if key not in idle} | chosen
+    if not RULES[name].zero_alone:
+        tree["run"]["resample"] = 0
     return parse_config(tree, source=f"arm {arm!r}")
 
 

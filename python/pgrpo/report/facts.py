@@ -81,7 +81,7 @@ def held_out_samples(page: Context) -> Section | None:
                 dict.fromkeys(range(1, 2 + len(names)), "text"),
             )
         ],
-        "Greedy completions of one seed of each arm at its last evaluation, of every cluster in turn.",
+        "Completions of one seed of each arm at its last evaluation, of every cluster in turn.",
     )
 
 

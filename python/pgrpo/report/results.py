@@ -211,6 +211,9 @@ def held_out(page: Context) -> Section | None:
         return None
     prompts = sorted({int(n) for run in study.runs for n in run.evaluations["num_prompts"]})
     count = enumerate_words([f"{n:,}" for n in prompts])
+    samples = sorted({int(n) for run in study.runs for n in run.evaluations["num_samples"]})
+    decodings = [f"mean of {n} samples each" if n else "greedy decoding" for n in samples]
+    how = enumerate_words(decodings)
     own = ", scored by rewards of their own" if study.own_evaluation else ""
     levels = page.levels()
     blocks: list[Block] = [
@@ -236,8 +239,8 @@ def held_out(page: Context) -> Section | None:
     return section(
         "Held-out prompts",
         blocks,
-        f"Greedy decoding on {count} held-out prompts{own}. Error bars: one standard error, as in "
-        "the summary.",
+        f"{how[0].upper()}{how[1:]} on {count} held-out prompts{own}. Error bars: one standard error, "
+        "as in the summary.",
         _equal_cost(drawn),
         page.about_levels(),
         f"At most {EVALUATIONS} evaluations of an arm are drawn, evenly spaced."

@@ -1,15 +1,16 @@
 """Everything of a step up to the update: prompts, rollouts, rewards, histories, advantages.
 
 Groups are scored while others are still generated. A step's rewards are folded into the histories in
-one call, in rollout order, so that whichever group finishes first, a seeded run repeats.
+rollout order once all are there, so that whichever group finishes first, a seeded run repeats.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +22,17 @@ from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
-from pgrpo.types import ClusterId, Dataset, Example, Group, Prompt, Rollout, split_by_group
+from pgrpo.rollout.settings import GenerationConfig
+from pgrpo.types import (
+    ClusterId,
+    Dataset,
+    Example,
+    FloatArray,
+    Group,
+    Prompt,
+    Rollout,
+    split_by_group,
+)
 
 Histories = Mapping[ClusterId, ClusterStats]
 
@@ -32,18 +43,23 @@ class Batch:
 
     step: int
     groups: Sequence[Group]
-    """By group_id, with rewards and advantages."""
+    """All that were generated, by group_id, with rewards and advantages."""
     before: Histories
     """Clusters' histories without this step's rewards."""
     after: Histories
     """And with them."""
+    replaced: Set[int] = frozenset()
+    """group_ids of those that had no signal and gave their place to others."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
 
     def rewarded(self) -> list[Group]:
-        """The groups without rollouts that got no reward, where anything is left of them."""
+        """What the policy learns from: the groups that were not replaced, without rollouts that got no
+        reward, where anything is left of them."""
         kept: list[Group] = []
         for group in self.groups:
+            if group.group_id in self.replaced:
+                continue
             has_reward = np.isfinite(group.rewards)
             rollouts = [r for r, has in zip(group.rollouts, has_reward, strict=True) if has]
             if rollouts:
@@ -58,7 +74,7 @@ class Collector:
     Args:
         run: the section `[run]`.
         estimator: the section `[estimator]`.
-        group_size: rollouts per prompt.
+        generation: the section `[generation]`.
         dataset: what prompts are made of.
         members: knows whose rewards share a history.
         builder: makes prompts.
@@ -75,7 +91,7 @@ class Collector:
         self,
         run: RunConfig,
         estimator: EstimatorConfig,
-        group_size: int,
+        generation: GenerationConfig,
         dataset: Dataset,
         members: Membership,
         builder: PromptBuilder,
@@ -83,7 +99,7 @@ class Collector:
         scorer: Scorer,
     ) -> None:
         self._run = run
-        self._group_size = group_size
+        self._generation = generation
         self._dataset = dataset
         self._builder = builder
         self._engine = engine
@@ -92,6 +108,7 @@ class Collector:
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._rule = RULES[estimator.name]
+        self._reads_before = estimator.order == "normalize_then_update"
         options = estimator.model_dump(exclude={"name", "history"})
         self.normalizer = ClusterNormalizer(
             estimator.name, nan_policy="zero", track_diagnostics=True, **options
@@ -111,20 +128,28 @@ class Collector:
         """
         run, watch = self._run, _Watch()
         seed_globals(derive_seed(run.seed, "globals", step))
-        groups = self._engine.generate(
-            self._prompts(step),
-            self._group_size,
-            seed=derive_seed(run.seed, "sampling", step),
-        )
-        scored = self._scorer.score(watch.over(groups))
-        if not any(np.isfinite(group.rewards).any() for group in scored):
+        kept = self._sample(self._prompts(step), 0, derive_seed(run.seed, "sampling", step), watch)
+        replaced: list[Group] = []
+        for attempt in range(run.resample):
+            idle = [group for group in kept if not self._has_signal(group)]
+            if not idle:
+                break
+            first = len(kept) + len(replaced)
+            others = self._others(step, len(replaced) + len(idle))[len(replaced) :]
+            prompts = [self._builder.build(example) for example in others]
+            seed = derive_seed(run.seed, f"resample {attempt}", step)
+            kept = [group for group in kept if group not in idle]
+            kept += self._sample(prompts, first, seed, watch)
+            replaced += idle
+        if not any(np.isfinite(group.rewards).any() for group in kept):
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
             )
         before = self.histories.snapshot()
         self.num_folded = step
-        normalized = self._normalize(scored)
-        return Batch(step, normalized, before, self.histories.snapshot(), watch.laps())
+        groups = self._normalize(kept, replaced)
+        after, numbers = self.histories.snapshot(), {group.group_id for group in replaced}
+        return Batch(step, groups, before, after, numbers, watch.laps())
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
@@ -150,15 +175,56 @@ class Collector:
             if self.histories is not self.normalizer:
                 self.histories.load_state_dict(state["histories"])
             saved = state["batch"]
-            batch = None if saved is None else _batch(saved, self._prompts(step + 1))
+            batch = None if saved is None else self._batch(saved)
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks {error} in state.json") from None
         self.num_folded = step if batch is None else batch.step
         return batch
 
-    def _normalize(self, groups: Sequence[Group]) -> list[Group]:
-        """Fold the step's rewards into the histories, and add advantages to the groups."""
-        rewards = np.concatenate([group.rewards for group in groups])
+    def _sample(
+        self, prompts: Sequence[Prompt], first: int, seed: int, watch: _Watch
+    ) -> list[Group]:
+        """Groups of these prompts, numbered from `first` on, with rewards."""
+        groups = self._engine.generate(prompts, self._generation.group_size, seed=seed)
+        scored = self._scorer.score(_numbered(watch.over(groups), first))
+        return [self._penalised(group) for group in scored]
+
+    def _has_signal(self, group: Group) -> bool:
+        """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
+        batch, columns = self._columns([group])
+        return bool(ClusterNormalizer(self._rule.name, nan_policy="zero")(*batch, **columns).any())
+
+    def _normalize(self, kept: Sequence[Group], replaced: Sequence[Group]) -> list[Group]:
+        """Fold all rewards of the step into the histories; returns all groups with advantages, of which
+        those that were replaced have 0: the rule does not see them, only their clusters' histories do.
+        """
+        if replaced and not self._reads_before:
+            self._fold(replaced)
+        batch, columns = self._columns(kept)
+        self._fold_of_clusters(kept)
+        parts = split_by_group(self.normalizer(*batch, **columns), kept)
+        if replaced and self._reads_before:
+            self._fold(replaced)
+        groups = [replace(g, advantages=part) for g, part in zip(kept, parts, strict=True)]
+        groups += [replace(group, advantages=np.zeros(len(group.rollouts))) for group in replaced]
+        return sorted(groups, key=lambda group: group.group_id)
+
+    def _fold(self, groups: Sequence[Group]) -> None:
+        batch, columns = self._columns(groups)
+        self.normalizer.update(*batch, **columns)
+        self._fold_of_clusters(groups)
+
+    def _fold_of_clusters(self, groups: Sequence[Group]) -> None:
+        """Add rewards to the clusters' histories, where advantages read others."""
+        if self.histories is not self.normalizer:
+            rewards = np.concatenate([group.shaped for group in groups])
+            clusters = [r.prompt.cluster_id for group in groups for r in group.rollouts]
+            self.histories.update(rewards, clusters)
+
+    def _columns(self, groups: Sequence[Group]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a normalizer is told of groups: rewards, keys of histories, numbers of groups; and what
+        else the rule reads."""
+        rewards = np.concatenate([group.shaped for group in groups])
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
         group_ids = [rollout.group_id for rollout in rollouts]
@@ -168,20 +234,65 @@ class Collector:
             norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self._rule.needs_lengths:
             lengths = [len(rollout.completion_ids) for rollout in rollouts]
-        if self.histories is not self.normalizer:
-            self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
-        advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms, lengths=lengths)
-        parts = split_by_group(advantages, groups)
-        return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
+        return (rewards, keys, group_ids), {"score_norms": norms, "lengths": lengths}
 
-    def _prompts(self, step: int) -> list[Prompt]:
-        return [self._builder.build(example) for example in self._examples(step)]
+    def _penalised(self, group: Group) -> Group:
+        """With the penalties of the section `[generation]`, if it has any."""
+        if not self._generation.overlong_buffer:
+            return group
+        return replace(group, penalties=overlong_penalties(group.rollouts, self._generation))
+
+    def _prompts(self, step: int, num_others: int = 0) -> list[Prompt]:
+        """By group_id: the step's own prompts, then as many of those that may take their places."""
+        examples = self._examples(step) + self._others(step, num_others)
+        return [self._builder.build(example) for example in examples]
+
+    def _batch(self, state: Mapping[str, Any]) -> Batch:
+        """The batch that `_batch_state` was told of."""
+        num_others = len(state["groups"]) - self._run.prompts_per_step
+        prompts = self._prompts(state["step"], num_others)
+
+        def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
+            return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
+
+        def group(saved: Mapping[str, Any]) -> Group:
+            place = saved["group_id"]
+            rollouts = tuple(
+                Rollout(
+                    prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version
+                )
+                for ids, text, logprobs, truncated, version in saved["rollouts"]
+            )
+            rewards, advantages = np.array(saved["rewards"]), np.array(saved["advantages"])
+            return self._penalised(Group(rollouts, rewards, advantages))
+
+        return Batch(
+            state["step"],
+            [group(saved) for saved in state["groups"]],
+            histories(state["before"]),
+            histories(state["after"]),
+            frozenset(state["replaced"]),
+        )
 
     def _examples(self, step: int) -> list[Example]:
         """The step's training examples: consecutive places in a shuffle of its own per epoch."""
-        train, size = self._dataset.train, self._run.prompts_per_step
+        return [self._dataset.train[place] for place in self._places(step)]
+
+    def _others(self, step: int, num: int) -> list[Example]:
+        """The first examples of a shuffle of the step's own, in which its own examples do not stand
+        unless there are no others; over again where they are too few."""
+        train = self._dataset.train
+        if not num:
+            return []
+        random = np.random.default_rng(derive_seed(self._run.seed, "resample", step))
+        shuffled = random.permutation(len(train))
+        others = shuffled[~np.isin(shuffled, self._places(step))]
+        return [train[n] for n in np.resize(others if len(others) else shuffled, num).tolist()]
+
+    def _places(self, step: int) -> list[int]:
+        num, size = len(self._dataset.train), self._run.prompts_per_step
         return [
-            train[self._shuffled(place // len(train))[place % len(train)]]
+            self._shuffled(place // num)[place % num]
             for place in range((step - 1) * size, step * size)
         ]
 
@@ -190,6 +301,29 @@ class Collector:
             random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
+
+
+def _numbered(groups: Iterator[Group], first: int) -> Iterator[Group]:
+    """The groups with numbers from `first` on."""
+    with closing(cast(Any, groups)):
+        for group in groups:
+            rollouts = [replace(r, group_id=first + r.group_id) for r in group.rollouts]
+            yield replace(group, rollouts=tuple(rollouts))
+
+
+def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig) -> FloatArray:
+    """What completions lose for their length, [N], in units of the reward.
+
+    Of a free completion of T tokens, the end token included, with L = `max_new_tokens`:
+
+        overlong_penalty * clip((T - (L - overlong_buffer)) / overlong_buffer, 0, 1)
+
+    This is -R_length of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), times `overlong_penalty`.
+    Completions from a list lose nothing.
+    """
+    buffer, longest = generation.overlong_buffer, generation.max_new_tokens
+    lengths = np.array([len(r.completion_ids) if r.prompt.choices is None else 0 for r in rollouts])
+    return generation.overlong_penalty * ((lengths - (longest - buffer)) / buffer).clip(0, 1)
 
 
 class _Watch:
@@ -235,24 +369,5 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
         ],
         "before": histories(batch.before),
         "after": histories(batch.after),
+        "replaced": sorted(batch.replaced),
     }
-
-
-def _batch(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
-    def histories(rows: Sequence[Any]) -> dict[ClusterId, ClusterStats]:
-        return {cluster: ClusterStats(count, mean, std) for cluster, count, mean, std in rows}
-
-    def group(saved: Mapping[str, Any]) -> Group:
-        place = saved["group_id"]
-        rollouts = tuple(
-            Rollout(prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version)
-            for ids, text, logprobs, truncated, version in saved["rollouts"]
-        )
-        return Group(rollouts, np.array(saved["rewards"]), np.array(saved["advantages"]))
-
-    return Batch(
-        state["step"],
-        [group(saved) for saved in state["groups"]],
-        histories(state["before"]),
-        histories(state["after"]),
-    )

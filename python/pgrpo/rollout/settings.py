@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pgrpo.config import Section
 from pgrpo.rollout.engines.vllm.settings import VllmConfig
@@ -39,6 +39,13 @@ class GenerationConfig(Section):
     """Whether a longer prompt stops the run when its turn comes, or all of them are left out at the
     start and counted, which takes the time to count the tokens of every prompt."""
 
+    overlong_buffer: int = Field(default=0, ge=0)
+    """Tokens before `max_new_tokens` over which a penalty of free completions rises linearly from 0,
+    DAPO's soft overlong punishment ([how_it_works.md](how_it_works.md#overlong-completions)). At 0
+    there is none."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    """What is taken off the reward of a completion of `max_new_tokens`, in units of the reward."""
+
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: list[str]) -> list[str]:
@@ -51,5 +58,15 @@ class GenerationConfig(Section):
         """Whether samples are drawn from other than the whole distribution."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @model_validator(mode="after")
+    def _check_buffer(self) -> GenerationConfig:
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer}; expected at most max_new_tokens, which is "
+                f"{self.max_new_tokens}"
+            )
+        return self
+
     def inactive(self) -> set[str]:
-        return set() if self.engine == "vllm" else {"vllm"}
+        idle = set[str]() if self.engine == "vllm" else {"vllm"}
+        return idle if self.overlong_buffer else idle | {"overlong_penalty"}

@@ -73,7 +73,13 @@ class Config(Section):
                     "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
                     "loss.importance must not be 'off'"
                 )
-        if self.generation.group_size == 1 and RULES[self.estimator.name].zero_alone:
+        compares_within_groups = RULES[self.estimator.name].zero_alone
+        if self.run.resample and not compares_within_groups:
+            raise ValueError(
+                f"run.resample has no effect under estimator {self.estimator.name!r}, by which groups "
+                "of equal rewards have a signal; expected 0"
+            )
+        if self.generation.group_size == 1 and compares_within_groups:
             raise ValueError(
                 f"estimator {self.estimator.name!r} learns nothing from groups of one; "
                 "generation.group_size must be at least 2"

@@ -93,9 +93,10 @@ class Display:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """A held-out evaluation was made."""
+        how = f"{record.num_samples} samples each" if record.num_samples else "greedy"
         self._held_out = (
             f"held-out reward {_number(record.reward)} "
-            f"({record.num_prompts} prompts, greedy, after step {record.step})"
+            f"({record.num_prompts} prompts, {how}, after step {record.step})"
         )
         self.note(self._held_out)
 

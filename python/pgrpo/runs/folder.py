@@ -146,6 +146,16 @@ class RunFolder:
         said = " ".join(str(error).split())
         return said if isinstance(error, PgrpoError) else f"{type(error).__name__}: {said}"
 
+    def best_step(self, last: int) -> int | None:
+        """Of steps 1, ..., `last`, the one whose held-out reward is the highest, the first of equal
+        ones; None where none of them was evaluated."""
+        steps = [
+            (-record.reward, record.step)
+            for record in self.evaluations
+            if 1 <= record.step <= last and record.reward is not None
+        ]
+        return min(steps)[1] if steps else None
+
     def flush_logs(self) -> None:
         """Have the logs survive a power cut.
 

@@ -48,6 +48,7 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
     rewards = np.concatenate([group.rewards for group in batch.groups])
     rewarded = rewards[np.isfinite(rewards)]
+    penalties = [group.penalties for group in batch.groups if group.penalties is not None]
     clusters, spread = cluster_records(
         batch.groups,
         batch.after,
@@ -60,8 +61,10 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
         reward=float(rewarded.mean()),
         num_rollouts=len(rollouts),
         num_unrewarded=len(rollouts) - len(rewarded),
+        num_replaced=len(batch.replaced),
         completion_tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
         truncated=float(np.mean([r.truncated for r in rollouts])),
+        overlong=float(np.concatenate(penalties).mean()) if penalties else None,
         equal_groups=equal_groups(batch.groups),
         entropy=-float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
         rollout_version=min(r.policy_version for r in rollouts),
@@ -130,21 +133,22 @@ def cluster_records(
 
         scale_ratio = (s_G + eps) / (s_p + eps)        bias = (m_G - m_p) / (s_p + eps)
 
-    both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1). That is what the
-    cluster's own history says, as it stands: `prior_count` and `sigma_floor` are not in it, nor is
-    any other history that advantages may come from. NaN rewards are left out.
+    both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1), of rewards less
+    penalties, as they are in the history. That is what the cluster's own history says, as it stands:
+    `prior_count` and `sigma_floor` are not in it, nor is any other history that advantages may come
+    from. NaN rewards are left out.
 
     Of more than MAX_CLUSTERS clusters, those are given that `_listed` chooses. O(N + K) for N rollouts
     and K clusters.
     """
-    met: dict[ClusterId, list[tuple[FloatArray, FloatArray]]] = {}
+    met: dict[ClusterId, list[tuple[FloatArray, FloatArray, FloatArray]]] = {}
     for group in groups:
         rewarded = np.isfinite(group.rewards)
         if rewarded.any():
-            part = (group.rewards[rewarded], group.advantages[rewarded])
+            part = (group.rewards[rewarded], group.shaped[rewarded], group.advantages[rewarded])
             met.setdefault(group.prompt.cluster_id, []).append(part)
     means = {
-        cluster: float(np.concatenate([rewards for rewards, _ in parts]).mean())
+        cluster: float(np.concatenate([rewards for rewards, *_ in parts]).mean())
         for cluster, parts in met.items()
     }
     records: dict[str, ClusterRecord] = {}
@@ -153,18 +157,18 @@ def cluster_records(
         terms: list[tuple[float, float]] = []
         if cluster in read:
             scale = read[cluster].std + eps
-            for rewards, _ in parts:
-                if len(rewards) > ddof:
-                    std, mean = float(rewards.std(ddof=ddof)), float(rewards.mean())
+            for _, shaped, _ in parts:
+                if len(shaped) > ddof:
+                    std, mean = float(shaped.std(ddof=ddof)), float(shaped.mean())
                     terms.append(((std + eps) / scale, (mean - read[cluster].mean) / scale))
         scale_ratio, bias = np.mean(terms, axis=0).tolist() if terms else (None, None)
         records[str(cluster)] = ClusterRecord(
             reward=means.get(cluster),
-            num_rollouts=sum(len(rewards) for rewards, _ in parts),
+            num_rollouts=sum(len(rewards) for rewards, *_ in parts),
             count=history.count,
             mean=_finite(history.mean),
             std=_finite(history.std),
-            advantage=float(np.concatenate([a for _, a in parts]).mean()) if parts else None,
+            advantage=float(np.concatenate([a for *_, a in parts]).mean()) if parts else None,
             scale_ratio=scale_ratio,
             bias=bias,
         )
@@ -227,9 +231,9 @@ def fairness(values: Sequence[float]) -> FairnessRecord:
 
 
 def equal_groups(groups: Sequence[Group]) -> float:
-    """Share of the groups whose rewards are all equal, in which GRPO has no signal. NaN rewards are
-    left out."""
-    return float(np.mean([len(set(g.rewards[np.isfinite(g.rewards)])) <= 1 for g in groups]))
+    """Share of the groups whose rewards less penalties are all equal, in which GRPO has no signal. NaN
+    rewards are left out."""
+    return float(np.mean([len(set(g.shaped[np.isfinite(g.shaped)])) <= 1 for g in groups]))
 
 
 LENGTH_BIAS = 0.1

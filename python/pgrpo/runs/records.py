@@ -34,7 +34,8 @@ class ClusterRecord(Record):
     under every estimator, so that arms can be compared. Whether advantages are read from it depends
     on the estimator: `grpo`, `dr_grpo`, `rloo` and `batch` read no history, the control arms
     `history = "one"` and `"shuffled"` read others, and `prior_count` and `sigma_floor` change how it
-    is read.
+    is read. With `generation.overlong_buffer` a history is of rewards less penalties, and so are the
+    two terms of Corollary 3.1; `reward` stays raw.
     """
 
     reward: float | None = None
@@ -144,13 +145,19 @@ class StepRecord(Record):
     """rollouts generated"""
     num_unrewarded: int | None = None
     """of these, how many got no reward; they are left out of the update"""
+    num_replaced: int | None = None
+    """groups that had no signal and gave their place to others (`run.resample`). Their rollouts are in
+    all numbers of this line but those that the update tells"""
     completion_tokens: float | None = None
     """mean length of a completion in tokens, forced ones and the end token included"""
     truncated: float | None = None
     """share of the rollouts that `generation.max_new_tokens` ended; 0 for completions from a list"""
+    overlong: float | None = None
+    """mean penalty of a rollout for its length, which is not in `reward`; `null` without
+    `generation.overlong_buffer`"""
     equal_groups: float | None = None
-    """share of the groups whose rewards are all equal, in which `grpo` has no signal; 1 at group size
-    1"""
+    """share of the groups whose rewards, less penalties, are all equal, in which `grpo` has no signal;
+    1 at group size 1"""
     entropy: float | None = None
     """estimate of the policy's entropy per token: minus the log-probability a token was sampled with,
     mean over a completion, then over completions. Forced tokens count with 0"""
@@ -195,27 +202,35 @@ class ClusterEvaluation(Record):
     """One cluster's share of an evaluation."""
 
     reward: float | None = None
-    """mean reward; `null` where no prompt got one"""
+    """mean of the prompts' rewards; `null` where no prompt got one"""
     std: float | None = None
-    """standard deviation of single rewards (dividing by their number)"""
+    """standard deviation of the prompts' rewards (dividing by their number)"""
+    best: float | None = None
+    """mean over the prompts of the best reward among a prompt's samples; `null` without samples"""
     num_prompts: int = 0
     """prompts that got a reward"""
 
 
 class EvaluationRecord(Record):
-    """A line of evaluations.jsonl: greedy decoding on held-out prompts."""
+    """A line of evaluations.jsonl: what completions of held-out prompts get. A prompt's reward is that
+    of its greedy completion or, with `run.eval_samples`, the mean over its samples that got one."""
 
     step: int
     """steps taken before it; 0 is the untrained model"""
     reward: float | None = None
-    """mean reward"""
+    """mean of the prompts' rewards"""
     std: float | None = None
-    """standard deviation of single rewards (dividing by their number); `std / sqrt(num_prompts)` is the
-    standard error"""
+    """standard deviation of the prompts' rewards (dividing by their number); `std / sqrt(num_prompts)`
+    is the standard error, over prompts: more samples of each make these no more representative"""
+    best: float | None = None
+    """mean over the prompts of the best reward among a prompt's samples (for rewards of 0 and 1 pass@k,
+    with k = `num_samples`); `null` without samples"""
     num_prompts: int = 0
     """prompts that got a reward"""
+    num_samples: int = 0
+    """sampled completions of each prompt; 0: one greedy completion"""
     clusters: dict[str, ClusterEvaluation] = {}
-    """cluster -> `reward`, `std`, `num_prompts`"""
+    """cluster -> `reward`, `std`, `best`, `num_prompts`"""
 
 
 def _writable(text: str) -> str:

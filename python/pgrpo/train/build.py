@@ -154,7 +154,7 @@ class Assembly:
         return Collector(
             config.run,
             config.estimator,
-            config.generation.group_size,
+            config.generation,
             self.dataset,
             self.members,
             self.builder,

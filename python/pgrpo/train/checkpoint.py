@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from pgrpo.errors import CheckpointError, RunFolderError
 from pgrpo.runs.disk import disk_errors, flush
+from pgrpo.runs.folder import RunFolder
 from pgrpo.train.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -70,9 +71,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    state: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint beside the others, then drop all but the newest `keep`.
+    """Write a checkpoint beside the others, then drop all but the newest `keep` and that of the step
+    `best`.
 
     It is written under another name, flushed to the disk and renamed: a process that is killed in
     between leaves the earlier checkpoints as they were.
@@ -105,9 +112,10 @@ def save_checkpoint(
             raise RunFolderError(f"{what}: {error}") from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        # Under another name, one that is half deleted is not taken for a checkpoint.
-        os.rename(old.path, doomed := folder / f".partial-{old.path.name}")
-        shutil.rmtree(doomed)
+        if old.step != best:
+            # Under another name, one that is half deleted is not taken for a checkpoint.
+            os.rename(old.path, doomed := folder / f".partial-{old.path.name}")
+            shutil.rmtree(doomed)
     return Checkpoint(final, step)
 
 
@@ -140,6 +148,33 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             f"{advice}"
         )
     return newest
+
+
+def chosen_checkpoint(run: RunFolder, *, best: bool) -> Checkpoint:
+    """A run's newest checkpoint, or that of its best held-out reward (`RunFolder.best_step`), verified.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    if not best:
+        newest = latest_checkpoint(run.checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{run.path} has no checkpoint yet")
+        return newest
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}
+    # What was evaluated after the newest checkpoint will be evaluated again.
+    step = run.best_step(max(checkpoints, default=0))
+    if step is None:
+        raise CheckpointError(f"{run.path} has no checkpoint of an evaluated step yet")
+    if step not in checkpoints:
+        raise CheckpointError(
+            f"{run.path} has its best held-out reward after step {step}, and no checkpoint of that; "
+            "run.keep_best = true keeps it"
+        )
+    damage = _damage(checkpoints[step].path)
+    if damage:
+        raise CheckpointError(f"checkpoint {checkpoints[step].path} is damaged: {damage}")
+    return checkpoints[step]
 
 
 def discard_partial(folder: Path) -> None:

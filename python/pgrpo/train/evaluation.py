@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy completions of examples that training never saw."""
+"""Held-out evaluation: greedy or sampled completions of examples that training never saw."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy as np
 from pgrpo.config.checks import check
 from pgrpo.data import DataConfig, load_dataset
 from pgrpo.data.movielens import MovieLensConfig
-from pgrpo.errors import CheckpointError, ConfigError, DataError, PluginError
+from pgrpo.errors import ConfigError, DataError, PluginError
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.seeds import derive_seed
+from pgrpo.runs.config import Config
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import one_of_each, sample_record
 from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
 from pgrpo.train.build import Assembly
-from pgrpo.train.checkpoint import latest_checkpoint
+from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt
 
 SAMPLES = 24
@@ -42,31 +44,38 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
 
 
 def evaluate(
-    step: int, engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, token_budget: int
+    step: int, engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, config: Config
 ) -> tuple[EvaluationRecord, list[SampleRecord]]:
-    """Mean reward of greedy completions, over all prompts and per cluster; and some of them, the same
-    prompts every time and of every cluster as many, as far as SAMPLES reach.
+    """Mean reward of the prompts, of all and per cluster: of each its greedy completion's, or the mean
+    over its `run.eval_samples` samples. And some completions, of the same prompts every time and of
+    every cluster as many, as far as SAMPLES reach; of a prompt with samples the first.
+
+    A call of the engine gets `optimizer.token_budget` prompt tokens at most, a prompt counted once for
+    each of its completions: sampling takes no more memory than greedy decoding.
 
     Args:
         step: taken before it.
         engine: generates with the policy's current weights.
         prompts: held-out prompts.
         scorer: gives each completion its reward.
-        token_budget: most prompt tokens of one call of the engine.
+        config: of the run.
     """
+    samples, budget = config.run.eval_samples, config.optimizer.token_budget
+    size = max(samples, 1)
     scored: list[Group] = []
     start = 0
     while start < len(prompts):
         end, used = start, 0
         while end < len(prompts) and (
-            end == start or used + len(prompts[end].token_ids) <= token_budget
+            end == start or used + size * len(prompts[end].token_ids) <= budget
         ):
-            used += len(prompts[end].token_ids)
+            used += size * len(prompts[end].token_ids)
             end += 1
-        groups = engine.generate(prompts[start:end], 1, seed=0, greedy=True)
+        seed = derive_seed(config.run.seed, "evaluation", start)
+        groups = engine.generate(prompts[start:end], size, seed=seed, greedy=not samples)
         scored += scorer.score(groups)
         start = end
-    values = np.array([group.rewards[0] for group in scored])
+    values = np.array([group.rewards for group in scored])
     if not np.isfinite(values).any():
         raise PluginError("no held-out completion got a reward")
     places: dict[str, list[int]] = {}
@@ -74,15 +83,20 @@ def evaluate(
         places.setdefault(str(prompt.cluster_id), []).append(place)
 
     def summary(rewards: FloatArray) -> ClusterEvaluation:
-        chosen = rewards[np.isfinite(rewards)]
+        chosen = rewards[np.isfinite(rewards).any(1)]
+        if not len(chosen):
+            return ClusterEvaluation()
+        means = np.nanmean(chosen, 1)
         return ClusterEvaluation(
-            reward=float(chosen.mean()) if len(chosen) else None,
-            std=float(chosen.std()) if len(chosen) else None,
+            reward=float(means.mean()),
+            std=float(means.std()),
+            best=float(np.nanmax(chosen, 1).mean()) if samples else None,
             num_prompts=len(chosen),
         )
 
     record = EvaluationRecord(
         step=step,
+        num_samples=samples,
         **vars(summary(values)),
         clusters={name: summary(values[where]) for name, where in sorted(places.items())},
     )
@@ -91,7 +105,7 @@ def evaluate(
 
 
 def evaluate_run(
-    folder: Path, candidates: Sequence[int | None], num_prompts: int
+    folder: Path, candidates: Sequence[int | None], num_prompts: int, *, best: bool = False
 ) -> list[dict[str, Any]]:
     """Evaluate a run's last checkpoint, once for each number of MovieLens candidates.
 
@@ -99,6 +113,7 @@ def evaluate_run(
         folder: of the run.
         candidates: films to choose from; None stands for the number that was trained with.
         num_prompts: held-out prompts, the same interactions for every number of candidates.
+        best: take the checkpoint of the best held-out reward in the place of the last.
 
     Returns:
         One record for each entry of `candidates`: those of `evaluate`, with `candidates`, `step` and
@@ -106,14 +121,12 @@ def evaluate_run(
 
     Raises:
         RunFolderError: it is no run folder.
-        CheckpointError: there is no usable checkpoint in it.
+        CheckpointError: there is no such checkpoint in it, or it is damaged.
         ConfigError: candidates are asked for of a data set that has none.
     """
     run = RunFolder(folder)
     config = run.config()
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} has no checkpoint yet")
+    checkpoint = chosen_checkpoint(run, best=best)
     results: list[dict[str, Any]] = []
     with Assembly(config, checkpoint) as parts:
         parts.engine.sync(int(checkpoint.state()["policy_version"]))
@@ -122,9 +135,8 @@ def evaluate_run(
             if count is not None:
                 dataset = load_dataset(_with_candidates(config.data, count))
             prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
-            budget = config.optimizer.token_budget
             record, _ = evaluate(
-                checkpoint.step, parts.engine, prompts, parts.held_out_scorer, budget
+                checkpoint.step, parts.engine, prompts, parts.held_out_scorer, config
             )
             result = record.model_dump()
             error = result["std"] / result["num_prompts"] ** 0.5

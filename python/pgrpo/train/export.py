@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.config.toml import resolved_toml
-from pgrpo.errors import CheckpointError, ConfigError, RunFolderError
+from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.model.gguf import HUB_NAME, model_folder
 from pgrpo.runs.config import Config
 from pgrpo.runs.disk import disk_errors
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import ClusterInfo, EvaluationRecord, RunInfo
 from pgrpo.train.build import Assembly
-from pgrpo.train.checkpoint import Checkpoint, latest_checkpoint
+from pgrpo.train.checkpoint import Checkpoint, chosen_checkpoint
 
 CARD = "README.md"
 """File of the model card, where hubs look for it."""
 
 
-def export(path: Path, out: Path, *, merge: bool = False) -> None:
+def export(path: Path, out: Path, *, merge: bool = False, best: bool = False) -> None:
     """Write the model of a run's last checkpoint as a folder that transformers loads on any machine,
     with a model card.
 
@@ -33,17 +33,16 @@ def export(path: Path, out: Path, *, merge: bool = False) -> None:
         out: the folder to make, whole or not at all.
         merge: add adapters to the weights that they adapt; without it the folder has adapters alone,
             and whoever loads it fetches the base by its hub name.
+        best: take the checkpoint of the best held-out reward in the place of the last.
 
     Raises:
         RunFolderError: it is no run folder, or `out` exists or cannot be written.
-        CheckpointError: there is no usable checkpoint.
+        CheckpointError: there is no such checkpoint, or it is damaged.
         ConfigError: adapters alone are wanted, and their base is on no hub.
     """
     run = RunFolder(path)
     config = run.config()
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{path} has no checkpoint yet")
+    checkpoint = chosen_checkpoint(run, best=best)
     if out.exists():
         raise RunFolderError(f"{out} exists already; expected a folder to be made")
     with disk_errors(f"{out} cannot be written"):
@@ -125,7 +124,8 @@ def _table(info: RunInfo, before: EvaluationRecord, after: EvaluationRecord) -> 
     rules = [_number(value) for value in info.baselines.values()]
     ends = [_number(before.reward), _number(after.reward)]
     rows.append(["all", "", "", str(after.num_prompts), *ends, *rules])
-    said = f"Held-out reward of greedy completions, before training and after step {after.step}:"
+    how = "sampled" if after.num_samples else "greedy"
+    said = f"Held-out reward of {how} completions, before training and after step {after.step}:"
     return [said, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 

@@ -117,8 +117,9 @@ class Trainer:
                     self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
                     sinks.show(*self.step(step, sinks.log))
-                    self._evaluate_if_due(step, sinks)
-                    if step % run.checkpoint_every == 0 or step == run.num_steps:
+                    evaluated = self._evaluate_if_due(step, sinks)
+                    due = step % run.checkpoint_every == 0 or step == run.num_steps
+                    if due or (evaluated and self._best_step(step) == step):
                         self._save(step)
             except BaseException as error:
                 ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -212,22 +213,20 @@ class Trainer:
         # What went wrong there is told when the batch is wanted.
         return None if self._ahead.exception() else self._ahead.result()
 
-    def _evaluate_if_due(self, step: int, sinks: Sinks) -> None:
+    def _evaluate_if_due(self, step: int, sinks: Sinks) -> bool:
         run = self.config.run
         if not run.eval_every or (step % run.eval_every and step != run.num_steps):
-            return
+            return False
         self._unused_batch()  # waits until the engine is idle
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
-        sinks.evaluation(
-            *evaluate(
-                step,
-                self.engine,
-                self.held_out_prompts,
-                self.held_out_scorer,
-                self.config.optimizer.token_budget,
-            )
-        )
+        prompts, scorer = self.held_out_prompts, self.held_out_scorer
+        sinks.evaluation(*evaluate(step, self.engine, prompts, scorer, self.config))
+        return True
+
+    def _best_step(self, step: int) -> int | None:
+        """The best step so far, where its checkpoint is kept."""
+        return self.folder.best_step(step) if self.config.run.keep_best else None
 
     def _save(self, step: int) -> None:
         state = {
@@ -238,9 +237,8 @@ class Trainer:
         }
         # A checkpoint of steps that the logs have lost would be of no use.
         self.folder.flush_logs()
-        save_checkpoint(
-            self.folder.checkpoints, step, self.policy, state, self.config.run.keep_checkpoints
-        )
+        keep, best = self.config.run.keep_checkpoints, self._best_step(step)
+        save_checkpoint(self.folder.checkpoints, step, self.policy, state, keep, best)
         self.saved = step
         for warning in self._warnings():
             # Once a kind, whichever clusters and numbers it names.
