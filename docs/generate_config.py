@@ -66,6 +66,7 @@ These would have no effect, and are therefore refused:
 - `model.system_prompt` without `model.chat = true`
 - `model.revision` of `tiny` and of a `pypi:` model
 @ESTIMATORS@
+- `max_unreadable` of a reward with `on_error = "no_reward"`
 - `frequency_weight` of `[estimator]` with `history = "one"`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
 - `importance` and these three with `old_logprobs = "rollout"`

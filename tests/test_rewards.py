@@ -6,16 +6,21 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import ConfigError, PluginError
 from pgrpo.plugins.registry import load_registry
 from pgrpo.rewards.scorer import Scorer
+from pgrpo.rewards.verdict import read_verdict
 from pgrpo.types import Example, Group, Prompt, Rollout
 
 REGISTRY = load_registry()
@@ -307,32 +312,231 @@ def test_connections_are_kept_between_calls_and_closed_with_the_scorer(serve):
         assert server.num_connections == 0
 
 
+REPLIES: list[tuple[str, float | None]] = [
+    ("7", 7.0),
+    ("7.", 7.0),
+    ("#7", 7.0),
+    ("7/10", 7.0),
+    ("7.5 / 10", 7.5),
+    ("I give it a 7.", 7.0),
+    ("7, that is: 7", 7.0),
+    ("10/10", 10.0),
+    ("0", 0.0),
+    # scales
+    ("8 out of 10", 8.0),
+    ("3 out of 4.", 7.5),
+    ("7/100", 0.7),
+    ("4/5", 8.0),
+    ("70%", 7.0),
+    ("On a scale from 0 to 10, I give 7.", 7.0),
+    ("Score (0-10): 7", 7.0),
+    ("I rate it 7 (out of 10)", 7.0),
+    ("I give 7/10 since 3 of 4 facts hold", 7.0),
+    ('{"score": 7, "max": 10}', 7.0),
+    ('{"score": 4, "max_score": 5, "confidence": 3}', 8.0),
+    ("24/7", None),
+    ("11/10", None),
+    ("120%", None),
+    # JSON
+    ('{"score": 7}', 7.0),
+    ('Here you are:\n```json\n{\n  "reason": "3 errors in 9 lines",\n  "score": 6\n}\n```', 6.0),
+    ('{"evaluation": {"score": "8/10", "reason": "2 errors"}}', 8.0),
+    ('{"helpfulness": 3, "clarity_score": 5, "overall_score": 6}', 6.0),
+    ('{"verdict": "good", "rating": 9, "year": 1999}', 9.0),
+    ('[{"score": 7}, {"score": 7}]', 7.0),
+    ('[{"score": 7}, {"score": 8}]', None),
+    ('{"helpfulness": 3, "clarity": 5}', None),
+    ('{"score": "7-8"}', None),
+    ('{"score": true}', None),
+    ('{"score": null}', None),
+    ('{"score": NaN}', None),
+    ('{"score": 7', 7.0),
+    # behind some reasoning
+    ("<think>maybe 3, maybe 9/10; Score: 2</think>\n\n7", 7.0),
+    ("3 claims hold, 4 do not ...</think>7", 7.0),
+    ("<think>\n\n</think>\n\nScore: 7", 7.0),
+    ("<think>The score is 7.</think>", 7.0),
+    ("Reasoning: 3 of the 5 facts are right, from 1999 to 2001.\nScore: 7", 7.0),
+    ("**Reasoning:** 2 good points.\n\n**Score:** 7/10", 7.0),
+    ("Rating: [[7]] and 3 remarks", 7.0),
+    ("4 points are right. $\\boxed{7}$", 7.0),
+    ("<reason>2 errors</reason><score>7</score>", 7.0),
+    ("Helpfulness score: 3\nClarity score: 4\nOverall score: 6", 6.0),
+    ("My score is 7 out of 10, as 2 facts are wrong.", 7.0),
+    ("Score: 3 out of 5, with 1 error", 6.0),
+    ("<think>It may be a 7, but", None),
+    ("<think>It may be", None),
+    # what nothing tells apart, and what is no number
+    ("-1", None),
+    ("11", None),
+    ("Score: 11", None),
+    ("between 3 and 4", None),
+    ("7-8", None),
+    ("7\u20138/10", None),
+    ("7 to 8 out of 10", None),
+    ("Score: 7 or 8", None),
+    ("Score: 7\nScore: 8", None),
+    ('Score: 6\n{"score": 7}', None),
+    ("It deserves 7/10, not 8/10", None),
+    ("2 out of 3 points are covered: 7", None),
+    ("A score of 10 would need perfection; I give it a 7", None),
+    ("7,5", None),
+    ("7,5/10", None),
+    ("7/10/2024", None),
+    ("1.2.3", None),
+    ("As GPT-4, I cannot say", None),
+    ("GPT4 says nothing", None),
+    ("great", None),
+    ("", None),
+    ("1e5", None),
+    ("nan", None),
+]
+
+
+def test_a_reply_holds_one_number_in_range_or_is_unreadable(serve):
+    server = serve(lambda question, _: say(REPLIES[int(question.split()[1])][0]))
+    section = judge_section(server.url, max_unreadable=1.0)
+    read = score(section, *(rollout(str(place)) for place in range(len(REPLIES))))
+    for (reply, expected), reward in zip(REPLIES, read, strict=True):
+        assert reward == pytest.approx(np.nan if expected is None else expected, nan_ok=True), reply
+    for place in (index for index, (_, expected) in enumerate(REPLIES) if expected is None):
+        with pytest.raises(
+            PluginError,
+            match=r"(?s)'judge' failed .*judge replied .*expected one number from 0 to 10.*1 of 1",
+        ):
+            score(judge_section(server.url), rollout(str(place)))
+
+
+@given(
+    value=st.integers(0, 10),
+    form=st.sampled_from(
+        ["{}", "{}/10", "{} out of 10", "Score: {}", '{{"score": {}}}', "<score>{}"]
+    ),
+    other=st.integers(0, 10),
+    between=st.sampled_from(["\n", ". ", " - ", " or ", " and then "]),
+)
+def test_two_verdicts_of_one_form_are_read_only_where_they_agree(value, form, other, between):
+    reply = f"{form.format(value)}{between}{form.format(other)}"
+    assert read_verdict(reply, 0, 10) in ({value, None} if value == other else {None})
+    assert read_verdict(form.format(value), 0, 10) == value
+
+
+@given(value=st.floats(-99, 99), low=st.floats(-99, 0), high=st.floats(1, 99))
+def test_a_number_counts_where_it_is_within_the_range(value, low, high):
+    value, low, high = (round(number, 2) for number in (value, low, high))
+    inside = low <= value <= high
+    assert read_verdict(f"Score: {value:.2f}", low, high) == (value if inside else None)
+    assert read_verdict(f'{{"score": {value:.2f}, "why": "1 of 9"}}', low, high) == (
+        value if inside else None
+    )
+
+
 @pytest.mark.parametrize(
-    ("reply", "reward"),
+    ("message", "finish_reason", "reward"),
     [
-        ("7", 7.0),
-        ("7/10", 7.0),
-        ("7.5 / 10", 7.5),
-        ("I give it a 7.", 7.0),
-        ("10/10", 10.0),
-        ("-1", None),
-        ("11", None),
-        ("between 3 and 4", None),
-        ("7/100", None),
-        ("great", None),
-        ("", None),
-        ("GPT4 says nothing", None),
-        ("1e5", None),
-        ("nan", None),
+        ({"content": None, "reasoning_content": "2 errors. Score: 7"}, "stop", 7.0),
+        ({"content": "", "reasoning": "7/10"}, "stop", 7.0),
+        ({"reasoning": "7/10"}, "stop", 7.0),
+        ({"content": "3", "reasoning_content": "Score: 7"}, "stop", 3.0),
+        ({"content": [{"type": "text", "text": "Score: 7"}]}, "stop", 7.0),
+        ({"content": None}, "stop", None),
+        ({"content": None, "refusal": "I will not give it a 3."}, "stop", None),
+        # cut off: a number inside unfinished reasoning is none, nor is half a number
+        ({"content": None, "reasoning_content": "2 errors. Score: 7"}, "length", None),
+        ({"content": "Score: 1"}, "length", None),
+        ({"content": "Score: 7/1"}, "length", None),
+        ({"content": "Score: 7 out of"}, "length", None),
+        ({"content": "7"}, "length", 7.0),
+        ({"content": "1 because"}, "length", 1.0),
     ],
 )
-def test_a_reply_holds_one_number_in_range_or_is_refused(serve, reply, reward):
-    section = judge_section(serve(lambda *_: say(reply)).url)
+def test_reasoning_beside_the_reply_and_cut_replies(serve, message, finish_reason, reward):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": finish_reason}]})
+    section = judge_section(serve(lambda *_: (200, {}, body)).url)
     if reward is not None:
         assert score(section, rollout("x")) == [reward]
         return
-    with pytest.raises(PluginError, match=r"'judge' failed .*expected one number from 0 to 10"):
+    match = "max_tokens ended" if finish_reason == "length" else "judge replied ''"
+    with pytest.raises(PluginError, match=match):
         score(section, rollout("x"))
+
+
+@pytest.mark.parametrize("batch", ["group", "step"])
+def test_unreadable_verdicts_end_a_run_only_where_they_are_many(serve, caplog, batch):
+    server = serve(lambda question, _: say("dunno" if "odd" in question else "2"))
+
+    def step(num_odd: int, **settings: object) -> list[float]:
+        section = judge_section(server.url, batch=batch, **settings)
+        texts = ["odd"] * num_odd + ["even"] * (64 - num_odd)
+        rollouts = [replace(rollout(text), group_id=i // 4) for i, text in enumerate(texts)]
+        groups = [Group.sampled(rollouts[start : start + 4]) for start in range(0, 64, 4)]
+        with Scorer([(section, REGISTRY.reward(section))]) as scorer:
+            for _ in range(2):
+                scored = scorer.score(groups)
+        return [reward for group in scored for reward in group.rewards.tolist()]
+
+    for num_odd, settings in ((1, {}), (6, {}), (1, {"on_error": "retry"})):
+        caplog.clear()
+        before = len(server.requests)
+        expected = [np.nan] * num_odd + [2.0] * (64 - num_odd)
+        np.testing.assert_array_equal(step(num_odd, **settings), expected)
+        (record,) = caplog.records  # once, with an example, however many steps
+        said = record.getMessage()
+        assert "completion 'odd': judge replied 'dunno'" in said
+        assert f"({num_odd} unrewarded" in said
+        assert len(server.requests) - before == 2 * 64  # what cannot be read is not asked again
+    with pytest.raises(
+        PluginError, match=r"'dunno'.*unreadable: 7 of 64, more than max_unreadable = 0.1"
+    ):
+        step(7)
+    with pytest.raises(PluginError, match=r"unreadable: 1 of 64"):
+        step(1, max_unreadable=0.0)
+
+
+def test_a_limit_that_no_reward_makes_idle_is_refused():
+    with pytest.raises(ValidationError, match="max_unreadable has no effect"):
+        RewardConfig(name="judge", on_error="no_reward", max_unreadable=0.5)
+
+
+@pytest.mark.parametrize("asked_for", ["3600", "99999999999999999999"])
+def test_a_long_retry_after_is_bounded_by_the_time_there_is(serve, asked_for):
+    def answer(question: str, times: int) -> Answer:
+        busy = "busy" in question or ("once" in question and not times)
+        return (429, {"Retry-After": asked_for}, "busy") if busy else say("3")
+
+    server = serve(answer)
+    section = judge_section(
+        server.url, retries=50, timeout_s=2.0, on_error="no_reward", request_timeout_s=1.0
+    )
+    start = time.monotonic()
+    rewards = score(section, rollout("busy"), rollout("once"), rollout("free"))
+    # The others keep theirs, since the busy one gives up by itself before all are out of time.
+    np.testing.assert_array_equal(rewards, [np.nan, 3.0, 3.0])
+    assert time.monotonic() - start < 2.5
+    assert 2 <= sum("busy" in r[2]["messages"][0]["content"] for r in server.requests) <= 51
+
+
+def test_a_server_that_hangs_for_one_leaves_the_others_their_verdicts(serve, caplog):
+    def answer(question: str, _: int) -> Answer:
+        time.sleep(2.0 if "slow" in question else 0.0)
+        return say("3")
+
+    section = judge_section(serve(answer).url, timeout_s=1.0, on_error="no_reward")
+    np.testing.assert_array_equal(score(section, rollout("slow"), rollout("x")), [np.nan, 3.0])
+    assert "did not answer in time (1 attempts)" in caplog.text
+
+
+def test_requests_that_failed_together_do_not_come_back_together(serve):
+    second: list[float] = []
+
+    def answer(question: str, times: int) -> Answer:
+        if times:
+            second.append(time.monotonic())
+        return say("3") if times else (429, {"Retry-After": "1"}, "busy")
+
+    section = judge_section(serve(answer).url, max_concurrency=16)
+    assert score(section, *(rollout(str(i)) for i in range(16))) == [3.0] * 16
+    assert max(second) - min(second) > 0.1  # drawn from half a second
 
 
 def test_one_garbage_reply_leaves_the_others_their_verdicts(serve):
