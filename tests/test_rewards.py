@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from pgrpo.config.sections import RewardConfig
-from pgrpo.errors import ConfigError, PluginError
+from pgrpo.errors import ConfigError, ModelError, PluginError
 from pgrpo.plugins.registry import load_registry
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rewards.verdict import read_verdict
@@ -615,3 +631,206 @@ def test_an_unknown_word_in_the_template_is_named():
         PluginError, match=r"template names \{tast\}.* completion, prompt, taste, user"
     ):
         score(section, rollout("x", taste="jazz"))
+
+
+# --- the reward model ------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(40)]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
+)
+
+
+def save_reward_model(folder: Path, family: str, **settings: Any) -> Path:
+    """An untrained classifier over whole words, with weights large enough to tell rollouts apart."""
+    special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "<user>", "<system>", "<assistant>", "<end>"]
+    words = {word: place for place, word in enumerate([*special, *WORDS])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if family == "bert":
+        core.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=settings.pop("model_max_length", 64),
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"][
+            :: 1 if family == "bert" else 2
+        ],
+    )
+    tokenizer.chat_template = settings.pop("chat_template", None)
+    usual = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 96}
+    torch.manual_seed(3)
+    if family == "bert":
+        config: Any = BertConfig(**{**usual, **heads, **settings}, initializer_range=0.3)
+        model: Any = BertForSequenceClassification(config)
+    else:
+        config = LlamaConfig(**{**usual, **heads, **settings}, initializer_range=0.3)
+        model = LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def some_rollouts(num: int = 23) -> list[Rollout]:
+    rng = np.random.default_rng(5)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    made: list[Rollout] = []
+    for place in range(num):
+        example = Example(words(12), user="u", turns=())
+        if place % 3 == 0:
+            turns = (("system", words(4)), ("user", words(9)), ("assistant", "w1"), ("user", "w2"))
+            example = Example(" ".join(text for _, text in turns), user="u", turns=turns)
+        prompt = Prompt(example, 0, (1,))
+        made.append(Rollout(prompt, place, (1,), " " + words(15), (0.0,), False))
+    return made
+
+
+def one_by_one(folder: Path, texts: Sequence[tuple[str, ...]], **special: Any) -> torch.Tensor:
+    """[N, K] logits, computed without batches, padding or anything of pgrpo."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rows: list[torch.Tensor] = []
+    for parts in texts:
+        with torch.no_grad():
+            rows.append(model(**tokenizer(*parts, return_tensors="pt", **special)).logits[0])
+    return torch.stack(rows).double()
+
+
+def in_chat(rollout: Rollout) -> str:
+    example = rollout.prompt.example
+    turns = [*(example.turns or (("user", example.text),)), ("assistant", rollout.completion)]
+    return "".join(f"<{role}> {content} <end> " for role, content in turns)
+
+
+@pytest.mark.parametrize("batch", ["group", "step"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_reward_model_scores_as_it_does_one_by_one(family, batch, tmp_path):
+    rollouts = some_rollouts()
+    folder = save_reward_model(tmp_path / "m", family, num_labels=1)
+    plain = one_by_one(folder, [(r.prompt.example.text + r.completion,) for r in rollouts])[:, 0]
+    assert plain.std() > 0.1, "scores that hardly differ would show nothing"
+    for budget in (1, 40, 100, 8192):
+        section = RewardConfig.model_validate(
+            {"name": "reward_model", "model": str(folder), "token_budget": budget, "batch": batch}
+        )
+        with Scorer([(section, REGISTRY.reward(section))]) as scorer:
+            scored = scorer.score([Group.sampled([rollout]) for rollout in rollouts])
+        rewards = np.concatenate([group.rewards for group in scored])
+        np.testing.assert_allclose(rewards, plain, rtol=0, atol=1e-5)
+    pairs = one_by_one(folder, [(r.prompt.example.text, r.completion) for r in rollouts])[:, 0]
+    reward: Any = build(name="reward_model", model=str(folder), format="pair", token_budget=64)
+    np.testing.assert_allclose(reward(rollouts), pairs, rtol=0, atol=1e-5)
+    if family == "bert":
+        assert (pairs - plain).abs().max() > 0.1
+
+
+def test_the_chat_template_of_the_reward_model_has_the_prompts_turns(tmp_path):
+    rollouts = some_rollouts()
+    folder = save_reward_model(tmp_path, "llama", num_labels=1, chat_template=TEMPLATE)
+    texts = [(in_chat(rollout),) for rollout in rollouts]
+    expected = one_by_one(folder, texts, add_special_tokens=False)[:, 0]
+    for form in ("auto", "chat"):
+        reward: Any = build(name="reward_model", model=str(folder), format=form, token_budget=90)
+        np.testing.assert_allclose(reward(rollouts), expected, rtol=0, atol=1e-5)
+    plain: Any = build(name="reward_model", model=str(folder), format="text")
+    assert np.abs(np.array(plain(rollouts)) - expected.numpy()).max() > 0.1
+
+
+def test_of_several_labels_the_named_one_counts(tmp_path):
+    rollouts = some_rollouts()
+    texts = [(r.prompt.example.text + r.completion,) for r in rollouts]
+    names = {0: "bad", 1: "fair", 2: "good"}
+    for kind in ("single_label_classification", "multi_label_classification"):
+        folder = save_reward_model(tmp_path / kind, "llama", id2label=names, problem_type=kind)
+        logits = one_by_one(folder, texts)
+        p = logits.softmax(1) if kind.startswith("single") else logits.sigmoid()
+        for place, label in names.items():
+            of_label: dict[str, Any] = {"model": str(folder), "label": label}
+            odds: Any = build(name="reward_model", **of_label)
+            expected = (p[:, place] / (1 - p[:, place])).log()
+            np.testing.assert_allclose(odds(rollouts), expected, rtol=0, atol=1e-5)
+            share: Any = build(name="reward_model", output="probability", **of_label)
+            np.testing.assert_allclose(share(rollouts), p[:, place], rtol=0, atol=1e-5)
+        for settings, complaint in (
+            ({}, "label is None; .* has bad, fair, good"),
+            ({"label": "great"}, "label is 'great'; .* has bad, fair, good"),
+            ({"output": "probability"}, "output has no effect"),
+        ):
+            with pytest.raises(ConfigError, match=complaint):
+                build(name="reward_model", model=str(folder), **settings)
+
+
+def test_nothing_is_cut_off(tmp_path):
+    texts = ["w1", "w2 " * 18, "w3 " * 19, "w4"]  # behind a prompt of one word
+    rollouts = [rollout(" " + text, text="w0") for text in texts]
+    limits = {
+        "fits": {},
+        "tokenizer": {"model_max_length": 19},
+        "model": {"max_position_embeddings": 19},
+    }
+    for name, limit in limits.items():
+        folder = str(save_reward_model(tmp_path / name, "llama", num_labels=1, **limit))
+        section = RewardConfig.model_validate({"name": "reward_model", "model": folder})
+        if name == "fits":
+            expected = one_by_one(Path(folder), [(f"w0 {text}",) for text in texts])[:, 0].numpy()
+            assert score(section, *rollouts) == pytest.approx(expected, abs=1e-5)
+            expected[2] = np.nan
+            continue
+        with pytest.raises(PluginError, match=r"completion 'w3 .* 20 tokens, more than the 19 "):
+            score(section, *rollouts)
+        section = RewardConfig.model_validate(
+            {"name": "reward_model", "model": folder, "too_long": "no_reward"}
+        )
+        np.testing.assert_allclose(score(section, *rollouts), expected, rtol=0, atol=1e-5)
+
+
+def test_without_a_padding_token_rollouts_are_asked_about_alone(tmp_path):
+    rollouts = some_rollouts(6)
+    folder = save_reward_model(tmp_path, "llama", num_labels=1, pad_token_id=None)
+    expected = one_by_one(folder, [(r.prompt.example.text + r.completion,) for r in rollouts])
+    reward: Any = build(name="reward_model", model=str(folder))
+    np.testing.assert_allclose(reward(rollouts), expected[:, 0], rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_bears_many_threads(tmp_path):
+    rollouts = some_rollouts()
+    folder = save_reward_model(tmp_path, "bert", num_labels=1)
+    reward: Any = build(name="reward_model", model=str(folder), token_budget=50)
+    expected = reward(rollouts)
+    with ThreadPoolExecutor(8) as threads:
+        for found in threads.map(lambda _: reward(rollouts), range(16)):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_is_checked_before_the_run(tmp_path):
+    folder = save_reward_model(tmp_path / "one", "llama", num_labels=1)
+    base = tmp_path / "base"
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(base)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (ModelError, {"model": str(base)}, "no weights for score.weight"),
+        (ModelError, {"model": str(folder), "format": "chat"}, "no chat template"),
+        (ModelError, {"model": str(tmp_path / "nowhere")}, "nowhere"),
+        (ConfigError, {"model": str(folder), "label": "good"}, "a single label"),
+        (ConfigError, {"model": str(folder), "device": "toaster"}, "device is 'toaster'"),
+    ]
+    for error, settings, complaint in cases:
+        with pytest.raises(error, match=complaint):
+            build(name="reward_model", **settings)
+
+
+def test_registering_rewards_imports_no_torch():
+    program = (
+        "import sys; from pgrpo.plugins.registry import load_registry; "
+        "assert 'reward_model' in load_registry().rewards; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

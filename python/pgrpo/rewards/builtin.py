@@ -1,4 +1,4 @@
-"""The built-in rewards, registered as anybody's are; the judge has a file of its own."""
+"""The built-in rewards, registered as anybody's are; judge and reward model have files of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pgrpo.data.personas import persona_reward, persona_utility
 from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import hookimpl
 from pgrpo.rewards.judge import Judge
+from pgrpo.rewards.reward_model import RewardModel
 from pgrpo.types import Json, Rollout
 
 
@@ -26,6 +27,7 @@ def pgrpo_register_rewards(register: Callable[[str, Any], None]) -> None:
     register("persona", persona)
     register("persona_utility", utility)
     register("judge", Judge)
+    register("reward_model", RewardModel)
 
 
 def _column(rollout: Rollout, name: str) -> Json:
