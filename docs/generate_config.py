@@ -72,6 +72,7 @@ These would have no effect, and are therefore refused:
 - `run.keep_best` without `run.eval_every`
 - `run.resample` with an estimator that does not compare within the group
 @ESTIMATORS@
+- `max_unreadable` of a reward with `on_error = "no_reward"`
 - `frequency_weight` of `[estimator]` with `history = "one"`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
 - `importance` and these three with `old_logprobs = "rollout"`

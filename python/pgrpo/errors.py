@@ -41,6 +41,10 @@ class PluginError(PgrpoError):
     """A reward or clustering plugin is unknown, misconfigured or failed on named rollouts."""
 
 
+class UnreadableError(PluginError):
+    """A reward was answered, and the answer holds no reward: a judge's reply without a verdict."""
+
+
 class CheckpointError(PgrpoError):
     """A checkpoint is damaged, incomplete or belongs to another run."""
 

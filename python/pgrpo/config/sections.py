@@ -128,12 +128,10 @@ class ModelConfig(Section):
         )
 
 
-class PluginSection(BaseModel):
+class PluginSection(Section):
     """A table that names a plugin; keys beyond the ones here are the plugin's own settings."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="allow", strict=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
     name: str
     """Name the plugin registered; `pgrpo plugins` lists them."""
@@ -161,12 +159,19 @@ class RewardConfig(PluginSection):
     on_error: Literal["fail", "retry", "no_reward"] = "fail"
     """When a call raises, hangs or returns nonsense: stop the run, try again (three attempts
     in all, with growing pauses), or go on with these rollouts unrewarded."""
+    max_unreadable: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a step's rollouts whose answer may be unreadable, as where a judge's reply gives
+    no verdict: they go without this reward, and the first is logged. With more the run stops. Under
+    `on_error = "no_reward"` there is no such limit."""
     batch: Literal["group", "step"] = "group"
     """What one call gets: the rollouts of a group, as soon as they are generated, or those of the
     whole step at once."""
     num_workers: int = Field(default=4, ge=1)
     """Most calls for single groups under way at once: threads for a plain function, tasks of one event
     loop for an async one."""
+
+    def inactive(self) -> set[str]:
+        return {"max_unreadable"} if self.on_error == "no_reward" else set()
 
 
 def _option(name: str) -> Any:

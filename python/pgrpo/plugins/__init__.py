@@ -4,6 +4,7 @@ All that a plugin's author needs is exported here. `registry` finds what is inst
 config names; nobody else sees pluggy.
 """
 
+from pgrpo.errors import UnreadableError
 from pgrpo.plugins.hookspecs import Clusterer, Reward, Rewards, hookimpl
 
-__all__ = ["Clusterer", "Reward", "Rewards", "hookimpl"]
+__all__ = ["Clusterer", "Reward", "Rewards", "UnreadableError", "hookimpl"]

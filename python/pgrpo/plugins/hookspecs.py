@@ -13,7 +13,8 @@ A data set or clusterer is added likewise, by the hooks below.
 
 A plugin with settings is a class whose attribute `Config` is a subclass of `pgrpo.config.Section`.
 It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where the `Config` of
-a reward has a field `seed`, the run's seed is its value unless the TOML file gives another.
+a reward has a field `seed`, the run's seed is its value unless the TOML file gives another; a field
+`timeout_s` is told how long one call may take.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ hookspec = pluggy.HookspecMarker("pgrpo")
 hookimpl = pluggy.HookimplMarker("pgrpo")
 
 Rewards: TypeAlias = Sequence[float | Exception | None]
-"""[N] raw, finite rewards; None where a rollout gets none; an exception where scoring it failed."""
+"""[N] raw, finite rewards; None where a rollout gets none; an exception where scoring it failed, of
+which an `UnreadableError` says that an answer came and could not be read (`max_unreadable`)."""
 
 
 class Reward(Protocol):

@@ -25,6 +25,9 @@ from pgrpo.types import Dataset
 
 Kind = Literal["reward", "clusterer", "data set"]
 
+_TOLD = {"timeout_s"}
+"""Settings of a reward's section that its plugin is told, where its `Config` has such a field."""
+
 _SECTIONS: dict[Kind, type[PluginSection]] = {
     "reward": RewardConfig,
     "clusterer": ClusteringConfig,
@@ -70,6 +73,7 @@ class Plugin:
                 ]
             ).strip()
             for name, info in fields.items()
+            if name not in _TOLD
         }
 
 
@@ -228,7 +232,8 @@ def _complaint(plugin: Plugin) -> str | None:
         and issubclass(cast(type, config_class), Section)
     ):
         return "has a Config that is no subclass of pgrpo.config.Section"
-    taken = sorted(config_class.model_fields.keys() & _SECTIONS[plugin.kind].model_fields.keys())
+    section = _SECTIONS[plugin.kind].model_fields.keys() - _TOLD
+    taken = sorted(config_class.model_fields.keys() & section)
     if taken:
         return f"has a setting {taken[0]!r}, which every {plugin.kind} section has already"
     return None
@@ -249,6 +254,9 @@ def _build(
     if config_class is not None:
         if "seed" in config_class.model_fields and seed is not None:
             options.setdefault("seed", seed)
+        options |= {
+            name: getattr(section, name) for name in _TOLD & config_class.model_fields.keys()
+        }
         arguments.append(check(config_class, options, f"{kind} {section.name!r}"))
     if not inspect.isclass(plugin.thing):
         return plugin.thing

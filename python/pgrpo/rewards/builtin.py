@@ -1,4 +1,4 @@
-"""The built-in rewards, registered as anybody's are; the judge has a file of its own."""
+"""The built-in rewards, registered as anybody's are; judge and reward model have files of their own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pgrpo.data.personas import persona_reward, persona_utility
 from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import hookimpl
 from pgrpo.rewards.judge import Judge
+from pgrpo.rewards.reward_model import RewardModel
 from pgrpo.types import Json, Rollout
 
 _WORD = re.compile(r"\w+")
@@ -30,6 +31,7 @@ def pgrpo_register_rewards(register: Callable[[str, Any], None]) -> None:
     register("persona", persona)
     register("persona_utility", utility)
     register("judge", Judge)
+    register("reward_model", RewardModel)
 
 
 def _column(rollout: Rollout, name: str) -> Json:

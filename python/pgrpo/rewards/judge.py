@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-)
 
 from pgrpo.config import Section
 from pgrpo.config.checks import api_key
-from pgrpo.errors import ConfigError, DataError, PluginError
+from pgrpo.errors import ConfigError, DataError, PluginError, UnreadableError
+from pgrpo.rewards.verdict import read_verdict
 from pgrpo.types import Json, Rollout
 
 if TYPE_CHECKING:
     import httpx
 
-_LONGEST_RETRY_AFTER_S = 30.0
+_JITTER = random.Random()
+"""Draws how much longer a pause is, so that requests which failed together do not come back together.
+Its own, unseeded: when a question is asked again changes no reward, and a seeded run's numbers are
+those of others."""
 
 
 class _TryAgain(PluginError):  # noqa: N818 - no error in the end, if the server recovers
@@ -52,9 +50,12 @@ class _Session(NamedTuple):
 class Judge:
     """A language model's verdict, through an OpenAI-compatible chat endpoint.
 
-    The reward is the one number in the model's reply; "7/10" counts as 7 where `high` is 10. Busy
-    and failing servers (429, 5xx, no connection) are asked again, after pauses that double. A
-    rollout whose verdict cannot be had fails by itself; the others keep theirs.
+    The reward is the one number in the model's reply: "7", "Score: 7" at the end of some reasoning, or
+    `{"score": 7}`. On a scale that the reply states it is brought to the judge's: "4/5" and "80%" count
+    as 8 where `high` is 10. A reply with several numbers, none of them called the score, or with a
+    number out of range is unreadable, which `max_unreadable` limits. Busy and failing servers (429,
+    5xx, no connection) are asked again, after pauses that double and fit `timeout_s`. A rollout whose
+    verdict cannot be had fails by itself; the others keep theirs.
     """
 
     class Config(Section):
@@ -66,7 +67,7 @@ class Judge:
         """Name of the model there."""
         template: str
         """The question; {prompt}, {completion}, {user} and names of columns are filled in. It
-        should ask for nothing but a number from `low` to `high`."""
+        should ask for a number from `low` to `high`, alone or behind the word Score."""
         low: float = 0.0
         """Smallest number the model may give."""
         high: float = 10.0
@@ -74,7 +75,7 @@ class Judge:
         api_key_env: str | None = None
         """Environment variable that holds the API key, where one is needed."""
         parameters: dict[str, Any] = Field({"temperature": 0.0, "max_tokens": 16})
-        """Further fields of the request."""
+        """Further fields of the request. A judge that reasons first needs a larger `max_tokens`."""
         max_concurrency: int = Field(16, ge=1)
         """Most requests under way at once."""
         request_timeout_s: float = Field(30.0, gt=0)
@@ -82,7 +83,10 @@ class Judge:
         retries: int = Field(4, ge=0)
         """Times a request is repeated."""
         pause_s: float = Field(0.5, ge=0)
-        """Pause before the first repetition, unless the server's Retry-After (up to 30 s) tells."""
+        """Pause before the first repetition, unless the server's Retry-After tells. Pauses are longer
+        by up to a half, at random, and never take more than half of what `timeout_s` leaves."""
+        # Told, not set: it is a setting of every reward.
+        timeout_s: float = 60.0
 
         @field_validator("url")
         @classmethod
@@ -115,11 +119,13 @@ class Judge:
 
     async def __call__(self, rollouts: Sequence[Rollout]) -> list[float | Exception]:
         session = self._session()
+        # What is late fails a moment before all of the call would.
+        deadline = asyncio.get_running_loop().time() + 0.95 * self._config.timeout_s
 
         async def judge(rollout: Rollout) -> float | Exception:
             async with session.slots:
                 try:
-                    return self._parse(await self._ask(session.client, rollout))
+                    return self._read(await self._ask(session.client, rollout, deadline))
                 except Exception as error:  # one rollout's failure leaves the others their verdicts
                     return error
 
@@ -149,31 +155,42 @@ class Judge:
             )
         return self._sessions[loop]
 
-    async def _ask(self, client: httpx.AsyncClient, rollout: Rollout) -> str:
-        """The model's reply, asked for again where that may help."""
-        config = self._config
+    async def _ask(
+        self, client: httpx.AsyncClient, rollout: Rollout, deadline: float
+    ) -> Mapping[str, Any]:
+        """The model's reply, asked for again where that may help and time is left."""
+        config, clock = self._config, asyncio.get_running_loop().time
         question = {"role": "user", "content": _fill(config.template, rollout)}
         body = {**config.parameters, "model": config.model, "messages": [question]}
-        doubled = wait_exponential(config.pause_s)
+        failure, attempts = "", 0
+        while clock() < deadline and attempts <= config.retries:
+            attempts += 1
+            left_s = deadline - clock()
+            try:
+                # httpx's own limit is one of silence: a server may keep it by a byte now and then.
+                return await asyncio.wait_for(
+                    self._ask_once(client, body), min(config.request_timeout_s, left_s)
+                )
+            except asyncio.TimeoutError:
+                failure, pause_s = f"judge at {config.url} did not answer in time", 0.0
+            except _TryAgain as error:
+                failure, pause_s = str(error), error.retry_after_s
+            if pause_s is None:
+                pause_s = config.pause_s * 2 ** (attempts - 1)
+            if attempts <= config.retries:
+                pause_s *= _JITTER.uniform(1.0, 1.5)
+                await asyncio.sleep(max(0.0, min(pause_s, (deadline - clock()) / 2)))
+        if not attempts:
+            raise PluginError(
+                f"timeout_s = {config.timeout_s:g} was over before the judge could be asked; it leaves "
+                f"no time for so many questions at {config.max_concurrency} at once"
+            )
+        raise PluginError(f"{failure} ({attempts} attempts)")
 
-        def pause_s(state: RetryCallState) -> float:
-            failure = state.outcome and state.outcome.exception()
-            asked_for = failure.retry_after_s if isinstance(failure, _TryAgain) else None
-            return doubled(state) if asked_for is None else asked_for
-
-        def give_up(state: RetryCallState) -> str:
-            failure = state.outcome and state.outcome.exception()
-            raise PluginError(f"{failure} ({state.attempt_number} attempts)")
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_TryAgain),
-            stop=stop_after_attempt(config.retries + 1),
-            wait=pause_s,
-            retry_error_callback=give_up,
-        )
-        return await retrying(self._ask_once, client, body)
-
-    async def _ask_once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> str:
+    async def _ask_once(
+        self, client: httpx.AsyncClient, body: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The first of the reply's choices."""
         import httpx
 
         address = f"{self._config.url}/chat/completions"
@@ -182,38 +199,50 @@ class Judge:
         except httpx.RequestError as error:
             said = f"{type(error).__name__}: {error}"
             raise _TryAgain(f"judge at {address} cannot be reached: {said}") from None
-        if response.is_success:
-            return self._reply(response)
         said = self._quote(response.text)
+        if response.is_success:
+            choice: Any = None
+            try:
+                choice = response.json()["choices"][0]
+                is_chat = isinstance(choice["message"], dict)
+            except (ValueError, LookupError, TypeError):
+                is_chat = False
+            if not is_chat:
+                raise PluginError(f"judge's answer is no chat completion: {said}")
+            return choice
         complaint = f"judge at {address} answered {response.status_code}: {said}"
         if response.status_code != 429 and response.status_code < 500:
             raise PluginError(complaint)
         pause = response.headers.get("Retry-After", "")
-        asked_for = min(_LONGEST_RETRY_AFTER_S, float(pause)) if pause.isdecimal() else None
-        raise _TryAgain(complaint, asked_for)
+        raise _TryAgain(complaint, float(pause) if pause.isdecimal() else None)
 
-    def _reply(self, response: httpx.Response) -> str:
-        try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            content = None
-        if not isinstance(content, str):
-            raise PluginError(f"judge's answer is no chat completion: {self._quote(response.text)}")
-        return content
-
-    def _parse(self, reply: str) -> float:
+    def _read(self, choice: Mapping[str, Any]) -> float:
         low, high = self._config.low, self._config.high
-        text = re.sub(rf"(?<=\d)\s*/\s*{re.escape(f'{high:g}')}(?![\d.]*\d)", "", reply)
-        numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?!\w)", text)
-        if len(numbers) == 1 and low <= float(numbers[0]) <= high:
-            return float(numbers[0])
-        raise PluginError(
-            f"judge replied {self._quote(reply)}; expected one number from {low:g} to {high:g}"
-        )
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        said = _text(message.get("content"))
+        if not said.strip() and not cut:
+            # Servers that part the reasoning from the reply, and took all of it for reasoning.
+            said = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+        verdict = read_verdict(said, low, high, cut=cut)
+        if verdict is None:
+            end = ", which max_tokens ended" if cut else ""
+            raise UnreadableError(
+                f"judge replied {self._quote(said)}{end}; expected one number from {low:g} to {high:g}"
+            )
+        return verdict
 
     def _quote(self, text: str) -> str:
         # Servers quote the key they refuse; it is hidden first, lest half of it survive the cut.
-        return repr((text.replace(self._key, "[API key]") if self._key else text)[:200])
+        text = text.replace(self._key, "[API key]") if self._key else text
+        return repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
+
+
+def _text(content: Any) -> str:
+    """A message's content: a text, nothing, or parts of which some are texts."""
+    if isinstance(content, list):
+        parts = cast(list[Any], content)
+        return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _read_key(variable: str | None) -> str | None:

@@ -31,7 +31,7 @@ from tenacity import (
 )
 
 from pgrpo.config.sections import RewardConfig
-from pgrpo.errors import PgrpoError, PluginError
+from pgrpo.errors import PgrpoError, PluginError, UnreadableError
 from pgrpo.plugins.hookspecs import Reward
 from pgrpo.types import FloatArray, Group, Rollout, split_by_group
 
@@ -91,9 +91,10 @@ class Scorer:
     def score(self, groups: Iterable[Group]) -> list[Group]:
         """Score groups while this thread pulls them, in whatever order they come.
 
-        A plugin that returns None gives a rollout no reward, which is no error. Under on_error
-        "no_reward" a failing call leaves its rollouts NaN: all of them where it raised, hung or
-        returned another number of rewards, else those with a bad one.
+        A plugin that returns None gives a rollout no reward, which is no error; nor is an
+        UnreadableError, while they are no more than `max_unreadable` of the rollouts that the reward
+        is for. Under on_error "no_reward" a failing call leaves its rollouts NaN: all of them where it
+        raised, hung or returned another number of rewards, else those with a bad one.
 
         Args:
             groups: of different group_ids. It is closed at the end if it can be. Whatever ends the
@@ -104,8 +105,9 @@ class Scorer:
             one is missing. Neither depends on who is faster.
 
         Raises:
-            PluginError: a reward with on_error "fail" or "retry" raised, outlasted timeout_s, or
-                returned anything but one finite number or None per rollout. Chained to the cause.
+            PluginError: a reward with on_error "fail" or "retry" raised, outlasted timeout_s,
+                returned anything but one finite number or None per rollout, or too many
+                UnreadableErrors. Chained to the cause.
                 No further group is pulled; one that is being pulled is waited for.
         """
         iterator = iter(groups)
@@ -133,6 +135,7 @@ class Scorer:
         # In the order of the config, for floating-point sums depend on it.
         for worker in self._workers:
             answers = [by_step[worker]] if worker in by_step else [a[worker] for a in by_group]
+            self._check_unreadable(worker, rollouts, answers)
             total += worker.section.weight * np.concatenate([a.rewards for a in answers])
         rewards = split_by_group(total, scored)
         return [replace(group, rewards=r) for group, r in zip(scored, rewards, strict=True)]
@@ -173,16 +176,21 @@ class Scorer:
         if worker.section.on_error == "retry":
             # No place is kept during a pause: other groups go on.
             attempt = AsyncRetrying(
-                retry=retry_if_result(lambda answer: bool(answer.failures)),
+                retry=retry_if_result(
+                    lambda answer: any(map(_is_failure, answer.failures.values()))
+                ),
                 wait=wait_chain(*map(wait_fixed, self._pauses_s)),
                 stop=stop_after_attempt(1 + len(self._pauses_s)),
                 retry_error_callback=_last_answer,
             ).wraps(worker.call)
         answer = await attempt(rollouts, places)
-        if answer.failures:
-            self._apply_policy(worker, rollouts, answer.failures)
+        no_reward = worker.section.on_error == "no_reward"
+        failures = {i: e for i, e in answer.failures.items() if no_reward or _is_failure(e)}
+        if failures:
+            self._apply_policy(worker, rollouts, failures)
         rewards[scored] = answer.rewards
-        return _Answer(rewards, answer.failures)
+        unreadable = answer.failures.items() - failures.items()
+        return _Answer(rewards, {scored[index]: cause for index, cause in unreadable})
 
     def _apply_policy(
         self, worker: _Worker, rollouts: Sequence[Rollout], failures: dict[int, BaseException]
@@ -192,13 +200,47 @@ class Scorer:
         rollout, extent = _rollout_met_by(cause) or rollouts[index], ""
         if len(failures) == len(rollouts) > 1:
             extent = f", in a batch of {len(rollouts)} rollouts"
-        reason = str(cause) if isinstance(cause, PgrpoError) else f"{type(cause).__name__}: {cause}"
-        message = f"reward {worker.section.name!r} failed on {_describe(rollout)}{extent}: {reason}"
+        message = _failed(worker, rollout, cause, extent)
         if worker.section.on_error != "no_reward":
             raise PluginError(message) from cause
+        self._warn(worker, message, len(failures))
+
+    def _check_unreadable(
+        self, worker: _Worker, rollouts: Sequence[Rollout], answers: Sequence[_Answer]
+    ) -> None:
+        """Note that some rollouts of a step go without a reward that could not be read; raise where
+        they are too many."""
+        causes: dict[int, BaseException] = {}
+        start = 0
+        for answer in answers:
+            causes |= {start + index: cause for index, cause in answer.failures.items()}
+            start += len(answer.rewards)
+        if not causes:
+            return
+        first = min(causes)
+        message = _failed(worker, rollouts[first], causes[first])
+        limit, num_scored = worker.section.max_unreadable, sum(map(worker.scores, rollouts))
+        if len(causes) > limit * num_scored:
+            raise PluginError(
+                f"{message} (unreadable: {len(causes)} of {num_scored}, more than "
+                f"max_unreadable = {limit:g})"
+            ) from causes[first]
+        self._warn(worker, message, len(causes))
+
+    def _warn(self, worker: _Worker, message: str, num_unrewarded: int) -> None:
         if worker not in self._logged:
             self._logged.add(worker)
-            _log.warning("%s (%d unrewarded; not logged again)", message, len(failures))
+            _log.warning("%s (%d unrewarded; not logged again)", message, num_unrewarded)
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether `on_error` says what happens now."""
+    return not isinstance(error, UnreadableError)
+
+
+def _failed(worker: _Worker, rollout: Rollout, cause: BaseException, extent: str = "") -> str:
+    reason = str(cause) if isinstance(cause, PgrpoError) else f"{type(cause).__name__}: {cause}"
+    return f"reward {worker.section.name!r} failed on {_describe(rollout)}{extent}: {reason}"
 
 
 def _last_answer(state: RetryCallState) -> _Answer:
@@ -212,7 +254,8 @@ class _Answer(NamedTuple):
     rewards: FloatArray
     """[N] NaN where there is none."""
     failures: dict[int, BaseException]
-    """Position in the batch -> what went wrong there."""
+    """Place in the batch -> what went wrong there; of the scorer's own answers only what `on_error`
+    has nothing to say about, which is what could not be read."""
 
 
 class _Worker:
