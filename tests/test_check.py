@@ -136,3 +136,38 @@ def test_the_panel_is_described_with_its_baselines(capsys: Capture) -> None:
     assert found["num_parameters"] == 134_515_008
     assert found["memory_bytes"] == 16 * found["num_parameters"]
     assert [max(prompt["rewards"].values()) for prompt in found["prompts"]] == [1, 1, 1]
+
+
+def test_rewards_score_texts(tmp_path: Path, capsys: Capture) -> None:
+    rewards = [
+        {"name": "choice", "weight": 2.0},
+        {"name": "regex", "pattern": "a.*b", "reward": 3.0, "weight": -1.0},
+        {"name": "regex", "pattern": "\n"},
+    ]
+    rows = [row(number, segment="ab"[number % 2]) for number in range(4)]
+    config = own_rows(tmp_path / "own", rows, {"rewards": rewards, "model.name": "tiny"})
+    (tmp_path / "texts").write_text("Heat\na fine b\n\nAlien\\nHeat\n")
+    assert main(["score", str(config), "--text", str(tmp_path / "texts"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == rows[0]["prompt"]
+    assert found["scores"] == [
+        {"text": "Heat", "reward": 2.0, "rewards": {"choice": 1, "regex 1": 0, "regex 2": 0}},
+        {"text": "a fine b", "reward": -3.0, "rewards": {"choice": 0, "regex 1": 3, "regex 2": 0}},
+        {
+            "text": "Alien\nHeat",
+            "reward": 1.0,
+            "rewards": {"choice": 0, "regex 1": 0, "regex 2": 1},
+        },
+    ]
+    asked = ["score", str(config), "--text", str(tmp_path / "texts"), "--user"]
+    assert main([*asked, "u3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "  | Which film does person 3 like?",
+        "'Heat': reward 2, choice 1, regex 1 0, regex 2 0",
+    ]
+    assert main([*asked, "u9"]) == 2
+    assert "there is no prompt of user 'u9' to train on" in capsys.readouterr().err
+    (tmp_path / "texts").write_text("\n")
+    assert main([*asked, "u3"]) == 2
+    assert "texts holds no lines" in capsys.readouterr().err

@@ -1021,3 +1021,34 @@ def test_deltas_taken_by_two_threads_lose_no_sums() -> None:
         gathered.merge(delta)
     for key in ("count", "num_parts", "squared_sizes"):
         assert gathered.state_dict()[key] == whole.state_dict()[key]
+
+
+@pytest.mark.parametrize("estimator", RULES)
+def test_after_a_reset_it_is_as_it_was_made(estimator: str) -> None:
+    random = np.random.default_rng(5)
+    rewards = random.normal(size=24).tolist()
+    extra: dict[str, Any] = {}
+    if RULES[estimator].reads_score_norms:
+        extra["score_norms"] = np.abs(random.normal(size=24))
+    if RULES[estimator].needs_lengths:
+        extra["lengths"] = random.integers(1, 9, size=24)
+    groups = np.repeat(np.arange(6), 4)
+
+    def call(normalizer: ClusterNormalizer) -> Any:
+        return np.asarray(normalizer(rewards, groups % 2, groups, **extra)).tolist()
+
+    # The exponential means of `rae` have no deltas.
+    made: dict[str, Any] = {"nan_policy": "zero", "track_diagnostics": True}
+    made["track_delta"] = estimator != "rae"
+    normalizer, fresh = (ClusterNormalizer(estimator, **made) for _ in range(2))
+    assert normalizer.estimator == estimator == normalizer.options.estimator
+    normalizer([math.nan, 3.0, 4.0, 5.0], [7] * 4, [0] * 4, **{k: v[:4] for k, v in extra.items()})
+    call(normalizer)
+    normalizer.reset()
+    assert normalizer.state_dict() == fresh.state_dict()
+    assert normalizer.num_nonfinite == 0 and normalizer.snapshot() == {}
+    assert call(normalizer) == call(fresh)
+    if made["track_delta"]:
+        assert normalizer.delta() == fresh.delta()
+    with pytest.raises(AttributeError):
+        normalizer.estimator = "grpo"  # type: ignore[misc]

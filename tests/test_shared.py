@@ -524,3 +524,11 @@ def test_faults_elsewhere_are_others(tmp_path: Path, order: str) -> None:
     assert done.returncode == -signal.SIGBUS
     is_enabled = order.rfind("f") > order.rfind("d")
     assert ("Fatal Python error: Bus error" in done.stderr) is is_enabled, done.stderr
+
+
+def test_a_shared_table_is_not_reset(tmp_path: Path) -> None:
+    normalizer = open_table(tmp_path / "table")
+    normalizer([1.0, 2.0], [0, 1], [0, 1])
+    with pytest.raises(ConfigError, match=r"not this process's alone to reset; keep\(\[\]\) drops"):
+        normalizer.reset()
+    assert len(normalizer.snapshot()) == 2

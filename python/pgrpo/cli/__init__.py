@@ -78,10 +78,12 @@ def commands() -> Typer:
     for name in (
         "demo",
         "check",
+        "score",
         "train",
         "compare",
         "evaluate",
         "export",
+        "chat",
         "report",
         "serve",
         "plugins",

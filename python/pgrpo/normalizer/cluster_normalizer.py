@@ -152,6 +152,11 @@ class ClusterNormalizer:
         return self._options
 
     @property
+    def estimator(self) -> str:
+        """Name of the rule that makes advantages, one of `pgrpo.normalizer.RULES`."""
+        return self._options.estimator
+
+    @property
     def rewards(self) -> Mapping[str, ClusterNormalizer]:
         """By reward: its own histories, to be read and watched; they are those of the whole.
 
@@ -447,6 +452,19 @@ class ClusterNormalizer:
             if dropped is NotImplemented
             else dropped
         )
+
+    def reset(self) -> None:
+        """Forget everything: histories, sums of groups, what the next `delta` would hold, and
+        `num_nonfinite`. It is then as it was made; waiting is as for `load_state_dict`.
+
+        Raises:
+            ConfigError: its table is shared, and not this process's to empty.
+        """
+        if self._shared:
+            raise ConfigError(
+                "a shared table is not this process's alone to reset; keep([]) drops its histories"
+            )
+        self._histories.restore(type(self)(**asdict(self._options))._histories.encode())
 
     def merge(self, other: ClusterNormalizer | bytes) -> None:
         """Fold in the histories of another normalizer, or a `delta`, cluster by cluster.

@@ -1,4 +1,5 @@
-"""What a run would begin with, and what looks wrong about it: found without weights, in seconds."""
+"""What a run would begin with, what looks wrong about it, and what its rewards think of texts: found
+without weights, in seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 from safetensors import safe_open
 
-from pgrpo.errors import PgrpoError
+from pgrpo.errors import DataError, PgrpoError
 from pgrpo.model.gguf import model_folder
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.prompts import PromptBuilder
@@ -19,7 +20,7 @@ from pgrpo.runs.config import Config
 from pgrpo.train.baselines import are_known, baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.evaluation import held_out
-from pgrpo.types import Example, Group, Prompt, Rollout
+from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout
 
 SHOWN = 3
 """Prompts that are shown, of different clusters as far as there are any, and scored."""
@@ -148,24 +149,76 @@ def _scored(
         own = [answer] if isinstance(answer, str) else []
         copied = prompt.example.text[-100:]
         texts = prompt.example.choices or list(dict.fromkeys([*MADE_UP, *own, copied]))
-        groups.append(
-            Group.sampled([Rollout(prompt, place, (0,), text, (0.0,), False) for text in texts])
-        )
+        groups.append(_group(prompt, place, texts))
     try:
         scored = scorer.score(groups)
     except PgrpoError as error:
         return [{} for _ in prompts], [f"made-up completions cannot be scored: {error}"]
     rewards = [
-        {
-            rollout.completion: float(reward) if np.isfinite(reward) else None
-            for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
-        }
+        dict(zip([r.completion for r in group.rollouts], _plain(group.rewards), strict=True))
         for group in scored
     ]
     if len({value for scores in rewards for value in scores.values()}) == 1:
         said = "all made-up completions get the same reward"
         return rewards, [f"{said}: where it is constant, there is nothing to learn"]
     return rewards, []
+
+
+def _group(prompt: Prompt, place: int, texts: Sequence[str]) -> Group:
+    """Completions that nobody sampled."""
+    return Group.sampled([Rollout(prompt, place, (0,), text, (0.0,), False) for text in texts])
+
+
+class Scores(BaseModel):
+    """What the rewards of a run think of a text."""
+
+    text: str
+    reward: float | None
+    """The weighted sum; None where there is none."""
+    rewards: dict[str, float | None]
+    """Each reward by itself, unweighted, by its name, and its place where two have one name."""
+
+
+def score(
+    config: Config, texts: Sequence[str], user: str | None = None
+) -> tuple[str, list[Scores]]:
+    """Let the rewards of a run score completions of one prompt.
+
+    Args:
+        config: of the run.
+        texts: completions, at least one.
+        user: whose first prompt they answer; None for the first prompt to train on.
+
+    Returns:
+        The text of the prompt, and what each completion gets.
+
+    Raises:
+        DataError: the data set has no prompt of that user.
+        PgrpoError: whatever would stop the run at its start, or a reward failed.
+    """
+    with Assembly(config) as parts:
+        own = (e for e in parts.dataset.train if user is None or e.user == user)
+        example = next(own, None)
+        if example is None:
+            raise DataError(f"there is no prompt of user {user!r} to train on")
+        prompt = Prompt(example, parts.members.cluster(example.user), (0,))
+        group = _group(prompt, 0, texts)
+        names = [section.name for section in config.rewards]
+        each: dict[str, list[float | None]] = {}
+        for place, section in enumerate(config.rewards):
+            name = f"{section.name} {place}" if names.count(section.name) > 1 else section.name
+            alone = section.model_copy(update={"weight": 1.0})
+            with Scorer([(alone, parts.registry.reward(section, config.run.seed))]) as scorer:
+                each[name] = _plain(scorer.score([group])[0].rewards)
+        summed = _plain(parts.scorer.score([group])[0].rewards)
+    return example.text, [
+        Scores(text=text, reward=total, rewards={name: own[n] for name, own in each.items()})
+        for n, (text, total) in enumerate(zip(texts, summed, strict=True))
+    ]
+
+
+def _plain(rewards: FloatArray) -> list[float | None]:
+    return [float(reward) if np.isfinite(reward) else None for reward in rewards]
 
 
 def _of_clusters(about: Any) -> list[str]:
