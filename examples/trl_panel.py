@@ -133,7 +133,9 @@ def main() -> None:
         [go.Bar(name=name, x=names, y=list(shares.values())) for name, shares in results.items()]
     )
     figure.update_layout(yaxis_title="right of the held-out choices", yaxis_range=[0, 1])
-    figure.add_hline(y=0.25, line_dash="dot", annotation_text="guessing")
+    figure.add_hline(
+        y=0.25, line_dash="dot", annotation_text="guessing", annotation_position="top left"
+    )
     chosen.out.mkdir(parents=True, exist_ok=True)
     figure.write_html(chosen.out / "clusters.html", include_plotlyjs=True)
     print(f"plot: {chosen.out / 'clusters.html'}")
