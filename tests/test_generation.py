@@ -40,8 +40,8 @@ def make_prompts(choices: bool = False) -> list[Prompt]:
 
 
 def make_engine(model: LanguageModel, **settings: Any) -> TransformersEngine:
-    defaults = {"max_new_tokens": 6, "temperature": 0.8}
-    return TransformersEngine(GenerationConfig(**{**defaults, **settings}), model)
+    tree = {"max_new_tokens": 6, "temperature": 0.8, **settings}
+    return TransformersEngine(GenerationConfig.model_validate(tree), model)
 
 
 def sample(engine: Engine, *args: Any, **settings: Any) -> list[Rollout]:
@@ -155,7 +155,8 @@ def test_truncated_distributions_are_those_of_the_written_rule(
         ({"min_p": 0.29}, 3),
         ({"min_p": 0.29, "top_p": 0.83}, 2),  # of 0.526, 0.316 and 0.158
     ):
-        assert truncated(logs, GenerationConfig(**config)).isfinite().sum() == kept, config
+        found = truncated(logs, GenerationConfig.model_validate(config))
+        assert found.isfinite().sum() == kept, config
 
 
 @pytest.mark.parametrize("settings", TRUNCATIONS[:4], ids=str)
@@ -172,11 +173,11 @@ def test_log_probabilities_are_those_of_the_truncated_distribution(
         for t, (token, found) in enumerate(
             zip(rollout.completion_ids, rollout.rollout_logprobs, strict=True)
         ):
-            allowed = np.arange(VOCAB)
+            allowed = list(range(VOCAB))
             if choices:
-                allowed = np.array(permitted(CHOICES, rollout.completion_ids[:t]))
+                allowed = list(permitted(CHOICES, rollout.completion_ids[:t]))
             values = rows[t][allowed] - np.log(np.exp(rows[t][allowed]).sum())
-            expected = naive_truncated(values, **settings)[list(allowed).index(token)]
+            expected = naive_truncated(values, **settings)[allowed.index(token)]
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     model.model.set_attn_implementation("pgrpo_shared_prefix")
 
@@ -192,9 +193,9 @@ def test_samples_follow_the_truncated_distribution_and_their_ratio_is_its_mass()
         logs = (model.model(input_ids=ids, use_cache=False).logits[0, -1] / 2).log_softmax(-1)
     model.model.set_attn_implementation("pgrpo_shared_prefix")
     expected = np.exp(naive_truncated(logs.numpy(), top_k=12, top_p=0.6))
-    kept = np.flatnonzero(expected)
+    kept: list[int] = np.flatnonzero(expected).tolist()
     assert 3 < len(kept) < 12
-    assert set(counts) == set(kept.tolist())
+    assert set(counts) == set(kept)
     chi2 = sum((counts[i] - 20_000 * expected[i]) ** 2 / (20_000 * expected[i]) for i in kept)
     assert chi2 < 2.5 * len(kept) + 20  # far beyond the 99.9 % quantile of so few degrees
     # p_old / p_rollout: how much of the trainer's distribution was drawn from.
@@ -230,7 +231,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_text(
     rollouts = sample(engine, prompts, 1 if greedy else 30, seed=1, greedy=greedy)
     ends = Counter[str]()
     for rollout in rollouts:
-        decode, ids = model.tokenizer.decode, rollout.completion_ids
+        decode, ids = model.tokenizer.decode, list(rollout.completion_ids)
         assert rollout.completion == decode(ids, skip_special_tokens=True)
         assert not any(end in decode(ids[:-1], skip_special_tokens=True) for end in stop)
         if any(end in rollout.completion for end in stop):
