@@ -76,7 +76,8 @@ class TimingRecord(Record):
     """Seconds of one step. Evaluations and checkpoints are not in it."""
 
     generate: float | None = None
-    """prompts made ready and completions sampled; groups are scored meanwhile"""
+    """prompts made ready and completions sampled; groups are scored meanwhile. With `run.resample`
+    until the last are sampled, so that it holds all scoring but theirs"""
     reward: float | None = None
     """from then on until all rewards, histories and advantages are there"""
     wait: float | None = None
