@@ -18,7 +18,7 @@ import pgrpo.rollout.engines.vllm.settings as vllm_settings
 import pgrpo.rollout.settings as rollout_settings
 from pgrpo.config import Section, sections
 from pgrpo.config.checks import check
-from pgrpo.config.sections import EstimatorConfig
+from pgrpo.config.sections import EstimatorConfig, reward_names
 from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.data import movielens, personas, table
 from pgrpo.data.table import TableConfig
@@ -244,6 +244,15 @@ def test_the_resolved_config_is_complete() -> None:
     ]
     assert "system_prompt" not in tree["model"], "it has no effect without a chat"
     assert "vllm" not in tree["generation"], "it has no effect with transformers"
+
+
+def test_histories_of_each_reward_need_several() -> None:
+    changes: Tree = {"estimator.combine": "normalize_then_sum"}
+    with pytest.raises(ConfigError, match="there is one reward; expected at least two"):
+        parse_config(tiny_run(changes))
+    rewards = [{"name": "persona"}, {"name": "judge"}, {"name": "persona"}]
+    config = parse_config(tiny_run({**changes, "rewards": rewards}))
+    assert reward_names(config.rewards) == ["persona", "judge", "persona 2"]
 
 
 def vllm(**settings: object) -> Tree:

@@ -313,6 +313,135 @@ def test_groups_of_one(tmp_path: Path, estimator: str) -> None:
     check_metrics(run)
 
 
+THREE = """
+from pgrpo.plugins import hookimpl
+
+def length(rollouts):
+    return [100.0 * len(set(r.completion.split())) for r in rollouts]
+
+def picky(rollouts):
+    return [None if (r.group_id + i) % 3 == 0 else float(len(r.completion) % 5)
+            for i, r in enumerate(rollouts)]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("length", length)
+    register("picky", picky)
+"""
+NAMES = ["persona", "length", "picky", "picky 2"]
+WEIGHTS = [1.0, -0.5, 2.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        {"name": "pgrpo"},
+        {"name": "pgrpo", "order": "normalize_then_update", "min_count": 2.0, "sigma_floor": 0.1},
+        {"name": "pgrpo", "history": "shuffled"},
+        {"name": "grpo"},
+        {"name": "auto"},
+        {"name": "rae"},
+        {"name": "gdpo_multi"},
+    ],
+    ids=lambda estimator: "-".join(map(str, estimator.values())),
+)
+def test_each_of_several_rewards_is_normalised_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[Batch], estimator: Tree
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", THREE)
+    updated: list[int] = []
+    update = Policy.update
+
+    def count(self: Policy, groups: list[Group], *arguments: Any):
+        updated.append(sum(len(group.rollouts) for group in groups))
+        return update(self, groups, *arguments)
+
+    monkeypatch.setattr(Policy, "update", count)
+    rewards = [
+        {"name": name.split()[0], "weight": weight}
+        for name, weight in zip(NAMES, WEIGHTS, strict=True)
+    ]
+    # Cluster 1 is scored by one reward that is missing at times, and by no other.
+    for section in (*rewards[:2], rewards[3]):
+        section["clusters"] = [0, 2]
+    run = train(
+        tmp_path,
+        {
+            **ALL,
+            "rewards": rewards,
+            "evaluation": [{"name": "persona"}],
+            "estimator": {**estimator, "combine": "normalize_then_sum"},
+        },
+    )
+    options = {key: value for key, value in estimator.items() if key != "history"}
+    name = options.pop("name")
+    whitens = name == "gdpo_multi"
+    oracles = [Reference("grpo" if whitens else name, **options) for _ in NAMES]
+    seen: dict[tuple[str, str], list[float]] = {}
+    check_metrics(run)
+    steps = list(zip(lines(run, "metrics.jsonl"), by_step(run), batches, strict=True))
+    for place, (record, samples, (collector, rollouts, _, _)) in enumerate(steps):
+        assert all(list(sample["scores"]) == NAMES for sample in samples)
+        scores = np.array([list(sample["scores"].values()) for sample in samples], dtype=float)
+        known = ~np.isnan(scores)
+        clusters = np.array([sample["cluster_id"] for sample in samples])
+        assert not known[clusters == 1][:, [0, 1, 3]].any(), "rewards that are not for it"
+        assert (~known).any() and known[clusters != 1][:, :2].all()
+        has_any = known.any(axis=1)
+        total = np.nansum(scores * WEIGHTS, axis=1)
+        found = [sample["reward"] for sample in samples]
+        assert found == [
+            pytest.approx(value) if has else None for value, has in zip(total, has_any, strict=True)
+        ]
+        assert updated[place] == has_any.sum()
+        assert record["num_unrewarded"] == (~has_any).sum()
+        groups = np.repeat(np.arange(NUM_PROMPTS), GROUP)
+        keys = [collector._history_of[rollout.prompt.example.user] for rollout in rollouts]
+        norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
+        expected = np.zeros(len(samples))
+        for at, (name, oracle) in enumerate(zip(NAMES, oracles, strict=True)):
+            there = np.flatnonzero(known[:, at])
+            expected[there] += WEIGHTS[at] * oracle(
+                scores[there, at],
+                [keys[i] for i in there],
+                groups[there].tolist(),
+                score_norms=[norms[i] for i in there],
+            )
+            mean = pytest.approx(scores[there, at].mean()) if len(there) else None
+            assert record["rewards"][name] == {"reward": mean, "num_rollouts": len(there)}
+            for i in there:
+                seen.setdefault((str(clusters[i]), name), []).append(scores[i, at])
+        if whitens:
+            part = expected[has_any]
+            expected[has_any] = (part - part.mean()) / (part.std() + 1e-4)
+        advantages = [sample["advantage"] for sample in samples]
+        np.testing.assert_allclose(advantages, expected, rtol=1e-9, atol=1e-9)
+        equal = [
+            all(len({*scores[groups == g, at][known[groups == g, at]]}) <= 1 for at in range(4))
+            for g in range(NUM_PROMPTS)
+        ]
+        assert record["equal_groups"] == pytest.approx(np.mean(equal))
+        for cluster, found in record["clusters"].items():
+            own = {name: values for (c, name), values in seen.items() if c == cluster}
+            assert found["rewards"].keys() == (own.keys() if "history" not in estimator else set())
+            for name, history in found["rewards"].items():
+                assert history["count"] == len(own[name])
+                assert history["mean"] == pytest.approx(np.mean(own[name]))
+                assert history["std"] == pytest.approx(np.std(own[name]), abs=1e-9)
+    assert {name for cluster, name in seen if cluster == "1"} == {"picky"}
+    page = (run / "report.html").read_text("utf-8")
+    if estimator["name"] in ("pgrpo", "auto"):
+        assert ("for each reward" if "history" in estimator else "history of each reward") in page
+
+
+def test_of_one_history_for_all_rewards_nothing_is_told_of_each(run: Path) -> None:
+    for record in lines(run, "metrics.jsonl"):
+        assert record["rewards"] == {}
+        assert all(cluster["rewards"] == {} for cluster in record["clusters"].values())
+    assert all(sample["scores"] == {} for sample in lines(run, "samples.jsonl"))
+
+
 PICKY = """
 from pgrpo.plugins import hookimpl
 

@@ -101,6 +101,9 @@ class Group:
     """[G] raw; NaN where there is none, or not yet."""
     advantages: FloatArray
     """[G]; NaN before they are computed."""
+    scores: Mapping[str, FloatArray] = field(default_factory=dict[str, FloatArray])
+    """Reward -> [G] what it gave, raw and without its weight; NaN where that is nothing. Empty before
+    they are scored."""
 
     @classmethod
     def sampled(cls, rollouts: Sequence[Rollout]) -> Group:

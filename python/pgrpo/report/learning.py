@@ -114,14 +114,18 @@ def reads(arm: Arm) -> str:
 
     if not RULES[settings["estimator.name"]].reads_histories:
         return "no history" + (", but for weights" if of("frequency_weight") else "")
+    each = settings.get("estimator.combine") == "normalize_then_sum"
     if settings["estimator.name"] == "rae":
         of_whom = {"cluster": "each cluster", "one": "all clusters", "shuffled": "shuffled users"}
-        return f"an exponential mean of the rewards of {of_whom[settings['estimator.history']]}"
+        what = "each reward" if each else "the rewards"
+        return f"an exponential mean of {what} of {of_whom[settings['estimator.history']]}"
     how = {
-        "cluster": SHOWN,
+        "cluster": "the cluster's own history of each reward" if each else SHOWN,
         "one": "one history of all clusters",
         "shuffled": "histories of shuffled users",
     }[settings["estimator.history"]]
+    if each and settings["estimator.history"] != "cluster":
+        how += ", for each reward"
     if settings["estimator.name"] != "pgrpo":
         how += " and the group"
     if of("prior_count"):

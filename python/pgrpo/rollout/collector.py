@@ -17,11 +17,21 @@ from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
+from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
-from pgrpo.types import ClusterId, Dataset, Example, Group, Prompt, Rollout, split_by_group
+from pgrpo.types import (
+    ClusterId,
+    Dataset,
+    Example,
+    FloatArray,
+    Group,
+    Prompt,
+    Rollout,
+    split_by_group,
+)
 
 Histories = Mapping[ClusterId, ClusterStats]
 
@@ -37,6 +47,9 @@ class Batch:
     """Clusters' histories without this step's rewards."""
     after: Histories
     """And with them."""
+    of_rewards: Mapping[str, Histories] = field(default_factory=dict[str, Histories])
+    """Reward -> the clusters' histories of it alone with this step's, where advantages are read from
+    these."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
 
@@ -68,7 +81,8 @@ class Collector:
     Attributes:
         num_folded: steps whose rewards the histories hold.
         normalizer: makes the advantages.
-        histories: those of the clusters; control arms read others.
+        histories: those of the clusters' rewards; control arms read others, and so does
+            `combine = "normalize_then_sum"`.
     """
 
     def __init__(
@@ -92,13 +106,21 @@ class Collector:
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._rule = RULES[estimator.name]
-        options = estimator.model_dump(exclude={"name", "history"})
+        options = estimator.model_dump(exclude={"name", "history", "combine"})
+        self._by_reward = estimator.combine == "normalize_then_sum"
+        several: dict[str, Any] = {}
+        if self._by_reward:
+            weights = scorer.weights
+            several = {"reward_weights": [*weights.values()], "reward_names": [*weights]}
+            several["combine"] = estimator.combine
         self.normalizer = ClusterNormalizer(
-            estimator.name, nan_policy="zero", track_diagnostics=True, **options
+            estimator.name, nan_policy="zero", track_diagnostics=True, **options, **several
         )
+        # What a control arm keeps is of no cluster.
+        self._of_rewards = self.normalizer.rewards if estimator.history == "cluster" else {}
         self.histories = (
             self.normalizer
-            if estimator.history == "cluster"
+            if estimator.history == "cluster" and not self._by_reward
             else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
         )
 
@@ -117,6 +139,8 @@ class Collector:
             seed=derive_seed(run.seed, "sampling", step),
         )
         scored = self._scorer.score(watch.over(groups))
+        if self._by_reward:
+            scored = [replace(group, rewards=self._sum_of_known(group)) for group in scored]
         if not any(np.isfinite(group.rewards).any() for group in scored):
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
@@ -124,12 +148,21 @@ class Collector:
         before = self.histories.snapshot()
         self.num_folded = step
         normalized = self._normalize(scored)
-        return Batch(step, normalized, before, self.histories.snapshot(), watch.laps())
+        of_rewards = {name: one.snapshot() for name, one in self._of_rewards.items()}
+        return Batch(
+            step, normalized, before, self.histories.snapshot(), of_rewards, timing_s=watch.laps()
+        )
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
         self._scorer.interrupt()
         self._engine.interrupt()
+
+    def diagnostics(self) -> dict[str, Diagnostics]:
+        """Of the histories that advantages are read from: by reward where each has its own, else of one
+        without a name."""
+        parts = self.normalizer.rewards or {"": self.normalizer}
+        return {name: part.diagnostics() for name, part in parts.items()}
 
     def state_dict(self, unused: Batch | None) -> dict[str, Any]:
         """Histories, and the batch that was collected and not learned from; plain JSON values."""
@@ -170,9 +203,19 @@ class Collector:
             lengths = [len(rollout.completion_ids) for rollout in rollouts]
         if self.histories is not self.normalizer:
             self.histories.update(rewards, [rollout.prompt.cluster_id for rollout in rollouts])
+        if self._by_reward:
+            scores = [np.stack([*group.scores.values()], axis=1) for group in groups]
+            rewards = np.concatenate(scores)
         advantages = self.normalizer(rewards, keys, group_ids, score_norms=norms, lengths=lengths)
         parts = split_by_group(advantages, groups)
         return [replace(g, advantages=part) for g, part in zip(groups, parts, strict=True)]
+
+    def _sum_of_known(self, group: Group) -> FloatArray:
+        """[G] weighted sum of the rewards that each rollout has; NaN where it has none."""
+        weights = np.array([*self._scorer.weights.values()])
+        scores = np.stack([*group.scores.values()])
+        known = np.isfinite(scores)
+        return np.where(known.any(0), weights @ np.where(known, scores, 0.0), np.nan)
 
     def _prompts(self, step: int) -> list[Prompt]:
         return [self._builder.build(example) for example in self._examples(step)]
@@ -230,11 +273,13 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
                 "rollouts": [rollout(r) for r in group.rollouts],
                 "rewards": group.rewards.tolist(),
                 "advantages": group.advantages.tolist(),
+                "scores": {name: scores.tolist() for name, scores in group.scores.items()},
             }
             for group in batch.groups
         ],
         "before": histories(batch.before),
         "after": histories(batch.after),
+        "of_rewards": {name: histories(table) for name, table in batch.of_rewards.items()},
     }
 
 
@@ -248,11 +293,14 @@ def _batch(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Batch:
             Rollout(prompts[place], place, tuple(ids), text, tuple(logprobs), truncated, version)
             for ids, text, logprobs, truncated, version in saved["rollouts"]
         )
-        return Group(rollouts, np.array(saved["rewards"]), np.array(saved["advantages"]))
+        arrays = np.array(saved["rewards"]), np.array(saved["advantages"])
+        scores = {name: np.array(values) for name, values in saved["scores"].items()}
+        return Group(rollouts, *arrays, scores)
 
     return Batch(
         state["step"],
         [group(saved) for saved in state["groups"]],
         histories(state["before"]),
         histories(state["after"]),
+        {name: histories(table) for name, table in state["of_rewards"].items()},
     )

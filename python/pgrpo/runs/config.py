@@ -71,6 +71,11 @@ class Config(Section):
                     "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
                     "loss.importance must not be 'off'"
                 )
+        if self.estimator.combine == "normalize_then_sum" and len(self.rewards) < 2:
+            raise ValueError(
+                "estimator.combine is 'normalize_then_sum', and there is one reward; expected at least "
+                "two [[rewards]]"
+            )
         if self.generation.group_size == 1 and RULES[self.estimator.name].zero_alone:
             raise ValueError(
                 f"estimator {self.estimator.name!r} learns nothing from groups of one; "
