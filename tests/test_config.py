@@ -24,6 +24,7 @@ from pgrpo.data import movielens, personas, table
 from pgrpo.data.table import TableConfig
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES, ClusterNormalizer, Options
+from pgrpo.normalizer.several import COMBINATIONS, RewardOptions
 from pgrpo.runs.config import Config, load_config, parse_config
 
 if sys.version_info >= (3, 11):
@@ -408,7 +409,11 @@ def test_options_of_estimators_have_the_ranges_of_the_normalizer(
 def test_settings_of_estimators_are_options_of_the_normalizer() -> None:
     hints = get_type_hints(Options)
     for key, field in EstimatorConfig.model_fields.items():
-        if key != "history":
+        if key == "combine":
+            # Of several rewards, which an option of the normalizer tells apart.
+            assert get_args(field.annotation) == COMBINATIONS
+            assert field.default == RewardOptions.combine
+        elif key != "history":
             option = {"name": "estimator"}.get(key, key)
             assert field.default == getattr(Options, option)
             assert field.annotation == hints[option]
@@ -442,7 +447,7 @@ def test_whatever_a_config_allows_the_normalizer_takes() -> None:
         "clip": 5,
         "frequency_weight": 0.5,
     }
-    assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history"}
+    assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history", "combine"}
     for name in RULES:
         idle = EstimatorConfig.model_validate({"name": name}).inactive()
         chosen = {key: value for key, value in settings.items() if key not in idle}

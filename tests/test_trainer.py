@@ -86,6 +86,7 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
             "completion",
             "reward",
             "advantage",
+            "scores",
             "cluster_id",
             "user",
         }
@@ -433,6 +434,31 @@ def test_each_of_several_rewards_is_normalised_by_itself(
     page = (run / "report.html").read_text("utf-8")
     if estimator["name"] in ("pgrpo", "auto"):
         assert ("for each reward" if "history" in estimator else "history of each reward") in page
+    assert ("then of each alone" in page) == ("history" not in estimator)
+
+
+def test_a_batch_that_was_not_learned_from_is_kept_with_its_scores(tmp_path: Path) -> None:
+    rewards = [{"name": "persona"}, {"name": "persona_utility", "clusters": [0, 2]}]
+    config = parse_config(
+        tiny_run({**ALL, "rewards": rewards, "estimator.combine": "normalize_then_sum"})
+    )
+    with Assembly(config) as parts, Assembly(config) as others:
+        for assembly in (parts, others):
+            assembly.engine.sync(0)
+        batch = parts.collector.collect(1)
+        kept = json.loads(json.dumps(parts.collector.state_dict(batch)))
+        found = others.collector.load_state_dict(kept, 0)
+        assert found is not None
+        for made in ((batch, found), (parts.collector.collect(2), others.collector.collect(2))):
+            assert made[0].of_rewards == made[1].of_rewards and len(made[0].of_rewards) == 2
+            assert made[0].after == made[1].after
+            for one, other in zip(made[0].groups, made[1].groups, strict=True):
+                assert one.rollouts == other.rollouts
+                assert list(one.scores) == list(other.scores) == ["persona", "persona_utility"]
+                for name, scores in one.scores.items():
+                    np.testing.assert_array_equal(scores, other.scores[name])
+                np.testing.assert_array_equal(one.rewards, other.rewards)
+                np.testing.assert_array_equal(one.advantages, other.advantages)
 
 
 def test_of_one_history_for_all_rewards_nothing_is_told_of_each(run: Path) -> None:
