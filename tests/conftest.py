@@ -122,12 +122,12 @@ def grouped(
 ) -> list[Group]:
     """Rollouts of which those of a group stand together, as groups."""
     unknown = np.full(len(rollouts), np.nan)
-    arrays = [np.asarray(unknown if a is None else a, np.float64) for a in (rewards, advantages)]
+    given, wanted = (np.asarray(unknown if a is None else a, float) for a in (rewards, advantages))
     places: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
         places.setdefault(rollout.group_id, []).append(place)
     return [
-        Group(tuple(rollouts[i] for i in members), *(array[members] for array in arrays))
+        Group(tuple(rollouts[i] for i in members), given[members], wanted[members])
         for members in places.values()
     ]
 

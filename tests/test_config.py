@@ -18,12 +18,13 @@ import pgrpo.rollout.engines.vllm.settings as vllm_settings
 import pgrpo.rollout.settings as rollout_settings
 from pgrpo.config import Section, sections
 from pgrpo.config.checks import check
-from pgrpo.config.sections import EstimatorConfig
+from pgrpo.config.sections import EstimatorConfig, reward_names
 from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.data import movielens, personas, table
 from pgrpo.data.table import TableConfig
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES, ClusterNormalizer, Options
+from pgrpo.normalizer.several import COMBINATIONS, RewardOptions
 from pgrpo.runs.config import Config, load_config, parse_config
 
 if sys.version_info >= (3, 11):
@@ -259,6 +260,15 @@ def test_the_resolved_config_is_complete() -> None:
     assert not idle & tree["generation"].keys(), "they have no effect here"
 
 
+def test_histories_of_each_reward_need_several() -> None:
+    changes: Tree = {"estimator.combine": "normalize_then_sum"}
+    with pytest.raises(ConfigError, match="there is one reward; expected at least two"):
+        parse_config(tiny_run(changes))
+    rewards = [{"name": "persona"}, {"name": "judge"}, {"name": "persona"}]
+    config = parse_config(tiny_run({**changes, "rewards": rewards}))
+    assert reward_names(config.rewards) == ["persona", "judge", "persona 2"]
+
+
 def vllm(**settings: object) -> Tree:
     return {"generation": {"engine": "vllm", "vllm": settings}}
 
@@ -438,7 +448,11 @@ def test_options_of_estimators_have_the_ranges_of_the_normalizer(
 def test_settings_of_estimators_are_options_of_the_normalizer() -> None:
     hints = get_type_hints(Options)
     for key, field in EstimatorConfig.model_fields.items():
-        if key != "history":
+        if key == "combine":
+            # Of several rewards, which an option of the normalizer tells apart.
+            assert get_args(field.annotation) == COMBINATIONS
+            assert field.default == RewardOptions.combine
+        elif key != "history":
             option = {"name": "estimator"}.get(key, key)
             assert field.default == getattr(Options, option)
             assert field.annotation == hints[option]
@@ -472,7 +486,7 @@ def test_whatever_a_config_allows_the_normalizer_takes() -> None:
         "clip": 5,
         "frequency_weight": 0.5,
     }
-    assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history"}
+    assert settings.keys() == EstimatorConfig.model_fields.keys() - {"name", "history", "combine"}
     for name in RULES:
         idle = EstimatorConfig.model_validate({"name": name}).inactive()
         chosen = {key: value for key, value in settings.items() if key not in idle}

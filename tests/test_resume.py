@@ -108,6 +108,16 @@ VARIANTS = {
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),
     "control arm": ({"estimator": {"name": "pgrpo", "history": "shuffled"}}, 61),
     "control arm of auto": ({"estimator": {"name": "auto", "history": "shuffled"}}, 61),
+    "a history of each reward": (
+        {
+            "rewards": [
+                {"name": "persona", "weight": 2.0},
+                {"name": "persona_utility", "clusters": [0, 1]},
+            ],
+            "estimator": {"name": "pgrpo", "combine": "normalize_then_sum"},
+        },
+        61,
+    ),
     "auto that forgets": (
         {"estimator": {"name": "auto", "forgetting": 0.9, "frequency_weight": 0.5}},
         61,

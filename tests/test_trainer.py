@@ -98,6 +98,7 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
             "completion",
             "reward",
             "advantage",
+            "scores",
             "cluster_id",
             "user",
         }
@@ -325,6 +326,161 @@ def test_groups_of_one(tmp_path: Path, estimator: str) -> None:
     run = train(tmp_path, {**changes, "estimator.name": estimator})
     assert all(record["grad_norm"] > 0 for record in lines(run, "metrics.jsonl"))
     check_metrics(run)
+
+
+THREE = """
+from pgrpo.plugins import hookimpl
+
+def length(rollouts):
+    return [100.0 * len(set(r.completion.split())) for r in rollouts]
+
+def picky(rollouts):
+    return [None if (r.group_id + i) % 3 == 0 else float(len(r.completion) % 5)
+            for i, r in enumerate(rollouts)]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("length", length)
+    register("picky", picky)
+"""
+NAMES = ["persona", "length", "picky", "picky 2"]
+WEIGHTS = [1.0, -0.5, 2.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        {"name": "pgrpo"},
+        {"name": "pgrpo", "order": "normalize_then_update", "min_count": 2.0, "sigma_floor": 0.1},
+        {"name": "pgrpo", "history": "shuffled"},
+        {"name": "grpo"},
+        {"name": "auto"},
+        {"name": "rae"},
+        {"name": "gdpo_multi"},
+    ],
+    ids=lambda estimator: "-".join(map(str, estimator.values())),
+)
+def test_each_of_several_rewards_is_normalised_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[Batch], estimator: Tree
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", THREE)
+    updated: list[int] = []
+    update = Policy.update
+
+    def count(self: Policy, groups: list[Group], *arguments: Any):
+        updated.append(sum(len(group.rollouts) for group in groups))
+        return update(self, groups, *arguments)
+
+    monkeypatch.setattr(Policy, "update", count)
+    rewards: list[Tree] = [
+        {"name": name.split()[0], "weight": weight}
+        for name, weight in zip(NAMES, WEIGHTS, strict=True)
+    ]
+    # Cluster 1 is scored by one reward that is missing at times, and by no other.
+    for section in (*rewards[:2], rewards[3]):
+        section["clusters"] = [0, 2]
+    run = train(
+        tmp_path,
+        {
+            **ALL,
+            "rewards": rewards,
+            "evaluation": [{"name": "persona"}],
+            "estimator": {**estimator, "combine": "normalize_then_sum"},
+        },
+    )
+    options = {key: value for key, value in estimator.items() if key != "history"}
+    name = options.pop("name")
+    whitens = name == "gdpo_multi"
+    oracles = [Reference("grpo" if whitens else name, **options) for _ in NAMES]
+    seen: dict[tuple[str, str], list[float]] = {}
+    check_metrics(run)
+    steps = list(zip(lines(run, "metrics.jsonl"), by_step(run), batches, strict=True))
+    for place, (record, samples, (collector, rollouts, _, _)) in enumerate(steps):
+        assert all(list(sample["scores"]) == NAMES for sample in samples)
+        scores = np.array([list(sample["scores"].values()) for sample in samples], dtype=float)
+        known = ~np.isnan(scores)
+        clusters = np.array([sample["cluster_id"] for sample in samples])
+        assert not known[clusters == 1][:, [0, 1, 3]].any(), "rewards that are not for it"
+        assert (~known).any() and known[clusters != 1][:, :2].all()
+        has_any: Any = known.any(axis=1)
+        total = np.nansum(scores * WEIGHTS, axis=1)
+        found = [sample["reward"] for sample in samples]
+        assert found == [
+            pytest.approx(value) if has else None
+            for value, has in zip(total.tolist(), has_any.tolist(), strict=True)
+        ]
+        assert updated[place] == has_any.sum()
+        assert record["num_unrewarded"] == (~has_any).sum()
+        groups = np.repeat(np.arange(NUM_PROMPTS), GROUP)
+        keys = [collector._history_of[rollout.prompt.example.user] for rollout in rollouts]
+        norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
+        expected = np.zeros(len(samples))
+        for at, (name, oracle) in enumerate(zip(NAMES, oracles, strict=True)):
+            there = np.flatnonzero(known[:, at])
+            expected[there] += WEIGHTS[at] * oracle(
+                scores[there, at],
+                [keys[i] for i in there],
+                groups[there].tolist(),
+                score_norms=[norms[i] for i in there],
+            )
+            mean = pytest.approx(scores[there, at].mean()) if len(there) else None
+            assert record["rewards"][name] == {"reward": mean, "num_rollouts": len(there)}
+            for i in there:
+                seen.setdefault((str(clusters[i]), name), []).append(scores[i, at])
+        if whitens:
+            part = expected[has_any]
+            expected[has_any] = (part - part.mean()) / (part.std() + 1e-4)
+        advantages = [sample["advantage"] for sample in samples]
+        np.testing.assert_allclose(advantages, expected, rtol=1e-9, atol=1e-9)
+        equal = [
+            all(len({*scores[groups == g, at][known[groups == g, at]]}) <= 1 for at in range(4))
+            for g in range(NUM_PROMPTS)
+        ]
+        assert record["equal_groups"] == pytest.approx(np.mean(equal))
+        for cluster, found in record["clusters"].items():
+            own = {name: values for (c, name), values in seen.items() if c == cluster}
+            assert found["rewards"].keys() == (own.keys() if "history" not in estimator else set())
+            for name, history in found["rewards"].items():
+                assert history["count"] == len(own[name])
+                assert history["mean"] == pytest.approx(np.mean(own[name]))
+                assert history["std"] == pytest.approx(np.std(own[name]), abs=1e-9)
+    assert {name for cluster, name in seen if cluster == "1"} == {"picky"}
+    page = (run / "report.html").read_text("utf-8")
+    if estimator["name"] in ("pgrpo", "auto"):
+        assert ("for each reward" if "history" in estimator else "history of each reward") in page
+    assert ("then of each alone" in page) == ("history" not in estimator)
+
+
+def test_a_batch_that_was_not_learned_from_is_kept_with_its_scores(tmp_path: Path) -> None:
+    rewards = [{"name": "persona"}, {"name": "persona_utility", "clusters": [0, 2]}]
+    config = parse_config(
+        tiny_run({**ALL, "rewards": rewards, "estimator.combine": "normalize_then_sum"})
+    )
+    with Assembly(config) as parts, Assembly(config) as others:
+        for assembly in (parts, others):
+            assembly.engine.sync(0)
+        batch = parts.collector.collect(1)
+        kept = json.loads(json.dumps(parts.collector.state_dict(batch)))
+        found = others.collector.load_state_dict(kept, 0)
+        assert found is not None
+        for made in ((batch, found), (parts.collector.collect(2), others.collector.collect(2))):
+            assert made[0].of_rewards == made[1].of_rewards and len(made[0].of_rewards) == 2
+            assert made[0].after == made[1].after
+            for one, other in zip(made[0].groups, made[1].groups, strict=True):
+                assert one.rollouts == other.rollouts
+                assert list(one.scores) == list(other.scores) == ["persona", "persona_utility"]
+                for name, scores in one.scores.items():
+                    np.testing.assert_array_equal(scores, other.scores[name])
+                np.testing.assert_array_equal(one.rewards, other.rewards)
+                np.testing.assert_array_equal(one.advantages, other.advantages)
+
+
+def test_of_one_history_for_all_rewards_nothing_is_told_of_each(run: Path) -> None:
+    for record in lines(run, "metrics.jsonl"):
+        assert record["rewards"] == {}
+        assert all(cluster["rewards"] == {} for cluster in record["clusters"].values())
+    assert all(sample["scores"] == {} for sample in lines(run, "samples.jsonl"))
 
 
 PICKY = """

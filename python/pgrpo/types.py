@@ -101,6 +101,9 @@ class Group:
     """[G] raw; NaN where there is none, or not yet."""
     advantages: FloatArray
     """[G]; NaN before they are computed."""
+    scores: Mapping[str, FloatArray] = field(default_factory=dict[str, FloatArray])
+    """Reward -> [G] what it gave, raw and without its weight; NaN where that is nothing. Empty before
+    they are scored."""
     penalties: FloatArray | None = None
     """[G] what is taken off the rewards before they are folded and normalised; None for nothing."""
 

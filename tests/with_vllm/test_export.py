@@ -46,7 +46,11 @@ def test_vllm_loads_what_a_run_exports(tmp_path: Path, adapters: bool) -> None:
     assert main(["train", str(config), "--out", str(run)]) == 0
     assert main(["export", str(run), "--out", str(out), *(["--merge"] if adapters else [])]) == 0
     # vLLM has plugins of its own, of which pgrpo is one.
-    quiet = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    quiet = {
+        "VLLM_PLUGINS": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", GENERATES, out, PROMPT],
         env={**os.environ, **quiet},

@@ -5,6 +5,7 @@ A section of a data set, a plugin or an engine stands beside what it configures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -174,6 +175,15 @@ class RewardConfig(PluginSection):
         return {"max_unreadable"} if self.on_error == "no_reward" else set()
 
 
+def reward_names(sections: Sequence[RewardConfig]) -> list[str]:
+    """What the rewards are called: as their plugins, and `judge 2` the second of a name."""
+    names: list[str] = []
+    for section in sections:
+        times = 1 + sum(earlier.name == section.name for earlier in sections[: len(names)])
+        names.append(section.name if times == 1 else f"{section.name} {times}")
+    return names
+
+
 def _option(name: str) -> Any:
     """A field that is an option of the normalizer: default and meaning are the option's."""
     return Field(default=getattr(Options, name), description=meaning(name))
@@ -189,6 +199,11 @@ class EstimatorConfig(Section):
     history: Literal["cluster", "one", "shuffled"] = "cluster"
     """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
     sizes made of shuffled users; the last two are control arms."""
+    combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """How several `[[rewards]]` make one advantage: of their weighted sum, by one history per cluster;
+    or as the weighted sum of the advantages of each, by one history per cluster and reward, so that
+    none drowns another by its spread. A rollout that lacks one of them has no reward in the first case,
+    and the sum of those it has in the second."""
     ddof: int = _option("ddof")
     eps: float = _option("eps")
     order: str = _option("order")
@@ -202,7 +217,7 @@ class EstimatorConfig(Section):
     @field_validator("*")
     @classmethod
     def _check_option(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.field_name != "history":
+        if info.field_name not in ("history", "combine"):
             option = "estimator" if info.field_name == "name" else str(info.field_name)
             Options(**{option: value})
         return value

@@ -68,29 +68,44 @@ def corollary(page: Context) -> Section | None:
 
 
 def histories(page: Context) -> Section | None:
-    """Mean and standard deviation of each cluster's reward history."""
+    """Mean and standard deviation of each cluster's reward history; of several rewards that have
+    histories of their own also of these."""
+    grids = [Grid(panels)] if (panels := _history_panels(page, "")) else []
+    runs = [run for arm in page.study.arms for run in arm.runs]
+    rewards = list(dict.fromkeys(name for run in runs for name in run.steps.rewards))
+    for reward in rewards:
+        panels = _history_panels(page, f"rewards/{reward}/")
+        grids.append(Grid([replace(panel, about=reward, full="") for panel in panels]))
+    if not grids:
+        return None
+    return section(
+        "Reward histories",
+        [legend(page.arm_colors), *grids],
+        "Each cluster's own: the running mean of its rewards (solid) ± their running standard "
+        "deviation (dotted), after each step, averaged over seeds. Kept under every estimator.",
+        f"First of the weighted sum of the rewards, then of each alone: {', '.join(rewards)}."
+        if rewards
+        else "",
+        _reading(page),
+        page.selection(),
+    )
+
+
+def _history_panels(page: Context, of: str) -> list[Panel]:
+    """A chart of each cluster's history, or of its history of a reward: `of` is `rewards/NAME/`."""
     panels: list[Panel] = []
     for name in page.study.shown:
         drawn: list[tuple[Line, Curve]] = []
         for arm in page.study.arms:
-            mean = page.study.curve(arm, f"clusters/{name}/mean")
-            std = page.study.curve(arm, f"clusters/{name}/std")
+            mean = page.study.curve(arm, f"clusters/{name}/{of}mean")
+            std = page.study.curve(arm, f"clusters/{name}/{of}std")
             if mean and std:
                 # Histories are running sums already; smoothing them would only add a lag.
                 line = Line(arm.name, page.arm_colors[arm.name], replace(mean, mean=mean.raw))
                 drawn.append((line, std))
         if drawn:
             panels.append(page.panel(name, figures.spreads(drawn), "History"))
-    if not panels:
-        return None
-    return section(
-        "Reward histories",
-        [legend(page.arm_colors), Grid(panels)],
-        "Each cluster's own: the running mean of its rewards (solid) ± their running standard "
-        "deviation (dotted), after each step, averaged over seeds. Kept under every estimator.",
-        _reading(page),
-        page.selection(),
-    )
+    return panels
 
 
 def _reading(page: Context) -> str:
@@ -114,14 +129,18 @@ def reads(arm: Arm) -> str:
 
     if not RULES[settings["estimator.name"]].reads_histories:
         return "no history" + (", but for weights" if of("frequency_weight") else "")
+    each = settings.get("estimator.combine") == "normalize_then_sum"
     if settings["estimator.name"] == "rae":
         of_whom = {"cluster": "each cluster", "one": "all clusters", "shuffled": "shuffled users"}
-        return f"an exponential mean of the rewards of {of_whom[settings['estimator.history']]}"
+        what = "each reward" if each else "the rewards"
+        return f"an exponential mean of {what} of {of_whom[settings['estimator.history']]}"
     how = {
-        "cluster": SHOWN,
+        "cluster": "the cluster's own history of each reward" if each else SHOWN,
         "one": "one history of all clusters",
         "shuffled": "histories of shuffled users",
     }[settings["estimator.history"]]
+    if each and settings["estimator.history"] != "cluster":
+        how += ", for each reward"
     if settings["estimator.name"] != "pgrpo":
         how += " and the group"
     if of("prior_count"):

@@ -15,6 +15,7 @@ from pgrpo.config.toml import flat
 from pgrpo.errors import RunFolderError
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import (
+    ClusterRecord,
     EvaluationRecord,
     RunInfo,
     SampleRecord,
@@ -49,6 +50,7 @@ class Table:
     Attributes:
         steps: [T].
         clusters: every cluster that a record names.
+        rewards: every one of several rewards of which a cluster has a history.
 
     Raises:
         RunFolderError: a step follows one that is not smaller.
@@ -61,6 +63,7 @@ class Table:
         self._numbers: dict[str, array[float]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self.clusters: dict[str, None] = {}
+        self.rewards: dict[str, None] = {}
         for row, record in enumerate(records):
             if steps and record.step <= steps[-1]:
                 raise RunFolderError(
@@ -68,6 +71,9 @@ class Table:
                 )
             steps.append(record.step)
             self.clusters |= dict.fromkeys(record.clusters)
+            for cluster in record.clusters.values():
+                if isinstance(cluster, ClusterRecord) and cluster.rewards:
+                    self.rewards |= dict.fromkeys(cluster.rewards)
             for path, part in parts(record):
                 names = number_names(type(part))
                 if path not in self._rows:

@@ -30,7 +30,7 @@ from tenacity import (
     wait_fixed,
 )
 
-from pgrpo.config.sections import RewardConfig
+from pgrpo.config.sections import RewardConfig, reward_names
 from pgrpo.errors import PgrpoError, PluginError, UnreadableError
 from pgrpo.plugins.hookspecs import Reward
 from pgrpo.types import FloatArray, Group, Rollout, split_by_group
@@ -70,6 +70,13 @@ class Scorer:
         self._max_waiting = max_waiting
         self._logged: set[_Worker] = set()
         self._workers = [_Worker(section, reward) for section, reward in rewards]
+        self._names = reward_names([section for section, _ in rewards])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Reward -> its factor in the sum, in the order of the config."""
+        sections = (worker.section for worker in self._workers)
+        return {name: one.weight for name, one in zip(self._names, sections, strict=True)}
 
     def __enter__(self) -> Scorer:
         return self
@@ -102,7 +109,8 @@ class Scorer:
 
         Returns:
             The groups by group_id, with raw rewards: sum over rewards of weight * reward, NaN where
-            one is missing. Neither depends on who is faster.
+            one is missing that the rollout's cluster should have; and with the `scores` that they are
+            made of. Neither depends on who is faster.
 
         Raises:
             PluginError: a reward with on_error "fail" or "retry" raised, outlasted timeout_s,
@@ -132,13 +140,21 @@ class Scorer:
             by_step, by_group = call.result(), [call.result() for _, call in parts]
 
         total = np.zeros(len(rollouts))
+        scores: dict[str, list[FloatArray]] = {}
         # In the order of the config, for floating-point sums depend on it.
-        for worker in self._workers:
+        for name, worker in zip(self._names, self._workers, strict=True):
             answers = [by_step[worker]] if worker in by_step else [a[worker] for a in by_group]
             self._check_unreadable(worker, rollouts, answers)
-            total += worker.section.weight * np.concatenate([a.rewards for a in answers])
-        rewards = split_by_group(total, scored)
-        return [replace(group, rewards=r) for group, r in zip(scored, rewards, strict=True)]
+            given = np.concatenate([a.rewards for a in answers])
+            wanted = np.array([worker.scores(rollout) for rollout in rollouts])
+            total += worker.section.weight * np.where(wanted, given, 0.0)
+            scores[name] = split_by_group(given, scored)
+        return [
+            replace(group, rewards=r, scores={name: parts[place] for name, parts in scores.items()})
+            for place, (group, r) in enumerate(
+                zip(scored, split_by_group(total, scored), strict=True)
+            )
+        ]
 
     def _wait(self, calls: set[Future[_Answers]], *, at_most: int) -> None:
         """Take out calls that are done until so few are left; raise what one of them raised."""
@@ -168,7 +184,7 @@ class Scorer:
     ) -> _Answer:
         """Call one reward on the rollouts that it scores, as often as its policy wants it."""
         scored = [place for place, rollout in enumerate(rollouts) if worker.scores(rollout)]
-        rewards = np.zeros(len(rollouts))
+        rewards = np.full(len(rollouts), math.nan)
         if not scored:
             return _Answer(rewards, {})
         rollouts = [rollouts[place] for place in scored]

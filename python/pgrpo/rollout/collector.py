@@ -18,6 +18,7 @@ from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
+from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.prompts import PromptBuilder
@@ -50,6 +51,9 @@ class Batch:
     """And with them."""
     replaced: Set[int] = frozenset()
     """group_ids of those that had no signal and gave their place to others."""
+    of_rewards: Mapping[str, Histories] = field(default_factory=dict[str, Histories])
+    """Reward -> the clusters' histories of it alone with this step's, where advantages are read from
+    these."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
 
@@ -84,7 +88,8 @@ class Collector:
     Attributes:
         num_folded: steps whose rewards the histories hold.
         normalizer: makes the advantages.
-        histories: those of the clusters; control arms read others.
+        histories: those of the clusters' rewards; control arms read others, and so does
+            `combine = "normalize_then_sum"`.
     """
 
     def __init__(
@@ -109,13 +114,21 @@ class Collector:
         self.num_folded = 0
         self._rule = RULES[estimator.name]
         self._reads_before = estimator.order == "normalize_then_update"
-        options = estimator.model_dump(exclude={"name", "history"})
+        options = estimator.model_dump(exclude={"name", "history", "combine"})
+        self._by_reward = estimator.combine == "normalize_then_sum"
+        self._several: dict[str, Any] = {}
+        if self._by_reward:
+            weights = scorer.weights
+            self._several = {"reward_weights": [*weights.values()], "reward_names": [*weights]}
+            self._several["combine"] = estimator.combine
         self.normalizer = ClusterNormalizer(
-            estimator.name, nan_policy="zero", track_diagnostics=True, **options
+            estimator.name, nan_policy="zero", track_diagnostics=True, **options, **self._several
         )
+        # What a control arm keeps is of no cluster.
+        self._of_rewards = self.normalizer.rewards if estimator.history == "cluster" else {}
         self.histories = (
             self.normalizer
-            if estimator.history == "cluster"
+            if estimator.history == "cluster" and not self._by_reward
             else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
         )
 
@@ -148,13 +161,20 @@ class Collector:
         before = self.histories.snapshot()
         self.num_folded = step
         groups = self._normalize(kept, replaced)
+        of_rewards = {name: one.snapshot() for name, one in self._of_rewards.items()}
         after, numbers = self.histories.snapshot(), {group.group_id for group in replaced}
-        return Batch(step, groups, before, after, numbers, watch.laps())
+        return Batch(step, groups, before, after, numbers, of_rewards, watch.laps())
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
         self._scorer.interrupt()
         self._engine.interrupt()
+
+    def diagnostics(self) -> dict[str, Diagnostics]:
+        """Of the histories that advantages are read from: by reward where each has its own, else of one
+        without a name."""
+        parts = self.normalizer.rewards or {"": self.normalizer}
+        return {name: part.diagnostics() for name, part in parts.items()}
 
     def state_dict(self, unused: Batch | None) -> dict[str, Any]:
         """Histories, and the batch that was collected and not learned from; plain JSON values."""
@@ -187,12 +207,15 @@ class Collector:
         """Groups of these prompts, numbered from `first` on, with rewards."""
         groups = self._engine.generate(prompts, self._generation.group_size, seed=seed)
         scored = self._scorer.score(_numbered(watch.over(groups), first))
+        if self._by_reward:
+            scored = [replace(group, rewards=self._sum_of_known(group)) for group in scored]
         return [self._penalised(group) for group in scored]
 
     def _has_signal(self, group: Group) -> bool:
         """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
         batch, columns = self._columns([group])
-        return bool(ClusterNormalizer(self._rule.name, nan_policy="zero")(*batch, **columns).any())
+        rule = ClusterNormalizer(self._rule.name, nan_policy="zero", **self._several)
+        return bool(rule(*batch, **columns).any())
 
     def _normalize(self, kept: Sequence[Group], replaced: Sequence[Group]) -> list[Group]:
         """Fold all rewards of the step into the histories; returns all groups with advantages, of which
@@ -234,6 +257,9 @@ class Collector:
             norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
         if self._rule.needs_lengths:
             lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        if self._by_reward:
+            scores = [np.stack([*group.scores.values()], axis=1) for group in groups]
+            rewards = np.concatenate(scores)
         return (rewards, keys, group_ids), {"score_norms": norms, "lengths": lengths}
 
     def _penalised(self, group: Group) -> Group:
@@ -241,6 +267,13 @@ class Collector:
         if not self._generation.overlong_buffer:
             return group
         return replace(group, penalties=overlong_penalties(group.rollouts, self._generation))
+
+    def _sum_of_known(self, group: Group) -> FloatArray:
+        """[G] weighted sum of the rewards that each rollout has; NaN where it has none."""
+        weights = np.array([*self._scorer.weights.values()])
+        scores = np.stack([*group.scores.values()])
+        known = np.isfinite(scores)
+        return np.where(known.any(0), weights @ np.where(known, scores, 0.0), np.nan)
 
     def _prompts(self, step: int, num_others: int = 0) -> list[Prompt]:
         """By group_id: the step's own prompts, then as many of those that may take their places."""
@@ -263,8 +296,9 @@ class Collector:
                 )
                 for ids, text, logprobs, truncated, version in saved["rollouts"]
             )
-            rewards, advantages = np.array(saved["rewards"]), np.array(saved["advantages"])
-            return self._penalised(Group(rollouts, rewards, advantages))
+            arrays = np.array(saved["rewards"]), np.array(saved["advantages"])
+            scores = {name: np.array(values) for name, values in saved["scores"].items()}
+            return self._penalised(Group(rollouts, *arrays, scores))
 
         return Batch(
             state["step"],
@@ -272,6 +306,7 @@ class Collector:
             histories(state["before"]),
             histories(state["after"]),
             frozenset(state["replaced"]),
+            {name: histories(table) for name, table in state["of_rewards"].items()},
         )
 
     def _examples(self, step: int) -> list[Example]:
@@ -364,10 +399,12 @@ def _batch_state(batch: Batch) -> dict[str, Any]:
                 "rollouts": [rollout(r) for r in group.rollouts],
                 "rewards": group.rewards.tolist(),
                 "advantages": group.advantages.tolist(),
+                "scores": {name: scores.tolist() for name, scores in group.scores.items()},
             }
             for group in batch.groups
         ],
         "before": histories(batch.before),
         "after": histories(batch.after),
         "replaced": sorted(batch.replaced),
+        "of_rewards": {name: histories(table) for name, table in batch.of_rewards.items()},
     }

@@ -73,6 +73,16 @@ class Config(Section):
                     "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
                     "loss.importance must not be 'off'"
                 )
+        if self.estimator.combine == "normalize_then_sum" and len(self.rewards) < 2:
+            raise ValueError(
+                "estimator.combine is 'normalize_then_sum', and there is one reward; expected at least "
+                "two [[rewards]]"
+            )
+        if self.estimator.combine == "normalize_then_sum" and self.generation.overlong_buffer:
+            raise ValueError(
+                "generation.overlong_buffer takes a penalty off the sum of the rewards, which is not "
+                "normalised with estimator.combine = 'normalize_then_sum'; expected 0"
+            )
         compares_within_groups = RULES[self.estimator.name].zero_alone
         if self.run.resample and not compares_within_groups:
             raise ValueError(

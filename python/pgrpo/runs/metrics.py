@@ -22,6 +22,8 @@ from pgrpo.runs.records import (
     MAX_CLUSTERS,
     ClusterRecord,
     FairnessRecord,
+    HistoryRecord,
+    RewardRecord,
     SampleRecord,
     StepRecord,
 )
@@ -53,19 +55,21 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
         batch.groups,
         batch.after,
         batch.before if estimator.order == "normalize_then_update" else batch.after,
+        batch.of_rewards,
         eps=estimator.eps,
         ddof=estimator.ddof,
     )
     return StepRecord(
         step=batch.step,
         reward=float(rewarded.mean()),
+        rewards=reward_records(batch.groups),
         num_rollouts=len(rollouts),
         num_unrewarded=len(rollouts) - len(rewarded),
         num_replaced=len(batch.replaced),
         completion_tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
         truncated=float(np.mean([r.truncated for r in rollouts])),
         overlong=float(np.concatenate(penalties).mean()) if penalties else None,
-        equal_groups=equal_groups(batch.groups),
+        equal_groups=equal_groups(batch.groups, of_each=estimator.combine == "normalize_then_sum"),
         entropy=-float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
         rollout_version=min(r.policy_version for r in rollouts),
         peak_memory_bytes=peak_memory_bytes(),
@@ -98,9 +102,25 @@ def sample_record(step: int, group: Group, place: int = 0) -> SampleRecord:
         completion=rollout.completion,
         reward=_finite(float(group.rewards[place])),
         advantage=_finite(float(group.advantages[place])),
+        scores={n: _finite(float(scores[place])) for n, scores in _several(group).items()},
         cluster_id=rollout.prompt.cluster_id,
         user=rollout.prompt.example.user,
     )
+
+
+def reward_records(groups: Sequence[Group]) -> dict[str, RewardRecord]:
+    """What each of several rewards gave; empty where there is one."""
+    records: dict[str, RewardRecord] = {}
+    for name in _several(groups[0]):
+        scores = np.concatenate([group.scores[name] for group in groups])
+        given = scores[np.isfinite(scores)]
+        mean = float(given.mean()) if len(given) else None
+        records[name] = RewardRecord(reward=mean, num_rollouts=len(given))
+    return records
+
+
+def _several(group: Group) -> Mapping[str, FloatArray]:
+    return group.scores if len(group.scores) > 1 else dict[str, FloatArray]()
 
 
 EntryT = TypeVar("EntryT")
@@ -120,6 +140,7 @@ def cluster_records(
     groups: Sequence[Group],
     histories: Mapping[ClusterId, ClusterStats],
     read: Mapping[ClusterId, ClusterStats],
+    of_rewards: Mapping[str, Mapping[ClusterId, ClusterStats]] | None = None,
     *,
     eps: float,
     ddof: int,
@@ -136,7 +157,8 @@ def cluster_records(
     both averaged here over the cluster's groups (arXiv 2603.10009, Corollary 3.1), of rewards less
     penalties, as they are in the history. That is what the cluster's own history says, as it stands:
     `prior_count` and `sigma_floor` are not in it, nor is any other history that advantages may come
-    from. NaN rewards are left out.
+    from. NaN rewards are left out. Histories of each reward by itself (`of_rewards`) are told beside
+    them.
 
     Of more than MAX_CLUSTERS clusters, those are given that `_listed` chooses. O(N + K) for N rollouts
     and K clusters.
@@ -171,6 +193,11 @@ def cluster_records(
             advantage=float(np.concatenate([a for *_, a in parts]).mean()) if parts else None,
             scale_ratio=scale_ratio,
             bias=bias,
+            rewards={
+                name: HistoryRecord(count=of.count, mean=_finite(of.mean), std=_finite(of.std))
+                for name, table in (of_rewards or {}).items()
+                if (of := table.get(cluster)) is not None
+            },
         )
     return records, fairness([means[cluster] for cluster in histories if cluster in means])
 
@@ -230,10 +257,16 @@ def fairness(values: Sequence[float]) -> FairnessRecord:
     return FairnessRecord(worst=float(v.min()), gap=float(v.max() - v.min()), gini=gini)
 
 
-def equal_groups(groups: Sequence[Group]) -> float:
-    """Share of the groups whose rewards less penalties are all equal, in which GRPO has no signal. NaN
-    rewards are left out."""
-    return float(np.mean([len(set(g.shaped[np.isfinite(g.shaped)])) <= 1 for g in groups]))
+def equal_groups(groups: Sequence[Group], *, of_each: bool = False) -> float:
+    """Share of the groups whose rewards less penalties are all equal, in which GRPO has no
+    signal; with `of_each` those of every single reward. NaN rewards are left out."""
+
+    def equal(rewards: FloatArray) -> bool:
+        return len(set(rewards[np.isfinite(rewards)])) <= 1
+
+    return float(
+        np.mean([all(map(equal, g.scores.values() if of_each else [g.shaped])) for g in groups])
+    )
 
 
 LENGTH_BIAS = 0.1

@@ -27,15 +27,26 @@ class Record(BaseModel):
     )
 
 
+class HistoryRecord(Record):
+    """A cluster's history of one of several rewards, after the step."""
+
+    count: float | None = None
+    """as a cluster's"""
+    mean: float | None = None
+    """of this reward alone, without its weight"""
+    std: float | None = None
+    """likewise"""
+
+
 class ClusterRecord(Record):
     """One cluster in one step.
 
     `count`, `mean`, `std`, `scale_ratio` and `bias` tell of the cluster's own history, which is kept
     under every estimator, so that arms can be compared. Whether advantages are read from it depends
     on the estimator: `grpo`, `dr_grpo`, `rloo` and `batch` read no history, the control arms
-    `history = "one"` and `"shuffled"` read others, and `prior_count` and `sigma_floor` change how it
-    is read. With `generation.overlong_buffer` a history is of rewards less penalties, and so are the
-    two terms of Corollary 3.1; `reward` stays raw.
+    `history = "one"` and `"shuffled"` read others, `combine = "normalize_then_sum"` one of each reward,
+    and `prior_count` and `sigma_floor` change how it is read. With `generation.overlong_buffer` a
+    history is of rewards less penalties, and so are the two terms of Corollary 3.1; `reward` stays raw.
     """
 
     reward: float | None = None
@@ -58,6 +69,18 @@ class ClusterRecord(Record):
     [estimators.md](estimators.md#corollary-31-reading-a-run)"""
     bias: float | None = None
     """second term, (m_G - mean) / (std + eps), likewise"""
+    rewards: dict[str, HistoryRecord] = {}
+    """reward -> the names below, of its history of that reward alone, where `estimator.combine` is
+    `normalize_then_sum` and `estimator.history` is `cluster`"""
+
+
+class RewardRecord(Record):
+    """One of several rewards in one step."""
+
+    reward: float | None = None
+    """mean of what it gave, raw and without its weight"""
+    num_rollouts: int = 0
+    """rollouts that got it"""
 
 
 class FairnessRecord(Record):
@@ -132,6 +155,8 @@ class StepRecord(Record):
     """1, 2, ..., `run.num_steps`"""
     reward: float | None = None
     """mean raw reward of the step's rewarded rollouts"""
+    rewards: dict[str, RewardRecord] = {}
+    """reward -> the names below, where there are several; the second of a name is `NAME 2`"""
     loss: float | None = None
     """the loss that was minimised, a mean over the step's optimizer updates. With one update per step
     and `loss.old_logprobs = "recomputed"` the probability ratio is 1, so this is minus the weighted
@@ -158,7 +183,8 @@ class StepRecord(Record):
     `generation.overlong_buffer`"""
     equal_groups: float | None = None
     """share of the groups whose rewards, less penalties, are all equal, in which `grpo` has no signal;
-    1 at group size 1"""
+    1 at group size 1. With `combine = "normalize_then_sum"` those of each `[[rewards]]`, not their
+    sum"""
     entropy: float | None = None
     """estimate of the policy's entropy per token: minus the log-probability a token was sampled with,
     mean over a completion, then over completions. Forced tokens count with 0"""
@@ -256,6 +282,9 @@ class SampleRecord(Record):
     """raw; `null` where there is none"""
     advantage: float | None = None
     """what the update used; 0 for a rollout without a reward, `null` for a held-out completion"""
+    scores: dict[str, float | None] = {}
+    """reward -> what it gave, raw and without its weight, where there are several; `null` where that is
+    nothing"""
     cluster_id: int | Text | None = None
     """as it is, a number or a string"""
     user: int | Text | None = None

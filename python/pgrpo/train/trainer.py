@@ -249,9 +249,12 @@ class Trainer:
 
     def _warnings(self) -> list[str]:
         """What stands to be warned of, judged by all steps so far."""
-        found = metrics.warnings(
-            self.collector.normalizer.diagnostics(), self.config.loss.aggregation
-        )
+        aggregation = self.config.loss.aggregation
+        found = [
+            f"{warning} (reward {reward})" if reward else warning
+            for reward, diagnostics in self.collector.diagnostics().items()
+            for warning in metrics.warnings(diagnostics, aggregation)
+        ]
         return [*metrics.collapse(self.folder.metrics), *found]
 
     def _fit_baselines(self) -> dict[str, FloatArray]:
