@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from transformers import LlamaConfig
 
 from pgrpo import ClusterNormalizer
 from pgrpo.cli import main
+from pgrpo.errors import DataError
 from pgrpo.runs.display import Display
 
 Capture = pytest.CaptureFixture[str]
@@ -667,3 +669,41 @@ def test_serve_starts_vllm_with_what_a_run_needs(
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment["VLLM_API_KEY"] == "sk-secret"
     assert "sk-secret" not in line + capsys.readouterr().out
+
+
+def test_results_are_json_where_it_is_asked_for(workplace: Path, capsys: Capture) -> None:
+    config, run, both = write_config(workplace), workplace / "run", workplace / "both"
+    words = ["--set", "run.num_steps=1"]
+    assert main(["train", str(config), "--out", str(run), "--json", *words]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["report"] == str(run / "report.html") and found["headline"]
+    assert said.err.startswith("[pgrpo] "), "progress is not in the way"
+    assert main(["train", str(config), "--out", str(run) + "2", "--quiet", *words]) == 0
+    quiet = capsys.readouterr()
+    assert found["headline"] in quiet.out and "[pgrpo]" not in quiet.out and quiet.err == ""
+    compare = ["compare", str(config), "--out", str(both), "--json", "-q", *words]
+    assert main([*compare, "--estimators", "grpo,pgrpo"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["report"] == str(both / "report.html") and said.err == ""
+    assert main(["report", str(run), "--out", str(workplace / "r.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["headline"] == found["headline"]
+    assert main(["plugins", "--json"]) == 0
+    assert {"kind": "reward", "name": "choice"}.items() <= json.loads(capsys.readouterr().out)[
+        0
+    ].items()
+
+
+def test_verbose_tells_where_an_error_comes_from(
+    workplace: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(workplace, {"clustering.num_clusters": 500})
+    for name in ("", "pgrpo"):
+        caplog.set_level(logging.WARNING, logger=name)  # which are what they were afterwards
+    caplog.handler.setLevel(logging.DEBUG)
+    assert main(["check", str(config)]) == 2
+    assert not caplog.records
+    assert main(["-v", "check", str(config)]) == 2
+    assert "num_clusters is 500, but only" in capsys.readouterr().err
+    (record,) = [each for each in caplog.records if each.name == "pgrpo"]
+    assert record.exc_info is not None and isinstance(record.exc_info[1], DataError)

@@ -127,7 +127,7 @@ def test_the_trainer_fills_every_field(tmp_path: Path) -> None:
 def test_the_display_is_bounded() -> None:
     for terminal in (False, True):
         console = Console(force_terminal=terminal, width=200, record=True, file=io.StringIO())
-        with Display("x", 1, console=console) as display:
+        with Display("x", 1, shown_on=console) as display:
             display.step(step_record(1, 64).model_copy(update={"num_clusters": 10_000}))
         text = console.export_text()
         assert "c 63" in text and "c 0" in text and "c 30" not in text

@@ -29,6 +29,8 @@ from pgrpo.runs.terminal import (
 if TYPE_CHECKING:
     from typer import Typer
 
+_log = logging.getLogger("pgrpo")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()
         return 141  # 128 and the number of SIGPIPE, as shells have it
     except PgrpoError as error:
+        _log.debug("where the error comes from:", exc_info=True)
         sentence = str(error)
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] == "pgrpo":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -29,6 +32,9 @@ Best: TypeAlias = Annotated[
     ),
 ]
 
+AsJson: TypeAlias = Annotated[bool, Option("--json", help="print JSON")]
+Quiet: TypeAlias = Annotated[bool, Option("--quiet", "-q", help="show no progress")]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -41,8 +47,14 @@ def options(
         bool,
         Option("--version", help="print the version", callback=_print_version, is_eager=True),
     ] = False,
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="where an error comes from, and what libraries note")
+    ] = False,
 ) -> None:
     """What stands before a command."""
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
+        logging.getLogger("pgrpo").setLevel(logging.DEBUG)
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -72,8 +84,11 @@ def _numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}-{number}")
 
 
-def say(verdict: Verdict, report: Path) -> None:
-    """The outcome in words, and where to look at it."""
+def say(verdict: Verdict, report: Path, *, as_json: bool = False) -> None:
+    """The outcome in words, and where to look at it; or the same as JSON."""
+    if as_json:
+        print(json.dumps({**asdict(verdict), "report": str(report)}, indent=2))
+        return
     lead = [verdict.lead] if verdict.lead else []
     # Signs that isolate names from the text around them are for pages; terminals show them as boxes.
     isolates = dict.fromkeys(map(ord, "\u2068\u2069"))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import ConfigFile, Overrides
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides
 from pgrpo.runs.terminal import printable
 
 
@@ -13,7 +13,7 @@ def check(
     baselines: Annotated[
         bool, Option("--baselines", help="fit the rules that runs are compared with; half a minute")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """What a run would begin with, and what looks wrong about it, without weights."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import ConfigFile, Overrides, numbers, say
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides, Quiet, numbers, say
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import InterruptedRunError
 
@@ -18,6 +18,8 @@ def compare(
         Option(help="arms, with commas: names, or NAME:one and NAME:shuffled for control arms"),
     ] = "grpo,pgrpo",
     seeds: Annotated[str, Option(help="seeds, with commas")] = "0",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """Train several estimators and seeds side by side."""
@@ -29,10 +31,14 @@ def compare(
         raise ConfigError("--estimators names no arm")
     settings = load_config(config, overrides or ())
     from pgrpo.experiments.compare import compare
+    from pgrpo.runs.display import console
 
     try:
-        say(compare(settings, arms, seed_numbers, out), out / "report.html")
+        verdict = compare(
+            settings, arms, seed_numbers, out, shown_on=console(quiet=quiet, stderr=as_json)
+        )
     except KeyboardInterrupt as error:
         raise InterruptedRunError(
             f"the same command goes on with what is saved in {out}"
         ) from error
+    say(verdict, out / "report.html", as_json=as_json)

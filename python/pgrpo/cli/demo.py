@@ -10,7 +10,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import say, unfinished
+from pgrpo.cli.arguments import Quiet, say, unfinished
 from pgrpo.errors import PgrpoError
 from pgrpo.runs.disk import disk_errors
 from pgrpo.runs.terminal import InterruptedRunError
@@ -18,12 +18,15 @@ from pgrpo.runs.terminal import InterruptedRunError
 ALONE = "import sys; from pgrpo.cli import main; sys.exit(main(sys.argv[1:]))"
 """The command in a process of its own."""
 
+ARMS = ["grpo", "pgrpo:one", "pgrpo"]
+
 LEVEL = "groups-of-16"
 """Folder of the runs in which the arms are level."""
 
 
 def demo(
     out: Annotated[Path | None, Option(help="folder for the runs and the reports")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Where P-GRPO matters and where it does not, on generated personas, in two minutes.
 
@@ -36,9 +39,11 @@ def demo(
     """
     from pgrpo.experiments.compare import compare
     from pgrpo.runs.config import load_config
+    from pgrpo.runs.display import console
 
     out = out or unfinished(Path("runs/demo"), "report.html", f"{LEVEL}/report.html")
-    print(inspect.getdoc(demo))
+    if not quiet:
+        print(inspect.getdoc(demo))
     level = out / LEVEL
     with resources.as_file(resources.files("pgrpo.experiments") / "demo.toml") as path:
         config = load_config(path)
@@ -55,7 +60,7 @@ def demo(
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
-            verdict = compare(config, ["grpo", "pgrpo:one", "pgrpo"], [0, 1, 2, 3, 4], out)
+            verdict = compare(config, ARMS, [0, 1, 2, 3, 4], out, shown_on=console(quiet=quiet))
             beside.wait()
         except KeyboardInterrupt as error:
             again = "" if out.parent == Path("runs") else f" --out {shlex.quote(str(out))}"

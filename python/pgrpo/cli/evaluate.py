@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pgrpo.cli.arguments import Best, numbers
+from pgrpo.cli.arguments import AsJson, Best, numbers
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import printable
 
@@ -17,7 +17,7 @@ def evaluate(
         str | None, Option(help="numbers of candidates, with commas (MovieLens)")
     ] = None,
     prompts: Annotated[int, Option(help="held-out prompts")] = 500,
-    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
     best: Best = False,
 ) -> None:
     """Held-out reward of a run's last checkpoint."""

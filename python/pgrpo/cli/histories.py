@@ -9,6 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from pgrpo.cli.arguments import AsJson
 from pgrpo.errors import CheckpointError, ConfigError
 from pgrpo.integrations.saved import read_histories
 from pgrpo.normalizer import ClusterNormalizer
@@ -21,12 +22,11 @@ FilesArgument = Annotated[
     Argument(metavar="FILE...", help="files of histories, states as JSON, checkpoints or runs"),
 ]
 LimitOption = Annotated[int, Option(help="clusters, those with most rewards first; 0: all")]
-JsonOption = Annotated[bool, Option("--json", help="print JSON")]
 
 Table = Mapping[ClusterId, ClusterStats]
 
 
-def show(files: FilesArgument, limit: LimitOption = 40, as_json: JsonOption = False) -> None:
+def show(files: FilesArgument, limit: LimitOption = 40, as_json: AsJson = False) -> None:
     """Count, mean and standard deviation of each cluster's rewards, and what they warn of."""
     read = {path: read_histories(path) for path in files}
     if as_json:

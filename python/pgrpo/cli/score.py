@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import ConfigFile, Overrides
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import printable
 
@@ -23,7 +23,7 @@ def score(
         ),
     ],
     user: Annotated[str | None, Option(help="whose first prompt they answer")] = None,
-    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """What the rewards of a run think of completions, without a model."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pgrpo.cli.arguments import Overrides, fresh, say
+from pgrpo.cli.arguments import AsJson, Overrides, Quiet, fresh, say
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import InterruptedRunError
 
@@ -21,6 +21,8 @@ def train(
             help="continue the run in this folder; --set run.num_steps=N makes it longer",
         ),
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """Train one run."""
@@ -49,11 +51,12 @@ def train(
             f"--resume continues the run in {resume} with the config that lies there; {config} has "
             "no effect"
         )
-    from pgrpo.runs.display import Display
+    from pgrpo.runs.display import Display, console
     from pgrpo.train import trainer
     from pgrpo.train.checkpoint import list_checkpoints
 
-    display = Display(settings.estimator.name, settings.run.num_steps)
+    shown_on = console(quiet=quiet, stderr=as_json)
+    display = Display(settings.estimator.name, settings.run.num_steps, shown_on=shown_on)
     try:
         with folder, display:
             verdict = trainer.train(settings, folder, display)
@@ -64,4 +67,4 @@ def train(
         what = f"step {saved[-1].step} is saved" if saved else "no step is saved yet"
         again = f"pgrpo train --resume {shlex.quote(str(folder.path))}"
         raise InterruptedRunError(f"{what}, and {again} goes on from there") from error
-    say(verdict, folder.path / "report.html")
+    say(verdict, folder.path / "report.html", as_json=as_json)

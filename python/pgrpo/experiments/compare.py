@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from pgrpo.config.checks import suggest
 from pgrpo.config.sections import EstimatorConfig
@@ -22,13 +23,20 @@ from pgrpo.runs.folder import RunFolder
 from pgrpo.train.trainer import train
 
 
-def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Verdict:
+def compare(
+    config: Config,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    shown_on: Console | None = None,
+) -> Verdict:
     """Run every arm with every seed, then write `out/report.html`.
 
     An arm is an estimator's name, or `NAME:one` and `NAME:shuffled` for the control arms that read
     another history; its runs are `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in
     the same order. Finished runs are kept and unfinished ones continued, so that an interrupted
-    comparison goes on where it was.
+    comparison goes on where it was. Progress is shown on `shown_on`, by default on standard output.
 
     Raises:
         ConfigError: an arm is unknown, or a folder holds a run with other settings.
@@ -56,6 +64,7 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
                     config.run.num_steps,
                     peers=peers,
                     runs_after=len(plans) - place - 1,
+                    shown_on=shown_on,
                 )
                 if folder.is_finished:
                     display.note(f"finished earlier: {folder.path}")

@@ -33,6 +33,14 @@ class _Console(Console):
         discard_output()
 
 
+def console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """Where progress is shown: on standard output, on standard error, or, where it is to be quiet,
+    nowhere."""
+    return _Console(
+        markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet, stderr=stderr
+    )
+
+
 class Display:
     """Progress of one run, or of one arm of a comparison.
 
@@ -42,6 +50,7 @@ class Display:
         about: cluster -> what is known of it.
         peers: name -> rewards by step of arms already run, shown beside this one's.
         runs_after: runs of the same length that follow, for the time that is left.
+        shown_on: a terminal or file; standard output by default.
     """
 
     def __init__(
@@ -52,11 +61,9 @@ class Display:
         about: Mapping[str, str] | None = None,
         peers: Mapping[str, Mapping[int, float]] | None = None,
         runs_after: int = 0,
-        console: Console | None = None,
+        shown_on: Console | None = None,
     ) -> None:
-        self._console = console or _Console(
-            markup=False, emoji=False, highlight=False, soft_wrap=True
-        )
+        self._console = shown_on or console()
         self._title = title
         self._num_steps = num_steps
         self._runs_after = runs_after
