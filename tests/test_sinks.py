@@ -126,12 +126,40 @@ def test_the_trainer_fills_every_field(tmp_path: Path) -> None:
 
 def test_the_display_is_bounded() -> None:
     for terminal in (False, True):
-        console = Console(force_terminal=terminal, width=200, record=True, file=io.StringIO())
+        console = Console(
+            force_terminal=terminal, width=200, height=50, record=True, file=io.StringIO()
+        )
         with Display("x", 1, shown_on=console) as display:
             display.step(step_record(1, 64).model_copy(update={"num_clusters": 10_000}))
         text = console.export_text()
         assert "c 63" in text and "c 0" in text and "c 30" not in text
         assert ("9992 more" in text) == terminal
+
+
+def test_the_display_fits_a_small_terminal_and_a_log() -> None:
+    record = step_record(1, 64).model_copy(update={"num_clusters": 10_000})
+    long = {f"{name} {'of a long name' * 9}": values for name, values in record.clusters.items()}
+    peers = {"grpo": {1: 0.25}, "pgrpo-one": {1: 0.5}}
+    for terminal in (False, True):
+        console = Console(
+            force_terminal=terminal,
+            width=60,
+            height=24,
+            record=True,
+            file=io.StringIO(),
+            soft_wrap=True,
+        )
+        with Display("pgrpo seed 0", 1, peers=peers, shown_on=console) as display:
+            display.evaluation(evaluation_record(0))
+            console.export_text(clear=True)
+            display.step(record.model_copy(update={"clusters": long}))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= (60 if terminal else 200)
+        assert any("c 0 of a" in line for line in lines)
+        if terminal:
+            shown = lines[max(n for n, line in enumerate(lines) if "step 1/1" in line) :]
+            assert len(shown) <= 24
+            assert any("more: not the largest" in line for line in shown)
 
 
 # Trackers.

@@ -23,6 +23,13 @@ _AVERAGE_STEPS = 10
 """Steps that the averages shown are taken over."""
 _EXTREMES = 4
 """Clusters shown of each kind, largest, smallest and worst, where there are more than all of these."""
+_LINE_LENGTH = 200
+"""Without a terminal, most characters of a step's line: as many clusters are in it as there is room."""
+_NARROW = 100
+"""Columns of a terminal below which the table tells less of each cluster."""
+_COLUMNS = ("cluster", "reward", "rollouts", "history mean", "std", "count", "who")
+_OTHER_LINES = 16
+"""Lines of a terminal that are not clusters'."""
 _LINE_EVERY_S = 2.0
 """Without a terminal, steps that follow each other faster than this share a line."""
 
@@ -119,7 +126,7 @@ class Display:
         shown = extremes(
             {c: _known(values.count) for c, values in record.clusters.items()},
             {c: _known(values.mean) for c, values in record.clusters.items()},
-            _EXTREMES,
+            self._extremes(),
         )
         left = self._num_steps * (1 + self._runs_after) - step
         left_s = left * _mean(self._seconds)
@@ -136,16 +143,25 @@ class Display:
         if now - self._last_line < _LINE_EVERY_S and step < self._num_steps:
             return
         self._last_line = now
-        clusters = "  ".join(
-            f"{c}: {_mean(self._cluster_rewards[c]):.2f}"
-            for c in sorted(shown)
-            if c in self._cluster_rewards
-        )
-        self.note(
+        lead = (
             f"step {step}/{self._num_steps}  reward {_number(record.reward)}{peers}  "
-            f"mean of last {len(self._rewards)} {_mean(self._rewards):.3f}  by cluster {clusters}  "
-            f"{seconds:.1f} s  left {_clock(left_s)}"
+            f"mean of last {len(self._rewards)} {_mean(self._rewards):.3f}  by cluster"
         )
+        rest = f"  {seconds:.1f} s  left {_clock(left_s)}"
+        room = _LINE_LENGTH - len(f"[{self._title}] {lead}{rest}")
+        for cluster in sorted(shown):
+            if cluster in self._cluster_rewards:
+                part = f"  {_short(cluster)}: {_mean(self._cluster_rewards[cluster]):.2f}"
+                if (room := room - len(part)) < 0:
+                    break
+                lead += part
+        self.note(lead + rest)
+
+    def _extremes(self) -> int:
+        """Clusters of each kind that a terminal of this height has room for."""
+        if not self._console.is_terminal:
+            return _EXTREMES
+        return max(1, min(_EXTREMES, (self._console.height - _OTHER_LINES) // 3))
 
     def _table(
         self,
@@ -156,33 +172,46 @@ class Display:
     ) -> RenderableType:
         step, timing = record.step, record.timing_s
         head = Table.grid(padding=(0, 2))
+        narrow = self._console.width < _NARROW
         head.add_row(
-            Text(self._title, style="bold"),
-            ProgressBar(self._num_steps, step, width=30),
+            Text(_short(self._title, 20) if narrow else self._title, style="bold"),
+            *([] if narrow else [ProgressBar(self._num_steps, step, width=30)]),
             f"step {step}/{self._num_steps}",
             f"left {_clock(left_s)}",
         )
-        table = Table(expand=False)
-        for name in ("cluster", "reward", "rollouts", "history mean", "std", "count", "who"):
-            table.add_column(name, justify="left" if name in ("cluster", "who") else "right")
+        rows: list[dict[str, str]] = []
         for cluster in shown:
             values = record.clusters[cluster]
-            average = _mean(self._cluster_rewards.get(cluster, ()))
-            table.add_row(
-                printable(cluster),
-                f"{average:.3f}",
-                str(values.num_rollouts),
-                _number(values.mean),
-                _number(values.std),
-                f"{_known(values.count):.0f}",
-                printable(self.about.get(cluster, "")),
+            rows.append(
+                {
+                    "cluster": printable(_short(cluster, 20)),
+                    "reward": f"{_mean(self._cluster_rewards.get(cluster, ())):.3f}",
+                    "rollouts": str(values.num_rollouts),
+                    "history mean": _number(values.mean),
+                    "std": _number(values.std),
+                    "count": f"{_known(values.count):.0f}",
+                    "who": printable(self.about.get(cluster, "")),
+                }
             )
-        table.add_section()
         hidden = (record.num_clusters or 0) - len(shown)
         note = f"{hidden} more: not the largest, smallest or worst" if hidden > 0 else ""
-        mean, rollouts = f"{_mean(self._rewards):.3f}", str(record.num_rollouts)
-        table.add_row("all", mean, rollouts, "", "", "", note)
+        summary = {
+            "cluster": "all",
+            "reward": f"{_mean(self._rewards):.3f}",
+            "rollouts": str(record.num_rollouts),
+            "who": note,
+        }
+        told = ("cluster", "reward", "history mean", "count") if narrow else _COLUMNS
+        table = Table(expand=False)
+        for name in told:
+            table.add_column(name, justify="left" if name in ("cluster", "who") else "right")
+        for row in rows:
+            table.add_row(*(row[name] for name in told))
+        table.add_section()
+        table.add_row(*(summary.get(name, "") for name in told))
         lines: list[RenderableType] = [head, table]
+        if narrow and note:
+            lines.append(Text(note))
         for name, rewards in self._peers.items():
             past = [
                 rewards[s] for s in range(step - len(self._rewards) + 1, step + 1) if s in rewards
@@ -210,6 +239,9 @@ class Display:
                     style="dim",
                 )
             )
+        for line in lines:
+            if isinstance(line, Text):
+                line.no_wrap, line.overflow = True, "ellipsis"
         return Group(*lines)
 
 
@@ -250,6 +282,11 @@ def _mean(values: Sequence[float] | deque[float]) -> float:
 
 def _known(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _short(name: str, length: int = 12) -> str:
+    """A name that may be long, or its beginning."""
+    return name if len(name) <= length else f"{name[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _number(value: float | None) -> str:
