@@ -103,12 +103,13 @@ def test_what_looks_wrong_is_told(
     })  # fmt: skip
     assert "1 of 7 prompts are longer than generation.max_prompt_tokens = 256, up to 30" in said
     assert "unless generation.long_prompts is 'drop'" in said
-    said = suspicious([*fine, row(7, segment="a", prompt="so " * 300)], **{
-        "generation.max_prompt_tokens": 256, "generation.long_prompts": "drop"
-    })  # fmt: skip
-    assert said == (
+    rows = [*fine, row(7, segment="a", prompt="so " * 300)]
+    dropping = {"generation.max_prompt_tokens": 256, "generation.long_prompts": "drop"}
+    found = checked(capsys, own_rows(tmp_path / "own", rows, dropping))
+    assert found["suspicious"] == []
+    assert found["notes"] == [
         "prompts of more than 256 tokens were left out: 1 of 7 to train on, 0 of 0 held out"
-    )
+    ]
     assert "all made-up completions get the same reward" in suspicious(
         [{**each, "answer": "Solaris"} for each in fine]
     )

@@ -58,6 +58,7 @@ def check(
             f"{found.memory_bytes / 2**30:.1f} GiB for weights, gradients and AdamW's moments; "
             "activations and the engine come on top"
         )
+    lines += [f"note: {sentence}" for sentence in found.notes]
     lines += [f"suspicious: {sentence}" for sentence in found.suspicious]
     if not found.suspicious:
         lines.append("nothing suspicious")

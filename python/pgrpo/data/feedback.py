@@ -308,7 +308,8 @@ class _Questions:
                 "labels": words,
                 "position": words.index(word(one)),
                 "values": [1 - abs(value - one.values[0]) / width for value in values],
-                "attributes": [[text] for text in words],
+                # A rule may find that long answers are liked, and by whom.
+                "attributes": [[text, f"{text} {self._length(one.answers[0])}"] for text in words],
                 "popularity": [self._share_of[value] for value in values],
             },
             choices=tuple(f" {text}" for text in words),

@@ -62,6 +62,8 @@ class Findings(BaseModel):
     """Of the model's files; None where they are not here, or made at the start."""
     memory_bytes: int | None
     """Of weights, gradients and AdamW's moments; activations and the engine come on top."""
+    notes: list[str]
+    """How the data was read, such as what was left out; a sentence each."""
     suspicious: list[str]
     """A sentence each."""
 
@@ -79,7 +81,6 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
     suspicious: list[str] = []
     with Assembly(config) as parts:
         dataset, members = parts.dataset, parts.members
-        suspicious += dataset.notes
         held = held_out(dataset, config.run.eval_prompts) if config.run.eval_every else []
         limit = config.generation.max_prompt_tokens
         unlimited = config.generation.model_copy(update={"max_prompt_tokens": 1 << 40})
@@ -121,6 +122,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             baselines=found,
             num_parameters=num_parameters,
             memory_bytes=None if num_parameters is None else _memory(config, num_parameters),
+            notes=list(dataset.notes),
             suspicious=suspicious,
         )
 
