@@ -14,7 +14,7 @@ import numbers
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -281,7 +281,8 @@ class _Worker:
         self.section = section
         self._reward = reward
         is_async = any(map(inspect.iscoroutinefunction, (reward, reward.__call__)))
-        self._loop = _EventLoop() if is_async else None
+        self._failed = False
+        self._loop = _EventLoop(self._left_behind) if is_async else None
         self._clusters = {str(cluster) for cluster in section.clusters}
 
     def scores(self, rollout: Rollout) -> bool:
@@ -297,10 +298,19 @@ class _Worker:
             else:
                 future = self._loop.start(_run_in_loop(self._reward, rollouts))
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+                answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
             except asyncio.TimeoutError:
                 cause = TimeoutError(f"no answer within timeout_s = {timeout_s:g}")
-                return _all_failed(len(rollouts), cause)
+                answer = _all_failed(len(rollouts), cause)
+            self._failed |= bool(answer.failures)
+            return answer
+
+    def _left_behind(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What went wrong in a task that the reward started and did not wait for: nothing to be told
+        where a call of it has failed, for then that has been told."""
+        level = logging.DEBUG if self._failed else logging.WARNING
+        what = context.get("exception") or context.get("message")
+        _log.log(level, "reward %r left a task behind that failed: %r", self.section.name, what)
 
     def close(self) -> None:
         """Cancel what runs in the event loop, and end it."""
@@ -312,10 +322,14 @@ _Answers = dict[_Worker, _Answer]
 
 
 class _EventLoop:
-    """An event loop in a daemon thread."""
+    """An event loop in a daemon thread; `handler` gets what nobody waits for."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        handler: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None] | None = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(handler)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
