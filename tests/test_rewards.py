@@ -548,7 +548,7 @@ def test_a_long_retry_after_is_bounded_by_the_time_there_is(serve, asked_for):
     rewards = score(section, rollout("busy"), rollout("once"), rollout("free"))
     # The others keep theirs, since the busy one gives up by itself before all are out of time.
     np.testing.assert_array_equal(rewards, [np.nan, 3.0, 3.0])
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 10
     assert 2 <= sum("busy" in r[2]["messages"][0]["content"] for r in server.requests) <= 51
 
 
