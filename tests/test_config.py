@@ -633,6 +633,15 @@ def test_paths_are_relative_to_the_config_then_to_the_working_folder(
     assert config.data.path == str(beside / "both.jsonl")
     assert config.data.evaluation_path == str(here / "later.jsonl")
     assert config.model.name == str(here / "weights")
+    rewards = [
+        {"name": "reward_model", "model": "both.jsonl"},
+        {"name": "judge", "model": "weights"},
+    ]
+    tables = {**table_run(path="both.jsonl"), "rewards": rewards, "evaluation": rewards}
+    path.write_text(tomli_w.dumps(tables))
+    config = load_config(path)
+    for section in (config.rewards, config.evaluation):
+        assert [one.options["model"] for one in section] == [str(beside / "both.jsonl"), "weights"]
     # The run goes on from wherever it is resumed.
     monkeypatch.chdir("/")
     assert reload(config, tmp_path) == config

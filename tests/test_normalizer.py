@@ -823,7 +823,7 @@ def test_warnings() -> None:
     equal = ClusterNormalizer(nan_policy="zero")
     equal([1.0] * 10 + [None], [*range(5)] * 2 + ["none"])
     assert "clusters 0, 1, 2 and 2 more: the standard deviation is 0" in warned(equal)
-    assert "non-finite rewards seen and left out: 1" in warned(equal)
+    assert "rewards that are None, NaN or infinite were left out: 1" in warned(equal)
 
 
 def test_diagnostics_of_little() -> None:

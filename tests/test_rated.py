@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def test_baselines_get_ratings(dataset) -> None:
     ]  # fmt: skip
     assert found["most popular"] == pytest.approx(best)
     # Everything is worth the same to everybody: no rule prefers anything.
-    for example in dataset.train:
-        example.columns["values"][:] = [3.0] * SIZE
-    equal = baselines(dataset, dataset.evaluation, dict.fromkeys(dataset.users, 0))
+    level = [replace(e, columns={**e.columns, "values": [3.0] * SIZE}) for e in dataset.train]
+    equal = baselines(
+        replace(dataset, train=level), dataset.evaluation, dict.fromkeys(dataset.users, 0)
+    )
     assert equal["one rule for all"] == pytest.approx(found["chance"])

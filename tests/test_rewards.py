@@ -418,9 +418,9 @@ def test_a_reply_holds_one_number_in_range_or_is_unreadable(serve):
     for place in (index for index, (_, expected) in enumerate(REPLIES) if expected is None):
         with pytest.raises(
             PluginError,
-            match=r"(?s)'judge' failed .*judge replied .*expected one number from 0 to 10.*1 of 1",
+            match=r"(?s)'judge' failed .*judge replied .*expected one number from 0 to 10.*last 1 ",
         ):
-            score(judge_section(server.url), rollout(str(place)))
+            score(judge_section(server.url, max_unreadable=0.0), rollout(str(place)))
 
 
 @given(
@@ -468,7 +468,7 @@ def test_a_number_counts_where_it_is_within_the_range(value, low, high):
 )
 def test_reasoning_beside_the_reply_and_cut_replies(serve, message, finish_reason, reward):
     body = json.dumps({"choices": [{"message": message, "finish_reason": finish_reason}]})
-    section = judge_section(serve(lambda *_: (200, {}, body)).url)
+    section = judge_section(serve(lambda *_: (200, {}, body)).url, max_unreadable=0.0)
     if reward is not None:
         assert score(section, rollout("x")) == [reward]
         return
@@ -501,12 +501,32 @@ def test_unreadable_verdicts_end_a_run_only_where_they_are_many(serve, caplog, b
         assert "completion 'odd': judge replied 'dunno'" in said
         assert f"({num_odd} unrewarded" in said
         assert len(server.requests) - before == 2 * 64  # what cannot be read is not asked again
-    with pytest.raises(
-        PluginError, match=r"'dunno'.*unreadable: 7 of 64, more than max_unreadable = 0.1"
-    ):
+    with pytest.raises(PluginError, match=r"'dunno'.*7 of the last 64.*max_unreadable = 0.1"):
         step(7)
-    with pytest.raises(PluginError, match=r"unreadable: 1 of 64"):
+    with pytest.raises(PluginError, match=r"1 of the last 64"):
         step(1, max_unreadable=0.0)
+
+
+def test_of_small_steps_the_last_answers_count_together(serve):
+    server = serve(lambda question, _: say("dunno" if "odd" in question else "2"))
+    section = judge_section(server.url)
+    with Scorer([(section, REGISTRY.reward(section))]) as scorer:
+
+        def step(*texts: str) -> list[float]:
+            (group,) = scorer.score([Group.sampled([rollout(text) for text in texts])])
+            return group.rewards.tolist()
+
+        np.testing.assert_array_equal(step("odd"), [np.nan])
+        for _ in range(2):  # 1 of 4 for so long that the first ones are no longer counted
+            for _ in range(3):
+                np.testing.assert_array_equal(step("odd", *"abc"), [np.nan, 2, 2, 2])
+            for _ in range(8):
+                assert step(*"abcdefgh") == [2.0] * 8
+        for _ in range(6):
+            step("odd", "a")
+        with pytest.raises(PluginError, match=r"[78] of the last \d+ answers could not be read"):
+            for _ in range(2):
+                step("odd", "a")
 
 
 def test_a_limit_that_no_reward_makes_idle_is_refused():
@@ -528,16 +548,16 @@ def test_a_long_retry_after_is_bounded_by_the_time_there_is(serve, asked_for):
     rewards = score(section, rollout("busy"), rollout("once"), rollout("free"))
     # The others keep theirs, since the busy one gives up by itself before all are out of time.
     np.testing.assert_array_equal(rewards, [np.nan, 3.0, 3.0])
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 10
     assert 2 <= sum("busy" in r[2]["messages"][0]["content"] for r in server.requests) <= 51
 
 
 def test_a_server_that_hangs_for_one_leaves_the_others_their_verdicts(serve, caplog):
     def answer(question: str, _: int) -> Answer:
-        time.sleep(2.0 if "slow" in question else 0.0)
+        time.sleep(5.0 if "slow" in question else 0.0)
         return say("3")
 
-    section = judge_section(serve(answer).url, timeout_s=1.0, on_error="no_reward")
+    section = judge_section(serve(answer).url, timeout_s=3.0, on_error="no_reward")
     np.testing.assert_array_equal(score(section, rollout("slow"), rollout("x")), [np.nan, 3.0])
     assert "did not answer in time (1 attempts)" in caplog.text
 
@@ -561,7 +581,7 @@ def test_one_garbage_reply_leaves_the_others_their_verdicts(serve):
     section = judge_section(server.url, on_error="no_reward")
     np.testing.assert_array_equal(score(section, *rollouts), [2.0, np.nan, 2.0])
     with pytest.raises(PluginError, match="completion 'odd': judge replied 'dunno'"):
-        score(judge_section(server.url), *rollouts)
+        score(judge_section(server.url, max_unreadable=0.0), *rollouts)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +617,8 @@ def test_the_key_never_appears_in_errors(serve, monkeypatch, status):
     for body in ("Incorrect API key: sk-secret", say("your key is sk-secret")[2], cut):
         server = serve(lambda *_, body=body: (status, {}, body))
         with pytest.raises(PluginError) as caught:
-            score(judge_section(server.url, api_key_env="SOME_KEY"), rollout("x"))
+            section = judge_section(server.url, api_key_env="SOME_KEY", max_unreadable=0.0)
+            score(section, rollout("x"))
         assert "sk-" not in everything_an_error_says(caught.value)
         assert "key" in str(caught.value)
         assert len(server.requests) == (1 if status in (200, 401) else 3)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
+import json
 import logging
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -429,6 +433,75 @@ def test_a_failure_names_plugin_reason_and_rollout(reward, reason):
     assert "group 0" in message and "'Question 0?'" in message
     assert caught.value.__cause__ is not None
     assert "completion 'bad'" in message or "in a batch of 3 rollouts" in message
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_tasks_that_a_reward_left_behind_are_told_of_only_where_nothing_else_is(fails, caplog):
+    async def reward(rollouts):
+        async def ask():
+            raise ValueError("broken")
+
+        tasks = [asyncio.create_task(ask()) for _ in rollouts]
+        await asyncio.sleep(0.01)
+        if fails:
+            await tasks[0]
+        return [1.0] * len(rollouts)
+
+    with Scorer([(section(num_workers=1), reward)]) as scorer:
+        groups = [group(0, "a", "b"), group(1, "c", "d")]
+        if fails:
+            with pytest.raises(PluginError, match="ValueError: broken"):
+                scorer.score(groups)
+        else:
+            scorer.score(groups)
+    gc.collect()
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    expected = "reward 'plugin' left a task behind that failed: ValueError('broken')"
+    assert said == [] if fails else set(said) == {expected}
+
+
+WRITES: dict[str, Any] = {
+    "a column": lambda columns: columns.update(answer="B"),
+    "a new column": lambda columns: columns.setdefault("seen", True),
+    "no column": lambda columns: columns.__delitem__("answer"),
+    "an entry": lambda columns: columns["options"].append("C"),
+    "an entry in place": lambda columns: columns["options"].sort(reverse=True),
+    "an entry below": lambda columns: columns["nested"][0]["deep"].__setitem__(0, 2.0),
+    "a key below": lambda columns: columns["nested"][0].pop("deep"),
+    "the tuple's list": lambda columns: columns["pair"][1].clear(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_reward_cannot_change_the_columns_of_a_rollout(write):
+    given: dict[str, Any] = {
+        "answer": "A",
+        "options": ["A", "B"],
+        "nested": [{"deep": [1.0]}],
+        "pair": (1, [2]),
+    }
+    before = copy.deepcopy(given)
+    example = Example("Which?", user="u", columns=given)
+    rollout = Rollout(Prompt(example, 0, (1,)), 0, (1,), "A", (0.0,), False)
+
+    def reward(rollouts):
+        write(rollouts[0].prompt.example.columns)
+        return [1.0]
+
+    with (
+        Scorer([(section("writer"), reward)]) as scorer,
+        pytest.raises(PluginError, match=r"'writer' failed on .*'Which\?'.*cannot be written to"),
+    ):
+        scorer.score([Group.sampled([rollout])])
+    # They read, compare and print as what was given; copies can be written to, and what was given can.
+    assert example.columns == before and str(example.columns) == str(before)
+    assert json.loads(json.dumps(example.columns)) == json.loads(json.dumps(before))
+    for copied in (copy.deepcopy(example.columns), pickle.loads(pickle.dumps(example.columns))):
+        assert copied == before
+        write(copied)
+        assert copied != before
+    write(given)
+    assert example.columns == before
 
 
 def test_the_rollout_in_the_message_is_the_one_that_failed():

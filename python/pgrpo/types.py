@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,48 @@ FloatArray: TypeAlias = NDArray[np.float64]
 """Float64 throughout: rewards, advantages and log-probabilities outside the model."""
 
 
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError(
+        "columns of an example cannot be written to, for other rewards and later epochs read them; "
+        "change a copy.deepcopy of them"
+    )
+
+
+class _ReadOnlyDict(dict[str, Any]):
+    """A dict that cannot be written to; a deep copy can."""
+
+    __slots__ = ()
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _ReadOnlyList(list[Any]):
+    """A list that cannot be written to; a deep copy can."""
+
+    __slots__ = ()
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+def _read_only(value: Any) -> Any:
+    """The same in what cannot be written to, all the way down."""
+    kind = type(value)
+    if kind is str or kind is float or kind is _ReadOnlyList or kind is _ReadOnlyDict:
+        return value
+    if isinstance(value, dict):
+        entries = cast(dict[str, Any], value).items()
+        return _ReadOnlyDict({key: _read_only(entry) for key, entry in entries})
+    if isinstance(value, list):
+        return _ReadOnlyList(map(_read_only, cast(list[Any], value)))
+    return tuple(map(_read_only, value)) if kind is tuple else value
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a data set: what is asked of the model on behalf of one user."""
@@ -32,11 +74,15 @@ class Example:
     user: str
     """Whose preferences the reward expresses; clusters are made of users."""
     columns: Mapping[str, Json] = field(default_factory=dict[str, Json])
-    """Whatever the reward plugin needs, for example `answer`."""
+    """Whatever the reward plugin needs, for example `answer`. It cannot be written to: of dicts and
+    lists, copies are kept that refuse it with a TypeError."""
     choices: tuple[str, ...] | None = None
     """The texts a completion may take, or None where it is free."""
     turns: tuple[tuple[str, str], ...] = ()
     """Role and content of each turn, where the prompt is a chat; `text` then says the same in words."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", _read_only(self.columns))
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,9 +161,9 @@ class RewardConfig(PluginSection):
     """When a call raises, hangs or returns nonsense: stop the run, try again (three attempts
     in all, with growing pauses), or go on with these rollouts unrewarded."""
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of a step's rollouts whose answer may be unreadable, as where a judge's reply gives
-    no verdict: they go without this reward, and the first is logged. With more the run stops. Under
-    `on_error = "no_reward"` there is no such limit."""
+    """Largest share of a step's answers (with fewer than 64, of the last 64) that may be unreadable, as
+    where a judge's reply gives no verdict: those rollouts go without this reward, and the first is
+    logged. With more the run stops. Under `on_error = "no_reward"` there is no such limit."""
     batch: Literal["group", "step"] = "group"
     """What one call gets: the rollouts of a group, as soon as they are generated, or those of the
     whole step at once."""

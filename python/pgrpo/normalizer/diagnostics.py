@@ -133,7 +133,7 @@ def diagnose(
             f"variance, and random ones would explain up to {threshold:.2%}"
         )
     if num_nonfinite:
-        warnings.append(f"non-finite rewards seen and left out: {num_nonfinite}")
+        warnings.append(f"rewards that are None, NaN or infinite were left out: {num_nonfinite}")
 
     columns = [
         n, share, mean, std, group_size, icc, scale_ratio, bias_rms, mean_advantage, std_advantage,

@@ -118,9 +118,9 @@ class Judge:
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
 
     async def __call__(self, rollouts: Sequence[Rollout]) -> list[float | Exception]:
-        session = self._session()
         # What is late fails a moment before all of the call would.
-        deadline = asyncio.get_running_loop().time() + 0.95 * self._config.timeout_s
+        deadline = asyncio.get_running_loop().time() + 0.9 * self._config.timeout_s
+        session = self._session()
 
         async def judge(rollout: Rollout) -> float | Exception:
             async with session.slots:

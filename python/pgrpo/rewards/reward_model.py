@@ -31,7 +31,7 @@ class RewardModel:
         """Which model, and how it is asked."""
 
         model: str
-        """A folder (seen from the working folder) or a hub name."""
+        """A folder or a hub name."""
         revision: str | None = None
         """Branch, tag or commit of a hub model."""
         format: Literal["auto", "chat", "pair", "text"] = "auto"

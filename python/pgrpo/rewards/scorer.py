@@ -14,7 +14,7 @@ import numbers
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -39,6 +39,10 @@ _log = logging.getLogger("pgrpo")
 
 _CLOSE_S = 1.0
 """How long closing an event loop waits for calls that were told to stop."""
+
+
+_ANSWERS = 64
+"""Fewer answers tell little of a share: of ten, a single unreadable one would be a tenth."""
 
 
 class Scorer:
@@ -99,8 +103,8 @@ class Scorer:
         """Score groups while this thread pulls them, in whatever order they come.
 
         A plugin that returns None gives a rollout no reward, which is no error; nor is an
-        UnreadableError, while they are no more than `max_unreadable` of the rollouts that the reward
-        is for. Under on_error "no_reward" a failing call leaves its rollouts NaN: all of them where it
+        UnreadableError, while they are no more than `max_unreadable` of a step's answers, or of the
+        last 64. Under on_error "no_reward" a failing call leaves its rollouts NaN: all of them where it
         raised, hung or returned another number of rewards, else those with a bad one.
 
         Args:
@@ -231,15 +235,17 @@ class Scorer:
         for answer in answers:
             causes |= {start + index: cause for index, cause in answer.failures.items()}
             start += len(answer.rewards)
+        worker.count(len(causes), sum(map(worker.scores, rollouts)))
         if not causes:
             return
         first = min(causes)
         message = _failed(worker, rollouts[first], causes[first])
-        limit, num_scored = worker.section.max_unreadable, sum(map(worker.scores, rollouts))
-        if len(causes) > limit * num_scored:
+        limit = worker.section.max_unreadable
+        num_unreadable, num_scored = map(sum, zip(*worker.answered, strict=True))
+        if num_unreadable > limit * max(num_scored, _ANSWERS):
             raise PluginError(
-                f"{message} (unreadable: {len(causes)} of {num_scored}, more than "
-                f"max_unreadable = {limit:g})"
+                f"{message} ({num_unreadable} of the last {num_scored} answers could not be read, "
+                f"which is too many for max_unreadable = {limit:g})"
             ) from causes[first]
         self._warn(worker, message, len(causes))
 
@@ -281,8 +287,16 @@ class _Worker:
         self.section = section
         self._reward = reward
         is_async = any(map(inspect.iscoroutinefunction, (reward, reward.__call__)))
-        self._loop = _EventLoop() if is_async else None
+        self._failed = False
+        self._loop = _EventLoop(self._left_behind) if is_async else None
+        self.answered: list[tuple[int, int]] = []
         self._clusters = {str(cluster) for cluster in section.clusters}
+
+    def count(self, num_unreadable: int, num_scored: int) -> None:
+        """Note a step's answers, and forget earlier steps as soon as later ones have _ANSWERS."""
+        self.answered.append((num_unreadable, num_scored))
+        while sum(scored for _, scored in self.answered[1:]) >= _ANSWERS:
+            del self.answered[0]
 
     def scores(self, rollout: Rollout) -> bool:
         """Whether the rollout is of a cluster that this reward is for."""
@@ -297,10 +311,19 @@ class _Worker:
             else:
                 future = self._loop.start(_run_in_loop(self._reward, rollouts))
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+                answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
             except asyncio.TimeoutError:
                 cause = TimeoutError(f"no answer within timeout_s = {timeout_s:g}")
-                return _all_failed(len(rollouts), cause)
+                answer = _all_failed(len(rollouts), cause)
+            self._failed |= bool(answer.failures)
+            return answer
+
+    def _left_behind(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What went wrong in a task that the reward started and did not wait for: nothing to be told
+        where a call of it has failed, for then that has been told."""
+        level = logging.DEBUG if self._failed else logging.WARNING
+        what = context.get("exception") or context.get("message")
+        _log.log(level, "reward %r left a task behind that failed: %r", self.section.name, what)
 
     def close(self) -> None:
         """Cancel what runs in the event loop, and end it."""
@@ -312,10 +335,14 @@ _Answers = dict[_Worker, _Answer]
 
 
 class _EventLoop:
-    """An event loop in a daemon thread."""
+    """An event loop in a daemon thread; `handler` gets what nobody waits for."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        handler: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None] | None = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(handler)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 

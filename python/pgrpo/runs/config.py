@@ -7,7 +7,7 @@ tree back, complete and rerunnable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,16 +101,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, and check the whole.
 
     A value is read as TOML (`8`, `true`, `[1, 2]`) and otherwise taken as a string. Relative
-    data paths and a relative `model.name` folder are taken relative to the config file when they
-    exist there, else to the working folder; the config holds where they are.
+    data paths and the relative folder of a model or a reward model are taken relative to the config
+    file when they exist there, else to the working folder; the config holds where they are.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or does not describe a run.
     """
     path = Path(path)
     tree = read_toml(path, overrides)
-    for section, keys in (("data", ("path", "evaluation_path")), ("model", ("name",))):
-        table = tree.get(section)
+    for table, keys in _tables_with_paths(tree):
         for key in keys if isinstance(table, dict) else ():
             value = cast(Tree, table).get(key)
             if isinstance(value, str):
@@ -121,6 +120,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                     _place(each, path.parent) if isinstance(each, str) else each for each in named
                 ]
     return parse_config(tree, source=str(path))
+
+
+def _tables_with_paths(tree: Tree) -> Iterator[tuple[Any, Sequence[str]]]:
+    """Tables in which something may lie beside the config file, and the keys that tell where."""
+    yield tree.get("data"), ("path", "evaluation_path")
+    yield tree.get("model"), ("name",)
+    for name in ("rewards", "evaluation"):
+        tables: Any = tree.get(name)
+        for table in cast(list[Any], tables) if isinstance(tables, list) else ():
+            if isinstance(table, dict) and cast(Tree, table).get("name") == "reward_model":
+                yield table, ("model",)
 
 
 def _place(value: str, folder: Path) -> str:
