@@ -28,6 +28,7 @@ from conftest import (
 )
 
 from pgrpo.cli import main
+from pgrpo.rollout.collector import Collector
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.checkpoint import chosen_checkpoint, latest_checkpoint, list_checkpoints
 from pgrpo.train.policy import Policy
@@ -420,6 +421,29 @@ def test_a_signal_in_an_update_waits_for_its_end(
     assert main(["train", "--resume", str(run)]) == 130
     assert len(seen) == 7
     assert latest_checkpoint(run / "checkpoints") == found
+    resume(run)
+    assert trace(run) == trace(long_unbroken[0])
+
+
+def test_a_signal_while_histories_change_waits_for_the_batch(
+    long_unbroken: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    normalize, seen = Collector._normalize, []  # pyright: ignore[reportPrivateUsage]
+
+    def interrupted(self: Collector, *arguments: Any) -> Any:
+        seen.append(None)
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return normalize(self, *arguments)
+
+    monkeypatch.setattr(Collector, "_normalize", interrupted)
+    rare = {**LONG, "run.checkpoint_every": 1000}
+    assert main(["train", str(write_config(tmp_path, rare)), "--out", str(run)]) == 130
+    found = latest_checkpoint(run / "checkpoints")
+    assert found is not None and found.step == 3, (
+        "three steps were taken, and a fourth batch is kept"
+    )
     resume(run)
     assert trace(run) == trace(long_unbroken[0])
 

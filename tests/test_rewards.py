@@ -487,8 +487,8 @@ def test_unreadable_verdicts_end_a_run_only_where_they_are_many(serve, caplog, b
         rollouts = [replace(rollout(text), group_id=i // 4) for i, text in enumerate(texts)]
         groups = [Group.sampled(rollouts[start : start + 4]) for start in range(0, 64, 4)]
         with Scorer([(section, REGISTRY.reward(section))]) as scorer:
-            for _ in range(2):
-                scored = scorer.score(groups)
+            scorer.score(groups)
+            scored = scorer.score(groups)
         return [reward for group in scored for reward in group.rewards.tolist()]
 
     for num_odd, settings in ((1, {}), (6, {}), (1, {"on_error": "retry"})):
@@ -684,8 +684,13 @@ def save_reward_model(folder: Path, family: str, **settings: Any) -> Path:
         ],
     )
     tokenizer.chat_template = settings.pop("chat_template", None)
-    usual = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
-    heads = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 96}
+    usual: dict[str, Any] = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 96}
     torch.manual_seed(3)
     if family == "bert":
         config: Any = BertConfig(**{**usual, **heads, **settings}, initializer_range=0.3)
@@ -798,6 +803,7 @@ def test_nothing_is_cut_off(tmp_path):
         "tokenizer": {"model_max_length": 19},
         "model": {"max_position_embeddings": 19},
     }
+    expected = np.zeros(len(texts))
     for name, limit in limits.items():
         folder = str(save_reward_model(tmp_path / name, "llama", num_labels=1, **limit))
         section = RewardConfig.model_validate({"name": "reward_model", "model": folder})

@@ -72,6 +72,34 @@ class Batch:
         return kept
 
 
+class _Watch:
+    """When the last group came."""
+
+    def __init__(self) -> None:
+        self._start = self._generated = time.perf_counter()
+
+    def over(self, groups: Iterator[Group]) -> Iterator[Group]:
+        try:
+            yield from groups
+        finally:
+            self._generated = time.perf_counter()
+
+    def laps(self) -> dict[str, float]:
+        now = time.perf_counter()
+        return {"generate": self._generated - self._start, "reward": now - self._generated}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The groups of a step with their rewards, of which the histories know nothing yet."""
+
+    step: int
+    kept: Sequence[Group]
+    replaced: Sequence[Group]
+    """Those that had no signal and gave their place to others."""
+    watch: _Watch
+
+
 class Collector:
     """Makes the batches of a run, one step after the other.
 
@@ -133,11 +161,15 @@ class Collector:
         )
 
     def collect(self, step: int) -> Batch:
-        """Generate, score, fold, normalise.
+        """Generate, score, fold, normalise: `sample` and `fold` in one; raises as `sample`."""
+        return self.fold(self.sample(step))
+
+    def sample(self, step: int) -> Sampled:
+        """Generate and score what a step learns from; no history changes.
 
         Raises:
             EngineError: generation failed.
-            PluginError: a reward failed, or no rollout got one. No history has changed then.
+            PluginError: a reward failed, or no rollout got one.
         """
         run, watch = self._run, _Watch()
         seed_globals(derive_seed(run.seed, "globals", step))
@@ -158,12 +190,18 @@ class Collector:
             raise PluginError(
                 f"no rollout of step {step} got a reward; there is nothing to learn from"
             )
+        return Sampled(step, kept, replaced, watch)
+
+    def fold(self, sampled: Sampled) -> Batch:
+        """Fold a step's rewards into the histories, and make advantages of them. It takes no time to
+        speak of, and must not be interrupted: histories would hold rewards that no batch has."""
         before = self.histories.snapshot()
-        self.num_folded = step
-        groups = self._normalize(kept, replaced)
+        self.num_folded = sampled.step
+        groups = self._normalize(sampled.kept, sampled.replaced)
         of_rewards = {name: one.snapshot() for name, one in self._of_rewards.items()}
-        after, numbers = self.histories.snapshot(), {group.group_id for group in replaced}
-        return Batch(step, groups, before, after, numbers, of_rewards, watch.laps())
+        after, numbers = self.histories.snapshot(), {group.group_id for group in sampled.replaced}
+        timing = sampled.watch.laps()
+        return Batch(sampled.step, groups, before, after, numbers, of_rewards, timing)
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
@@ -359,23 +397,6 @@ def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig
     buffer, longest = generation.overlong_buffer, generation.max_new_tokens
     lengths = np.array([len(r.completion_ids) if r.prompt.choices is None else 0 for r in rollouts])
     return generation.overlong_penalty * ((lengths - (longest - buffer)) / buffer).clip(0, 1)
-
-
-class _Watch:
-    """When the last group came."""
-
-    def __init__(self) -> None:
-        self._start = self._generated = time.perf_counter()
-
-    def over(self, groups: Iterator[Group]) -> Iterator[Group]:
-        try:
-            yield from groups
-        finally:
-            self._generated = time.perf_counter()
-
-    def laps(self) -> dict[str, float]:
-        now = time.perf_counter()
-        return {"generate": self._generated - self._start, "reward": now - self._generated}
 
 
 def _batch_state(batch: Batch) -> dict[str, Any]:

@@ -188,7 +188,9 @@ class Trainer:
             watch.lap("wait")
         elif self._batch is None:
             self._sync(watch)
-            self._batch = self.collector.collect(step)
+            sampled = self.collector.sample(step)
+            with held():
+                self._batch = self.collector.fold(sampled)
             watch.skip()
         if self.config.run.pipeline == "synchronous":
             self.engine.sleep()
