@@ -437,6 +437,13 @@ def test_two_verdicts_of_one_form_are_read_only_where_they_agree(value, form, ot
     assert read_verdict(form.format(value), 0, 10) == value
 
 
+@pytest.mark.parametrize("text", ["1" * 9000 + "x", "1," * 9000 + "x", "{" * 9000, "7 or " * 9000])
+def test_a_reply_that_goes_on_and_on_is_read_at_once(text):
+    start = time.monotonic()
+    assert read_verdict(text, 0, 10, cut=True) is None
+    assert time.monotonic() - start < 1.0  # in seconds; squares of its length take several
+
+
 @given(value=st.floats(-99, 99), low=st.floats(-99, 0), high=st.floats(1, 99))
 def test_a_number_counts_where_it_is_within_the_range(value, low, high):
     value, low, high = (round(number, 2) for number in (value, low, high))

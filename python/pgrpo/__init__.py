@@ -12,6 +12,7 @@ from pgrpo.errors import (
     PgrpoError,
     PluginError,
     RunFolderError,
+    UnreadableError,
 )
 from pgrpo.normalizer import ClusterNormalizer, ClusterStats
 from pgrpo.normalizer._core import __version__
@@ -30,5 +31,6 @@ __all__ = [
     "PgrpoError",
     "PluginError",
     "RunFolderError",
+    "UnreadableError",
     "__version__",
 ]

@@ -19,13 +19,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-_NUMBER = r"[-+]?(?:\d[\d.,]*\d|\d+|\.\d+)"
+# Bounded, for a reply of nothing but digits would take a time that grows with their square.
+_NUMBER = r"[-+]?(?:\d[\d.,]{0,40}\d|\d{1,40}|\.\d{1,40})"
 
 _FIGURE = re.compile(
     # Not inside a word ("GPT-4", "3rd"), a date or another number.
     rf"(?<![\w.,])(?<![a-z]-)(?<!\d/)(?P<number>{_NUMBER})"
     rf"(?:(?P<percent>\s*%)|\s*(?:/|out\s+of)\s*(?P<of>{_NUMBER})|(?!\s*(?:/|out\s+of)\s*\d))"
-    r"(?![\d.,]*\w)(?!\s*/\s*\d)",
+    r"(?![\d.,]{0,40}\w)(?!\s*/\s*\d)",
     re.IGNORECASE,
 )
 
