@@ -267,6 +267,10 @@ def test_histories_of_each_reward_need_several() -> None:
     rewards = [{"name": "persona"}, {"name": "judge"}, {"name": "persona"}]
     config = parse_config(tiny_run({**changes, "rewards": rewards}))
     assert reward_names(config.rewards) == ["persona", "judge", "persona 2"]
+    with pytest.raises(
+        ConfigError, match="overlong_buffer takes a penalty off the sum of the rewar"
+    ):
+        parse_config(tiny_run({**changes, "rewards": rewards, "generation.overlong_buffer": 2}))
 
 
 def vllm(**settings: object) -> Tree:

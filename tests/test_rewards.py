@@ -697,7 +697,11 @@ def save_reward_model(folder: Path, family: str, **settings: Any) -> Path:
         "num_hidden_layers": 2,
         "pad_token_id": 0,
     }
-    heads: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 96}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 96,
+    }
     torch.manual_seed(3)
     if family == "bert":
         config: Any = BertConfig(**{**usual, **heads, **settings}, initializer_range=0.3)

@@ -684,6 +684,22 @@ def test_equal_rewards_have_a_signal_under_the_other_rules_alone(name: str) -> N
             parse_config(tiny_run({"estimator.name": name, "run.resample": 1}))
 
 
+def test_rewards_that_cancel_out_have_a_signal_where_each_is_normalised() -> None:
+    rewards = [{"name": "persona"}, {"name": "persona_utility", "weight": -0.5}]
+    for combine in ("sum_then_normalize", "normalize_then_sum"):
+        changes = {"rewards": rewards, "estimator": {"name": "grpo", "combine": combine}}
+        with Assembly(parse_config(tiny_run({**changes, "run.resample": 1}))) as parts:
+            parts.engine.sync(0)
+            group = parts.collector.collect(1).groups[0]
+            one, same = np.arange(len(group.rollouts), dtype=float), np.zeros(len(group.rollouts))
+            for scores, signal in ((one, combine == "normalize_then_sum"), (same, False)):
+                scored = replace(
+                    group, rewards=same, scores={"persona": scores, "persona_utility": 2 * scores}
+                )
+                found = parts.collector._has_signal(scored)  # pyright: ignore[reportPrivateUsage]
+                assert found == signal
+
+
 IDLE = """
 import zlib
 from pgrpo.plugins import hookimpl
