@@ -816,6 +816,16 @@ def test_bad_rows_are_left_out_and_counted_if_wanted(tmp_path: Path) -> None:
         load_dataset(table(tmp_path / "t.jsonl", on_bad_row="skip"))
 
 
+def test_rows_without_a_cluster_can_be_left_out(tmp_path: Path) -> None:
+    rows = [{**row, "segment": segment} for row, segment in zip(ROWS, ("a", None, ""), strict=True)]
+    options: dict[str, Any] = {"required_columns": ["segment"]}
+    dataset = load_dataset(table(tmp_path / "t.jsonl", rows, on_bad_row="skip", **options))
+    assert [example.text for example in dataset.train] == [ROWS[0]["prompt"], ROWS[2]["prompt"]]
+    assert dataset.notes[0].endswith("t.jsonl:2: column segment has no value")
+    with pytest.raises(DataError, match="t.jsonl:2: column segment has no value"):
+        load_dataset(table(tmp_path / "t.jsonl", rows, **options))
+
+
 def test_prompts_may_be_chats(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     asked = [*turns, {"role": "user", "content": "He?"}]

@@ -90,7 +90,7 @@ def test_missing_rewards() -> None:
         propagate = ClusterNormalizer(estimator, nan_policy="propagate")
         advantages = propagate(np.array(rewards, np.float64), ["a"] * 5, groups, lengths=lengths)
         np.testing.assert_array_equal(advantages, [left[0], np.nan, np.nan, left[1], np.nan])
-        with pytest.raises(DataError, match=r"rewards\[1\] is NaN; expected a finite number"):
+        with pytest.raises(DataError, match=r"rewards\[1\] is None; expected a finite number"):
             ClusterNormalizer(estimator)(rewards, ["a"] * 5, groups, lengths=lengths)
 
 
@@ -299,7 +299,8 @@ SHAPES = r"rewards has shape \(2, 3\), {} has {}; expected \(2,\) or \(2, 3\)"
             None,
             rf"clusters\[0, 1\] is {2**63}; expected an int of 64 bits",
         ),
-        ([[1.0, None]], ["a"], None, r"rewards\[0, 1\] is NaN; expected a finite number"),
+        ([[1.0, None]], ["a"], None, r"rewards\[0, 1\] is None; expected a finite number"),
+        ([1.0, None], [0, 1], None, r"rewards\[1\] is None; expected a finite number"),
         (
             np.array([[1.0], [np.inf]]),
             ["a", "b"],
@@ -357,7 +358,7 @@ def test_groups_are_asked_for(estimator: str) -> None:
 PUBLIC = [
     *["__init__", "__call__", "advantages", "normalize", "update", "retract", "shared"],
     *["snapshot", "diagnostics", "state_dict", "load_state_dict", "save", "load", "merge", "delta"],
-    *["forget", "keep"],
+    *["forget", "keep", "reset"],
 ]
 
 
@@ -375,6 +376,7 @@ def test_methods_explain_themselves_at_run_time(name: str) -> None:
 def test_every_public_method_is_looked_at() -> None:
     found = {name for name in vars(ClusterNormalizer) if not name.startswith("_")}
     assert set(PUBLIC) - {"__init__", "__call__"} == found - {
+        "estimator",
         "is_shared",
         "num_nonfinite",
         "options",

@@ -53,6 +53,9 @@ class TableConfig(Section):
     """Column with a list of the permitted completions."""
     feature_columns: list[str] = Field(default=[])
     """Numeric columns, averaged per user, for clusterers to read."""
+    required_columns: list[str] = Field(default=[])
+    """Columns that must have a value in every row, such as the one with the cluster; a row without is
+    one that cannot be used."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Whether a row that cannot be used stops the run, or is left out and counted."""
 
@@ -179,6 +182,8 @@ def _features(entries: Sequence[_Entry]) -> dict[str, FloatArray]:
 
 def _entry(config: TableConfig, place: str, row: Mapping[str, Any]) -> _Entry:
     text, turns = prompt_in(place, config.prompt_column, row)
+    for column in config.required_columns:
+        value_in(place, column, row)
     used = {config.prompt_column, config.user_column, config.choices_column}
     example = Example(
         text=text,

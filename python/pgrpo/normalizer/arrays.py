@@ -9,8 +9,10 @@ that is imported.
 from __future__ import annotations
 
 import array
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
@@ -58,6 +60,23 @@ MAX_ID = 2**63
 """Ids are integers below this, and from minus this on."""
 
 
+@contextmanager
+def named_as_given(rewards: Any) -> Generator[None]:
+    """A reward that is None is called that, though the core knows it as NaN."""
+    try:
+        yield
+    except DataError as error:
+        said = re.match(r"rewards\[([\d, ]+)\] is NaN", str(error))
+        if said is None:
+            raise
+        value = rewards
+        for place in said[1].split(", "):
+            value = value[int(place)]
+        if value is not None:
+            raise
+        raise DataError(str(error).replace("is NaN", "is None", 1)) from None
+
+
 def call_plainly(
     call: Callable[..., Any],
     several: int | None,
@@ -80,13 +99,14 @@ def call_plainly(
     values, shape, give_back = read_rewards(rewards, several)
     columns = clusters, groups, weights, score_norms, lengths
     inputs = (values, *read_columns(shape, *columns))
-    if out is None:
-        return give_back(call(*inputs, None))
-    view = read_out(out, shape, values.dtype)
-    if is_plain(view, inputs):
-        call(*inputs, view)
-    else:
-        view[...] = call(*inputs, None)
+    with named_as_given(rewards):
+        if out is None:
+            return give_back(call(*inputs, None))
+        view = read_out(out, shape, values.dtype)
+        if is_plain(view, inputs):
+            call(*inputs, view)
+        else:
+            view[...] = call(*inputs, None)
     return out
 
 

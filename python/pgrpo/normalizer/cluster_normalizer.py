@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from pgrpo.errors import CheckpointError, ConfigError, DataError
 from pgrpo.normalizer import state
-from pgrpo.normalizer.arrays import call_plainly, read_columns, read_ids, read_rewards, short
+from pgrpo.normalizer.arrays import (
+    call_plainly,
+    named_as_given,
+    read_columns,
+    read_ids,
+    read_rewards,
+    short,
+)
 from pgrpo.normalizer.diagnostics import Diagnostics, diagnose
 from pgrpo.normalizer.options import Options, made_of_options
 from pgrpo.normalizer.several import Histories, RewardOptions, core_of
@@ -311,7 +318,8 @@ class ClusterNormalizer:
         if done is NotImplemented:
             values, shape, _ = read_rewards(rewards, self._several)
             columns = read_columns(shape, clusters, groups, weights, score_norms, lengths)
-            self._core.update(values, *columns)
+            with named_as_given(rewards):
+                self._core.update(values, *columns)
 
     def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
         """Take rewards of clusters out of the histories again, which must be in them.
@@ -327,7 +335,8 @@ class ClusterNormalizer:
         if self._core.retract(rewards, clusters, weights) is NotImplemented:
             values, shape, _ = read_rewards(rewards, self._several)
             ids, _, numbers, *_ = read_columns(shape, clusters, None, weights, None, None)
-            self._core.retract(values, ids, numbers)
+            with named_as_given(rewards):
+                self._core.retract(values, ids, numbers)
 
     def delta(self) -> bytes:
         """What was folded since the last call of this, for `merge` elsewhere; it needs
