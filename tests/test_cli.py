@@ -707,3 +707,40 @@ def test_verbose_tells_where_an_error_comes_from(
     assert "num_clusters is 500, but only" in capsys.readouterr().err
     (record,) = [each for each in caplog.records if each.name == "pgrpo"]
     assert record.exc_info is not None and isinstance(record.exc_info[1], DataError)
+
+
+WITHOUT_TORCH = """
+import sys
+from pgrpo.cli import main
+assert main(sys.argv[1:]) == 2
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.path": "nope.jsonl"}, "nope.jsonl does not exist; expected a jsonl file"),
+        ({"data.user_column": "who"}, "rows.jsonl:1: no column 'who'; found prompt, user"),
+        (
+            {"data": {"name": "feedback", "path": "rows.jsonl"}},
+            "rows.jsonl:1 has columns prompt, user, by which its layout is none of those known",
+        ),
+        ({"rewards": [{"name": "chioce"}]}, "there is no reward 'chioce'; did you mean 'choice'?"),
+        (
+            {"rewards": [{"name": "choice", "x": 1}]},
+            "reward 'choice' takes no settings, but got 'x'",
+        ),
+        ({"clustering": {"name": "kmeans", "k": 2}}, "unknown key k"),
+    ],
+)
+def test_mistakes_are_told_before_torch_is_imported(
+    workplace: Path, changes: Tree, message: str
+) -> None:
+    (workplace / "rows.jsonl").write_text(json.dumps({"prompt": "a", "user": "u"}))
+    data = {"data": {"name": "jsonl", "path": "rows.jsonl"}, "rewards": [{"name": "choice"}]}
+    config = write_config(workplace, {**data, **changes})
+    command = [sys.executable, "-c", WITHOUT_TORCH, "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace, check=False)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr

@@ -18,6 +18,7 @@ from pgrpo.runs.terminal import printable
 
 if TYPE_CHECKING:
     from pgrpo.report import Verdict
+    from pgrpo.runs.config import Config
 
 ConfigFile: TypeAlias = Annotated[Path, Argument(metavar="CONFIG", help="TOML file")]
 Overrides: TypeAlias = Annotated[
@@ -55,6 +56,26 @@ def options(
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
         logging.getLogger("pgrpo").setLevel(logging.DEBUG)
+
+
+def load(path: Path, overrides: list[str] | None) -> Config:
+    """The config in a file, of which also names and rows were looked at: what is wrong is told before
+    torch is imported, which takes seconds.
+
+    Raises:
+        PgrpoError: something is wrong.
+    """
+    from pgrpo.data import check_beginning
+    from pgrpo.plugins.registry import load_registry
+    from pgrpo.runs.config import load_config
+
+    config = load_config(path, overrides or ())
+    registry = load_registry()
+    registry.check("clusterer", config.clustering)
+    for section in (*config.rewards, *config.evaluation):
+        registry.check("reward", section)
+    check_beginning(config.data)
+    return config
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides, load
 from pgrpo.runs.terminal import printable
 
 
@@ -17,9 +17,7 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """What a run would begin with, and what looks wrong about it, without weights."""
-    from pgrpo.runs.config import load_config
-
-    settings = load_config(config, overrides or ())
+    settings = load(config, overrides)
     from pgrpo.train.check import check
 
     found = check(settings, with_baselines=baselines)

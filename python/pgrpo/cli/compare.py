@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides, Quiet, numbers, say
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides, Quiet, load, numbers, say
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import InterruptedRunError
 
@@ -23,13 +23,11 @@ def compare(
     overrides: Overrides = None,
 ) -> None:
     """Train several estimators and seeds side by side."""
-    from pgrpo.runs.config import load_config
-
     seed_numbers = numbers(seeds, "--seeds")
     arms = [arm.strip() for arm in estimators.split(",") if arm.strip()]
     if not arms:
         raise ConfigError("--estimators names no arm")
-    settings = load_config(config, overrides or ())
+    settings = load(config, overrides)
     from pgrpo.experiments.compare import compare
     from pgrpo.runs.display import console
 

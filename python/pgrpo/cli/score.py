@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides
+from pgrpo.cli.arguments import AsJson, ConfigFile, Overrides, load
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import printable
 
@@ -27,9 +27,7 @@ def score(
     overrides: Overrides = None,
 ) -> None:
     """What the rewards of a run think of completions, without a model."""
-    from pgrpo.runs.config import load_config
-
-    settings = load_config(config, overrides or ())
+    settings = load(config, overrides)
     try:
         read = sys.stdin.read() if str(text) == "-" else text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pgrpo.cli.arguments import AsJson, Overrides, Quiet, fresh, say
+from pgrpo.cli.arguments import AsJson, Overrides, Quiet, fresh, load, say
 from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import InterruptedRunError
 
@@ -26,11 +26,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one run."""
-    from pgrpo.runs.config import load_config
     from pgrpo.runs.folder import RunFolder
 
     if config is not None and resume is None:
-        settings = load_config(config, overrides or ())
+        settings = load(config, overrides)
         folder = RunFolder(out or fresh(Path("runs") / config.stem))
         folder.require_new()
     elif resume is not None and config is None:

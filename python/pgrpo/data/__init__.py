@@ -13,15 +13,22 @@ from typing import Annotated, Any, TypeAlias, cast
 from pydantic import Discriminator, Tag
 
 from pgrpo.config.sections import PluginSection
-from pgrpo.data.feedback import FeedbackConfig, load_feedback
+from pgrpo.data.feedback import FeedbackConfig, check_feedback, load_feedback
 from pgrpo.data.movielens import MovieLensConfig, load_movielens
 from pgrpo.data.panel import PanelConfig, load_panel
 from pgrpo.data.personas import PersonasConfig, load_personas
 from pgrpo.data.rated import load_rated
-from pgrpo.data.table import TableConfig, load_table
+from pgrpo.data.table import TableConfig, check_table, load_table
 from pgrpo.types import Dataset
 
-__all__ = ["BUILT_IN", "BuiltInDataConfig", "DataConfig", "DataPluginConfig", "load_dataset"]
+__all__ = [
+    "BUILT_IN",
+    "BuiltInDataConfig",
+    "DataConfig",
+    "DataPluginConfig",
+    "check_beginning",
+    "load_dataset",
+]
 
 
 class DataPluginConfig(PluginSection):
@@ -81,3 +88,15 @@ def load_dataset(config: BuiltInDataConfig) -> Dataset:
             return load_personas(config)
         case TableConfig():
             return load_table(config)
+
+
+def check_beginning(config: DataConfig) -> None:
+    """See that the files of a data set are there and begin as they should, in no time; raises as
+    `load_dataset`. It does so for rows of one's own, in which something is wrong most often."""
+    match config:
+        case FeedbackConfig():
+            check_feedback(config)
+        case TableConfig():
+            check_table(config)
+        case _:
+            pass

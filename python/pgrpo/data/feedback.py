@@ -149,6 +149,23 @@ def _read(config: FeedbackConfig, notes: list[str]) -> tuple[Layout, list[Said]]
     return layout, said
 
 
+def check_feedback(config: FeedbackConfig) -> None:
+    """Read the first row that can be used, or must be; raises as `load_feedback`."""
+    columns = {"user": config.user_column, "time": config.time_column}
+    passed_over: list[DataError] = []
+    refuse = fail if config.on_bad_row == "fail" else passed_over.append
+    layout = None if config.layout == "auto" else LAYOUTS[config.layout]
+    for file in files("feedback", config.path):
+        for place, row in read_rows(file, refuse):
+            layout = layout or layout_of(place, row)
+            try:
+                list(layout.read(place, row, columns))
+            except DataError as complaint:
+                refuse(complaint)
+            else:
+                return
+
+
 def _asked(
     config: FeedbackConfig, task: Task, said: Sequence[Said], notes: list[str]
 ) -> list[Said]:

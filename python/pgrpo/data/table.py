@@ -141,6 +141,20 @@ def _read(
     return found
 
 
+def check_table(config: TableConfig) -> None:
+    """Read the first row of each file that can be used, or must be; raises as `load_table`. A hub's
+    data set, which takes long to open, is not looked at."""
+    if config.name != "datasets":
+        for paths in filter(None, (config.path, config.evaluation_path)):
+            for place, row in _rows(config, paths, "", lambda _: None):
+                try:
+                    _entry(config, place, row)
+                    break
+                except DataError:
+                    if config.on_bad_row == "fail":
+                        raise
+
+
 def check_rows(path: str, num_used: int, left_out: Sequence[DataError], notes: list[str]) -> None:
     """Note how many rows were left out.
 

@@ -103,6 +103,15 @@ class Registry:
         """
         return cast(Clusterer, _build(self.clusterers, "clusterer", section, None))
 
+    def check(self, kind: Kind, section: PluginSection) -> None:
+        """See that a config section names a plugin and has its settings, without building it; raises as
+        `reward` does for these."""
+        _configured(self._of(kind), kind, section, None)
+
+    def _of(self, kind: Kind) -> Mapping[str, Plugin]:
+        kinds = {"reward": self.rewards, "clusterer": self.clusterers, "data set": self.datasets}
+        return kinds[kind]
+
     def dataset_loader(self, section: DataPluginConfig) -> DatasetLoader:
         """Build what loads the data set a config section names; raises as `reward` does."""
         return cast(DatasetLoader, _build(self.datasets, "data set", section, None))
@@ -239,9 +248,10 @@ def _complaint(plugin: Plugin) -> str | None:
     return None
 
 
-def _build(
+def _configured(
     plugins: Mapping[str, Plugin], kind: Kind, section: PluginSection, seed: int | None
-) -> object:
+) -> tuple[Plugin, list[Section]]:
+    """The plugin a section names, and what it is built with: its settings, if it has any."""
     plugin = plugins.get(section.name)
     if plugin is None:
         raise PluginError(
@@ -258,6 +268,13 @@ def _build(
             name: getattr(section, name) for name in _TOLD & config_class.model_fields.keys()
         }
         arguments.append(check(config_class, options, f"{kind} {section.name!r}"))
+    return plugin, arguments
+
+
+def _build(
+    plugins: Mapping[str, Plugin], kind: Kind, section: PluginSection, seed: int | None
+) -> object:
+    plugin, arguments = _configured(plugins, kind, section, seed)
     if not inspect.isclass(plugin.thing):
         return plugin.thing
     try:
