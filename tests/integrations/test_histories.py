@@ -49,6 +49,23 @@ def test_a_file_is_shown_cluster_by_cluster(
     assert found["7"] == {"count": 2, "mean": 20.0, "std": 10.0}
 
 
+def test_what_is_merged_and_what_differs_are_json_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, both = (str(tmp_path / name) for name in ("one.bin", "two.bin", "both.bin"))
+    filled().save(one)
+    other = ClusterNormalizer()
+    other.update([4.0], ["new"])
+    other.save(two)
+    assert main(["histories", "merge", one, two, "--out", both, "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)[both][""]
+    assert merged["7"]["count"] == 2 and merged["new"]["mean"] == 4.0
+    assert main(["histories", "diff", one, both, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[""] == {
+        "new": {"before": None, "after": {"count": 1, "mean": 4.0, "std": 0.0}}
+    }
+
+
 @pytest.mark.parametrize("layout", ["framework", "own", "json", "steps"])
 def test_checkpoints_are_found_in_their_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str

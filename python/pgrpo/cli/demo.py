@@ -1,16 +1,18 @@
 """`pgrpo demo`."""
 
 import inspect
+import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from pgrpo.cli.arguments import Quiet, say, unfinished
+from pgrpo.cli.arguments import AsJson, Quiet, say, unfinished
 from pgrpo.errors import PgrpoError
 from pgrpo.runs.disk import disk_errors
 from pgrpo.runs.terminal import InterruptedRunError
@@ -27,6 +29,7 @@ LEVEL = "groups-of-16"
 def demo(
     out: Annotated[Path | None, Option(help="folder for the runs and the reports")] = None,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Where P-GRPO matters and where it does not, on generated personas, in two minutes.
 
@@ -38,11 +41,12 @@ def demo(
     grpo is expected to be level with pgrpo.
     """
     from pgrpo.experiments.compare import compare
+    from pgrpo.report import Verdict
     from pgrpo.runs.config import load_config
     from pgrpo.runs.display import console
 
     out = out or unfinished(Path("runs/demo"), "report.html", f"{LEVEL}/report.html")
-    if not quiet:
+    if not quiet and not as_json:
         print(inspect.getdoc(demo))
     level = out / LEVEL
     with resources.as_file(resources.files("pgrpo.experiments") / "demo.toml") as path:
@@ -55,21 +59,28 @@ def demo(
         with output:
             beside = subprocess.Popen(
                 [sys.executable, "-c", ALONE, "compare", str(path), "--out", str(level),
-                 "--estimators", "grpo,pgrpo", "--seeds", "0,1,2",
+                 "--estimators", "grpo,pgrpo", "--seeds", "0,1,2", "--json",
                  "--set", "generation.group_size=16"],
-                stdout=output, stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE, stderr=output, text=True,
             )  # fmt: skip
         try:
-            verdict = compare(config, ARMS, [0, 1, 2, 3, 4], out, shown_on=console(quiet=quiet))
-            beside.wait()
+            shown_on = console(quiet=quiet, stderr=as_json)
+            verdict = compare(config, ARMS, [0, 1, 2, 3, 4], out, shown_on=shown_on)
+            said, _ = beside.communicate()
         except KeyboardInterrupt as error:
             again = "" if out.parent == Path("runs") else f" --out {shlex.quote(str(out))}"
             raise InterruptedRunError(f"pgrpo demo{again} goes on from there") from error
         finally:
             beside.kill()
-    said = log.read_text(encoding="utf-8").strip()
     if beside.returncode:
-        raise PgrpoError(f"the runs with groups of 16 failed: {said.splitlines()[-1:]}")
+        complaint = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise PgrpoError(f"the runs with groups of 16 failed: {complaint}")
+    level_verdict = json.loads(said)
+    if as_json:
+        found = {**asdict(verdict), "report": str(out / "report.html"), LEVEL: level_verdict}
+        print(json.dumps(found, indent=2))
+        return
     say(verdict, out / "report.html")
-    # An empty line stands before the outcome.
-    print("\nWith 16 completions per prompt instead of two:", said.rpartition("\n\n")[2], sep="\n")
+    print("\nWith 16 completions per prompt instead of two:")
+    report = Path(level_verdict.pop("report"))
+    say(Verdict(**level_verdict), report)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -30,18 +30,7 @@ def show(files: FilesArgument, limit: LimitOption = 40, as_json: AsJson = False)
     """Count, mean and standard deviation of each cluster's rewards, and what they warn of."""
     read = {path: read_histories(path) for path in files}
     if as_json:
-        print(
-            json.dumps(
-                {
-                    str(path): {
-                        reward: {str(c): asdict(stats) for c, stats in table.items()}
-                        for reward, table in _tables(normalizer).items()
-                    }
-                    for path, normalizer in read.items()
-                },
-                indent=2,
-            )
-        )
+        _print_json({str(path): normalizer for path, normalizer in read.items()})
         return
     for path, normalizer in read.items():
         for reward, table in _tables(normalizer).items():
@@ -66,6 +55,7 @@ def show(files: FilesArgument, limit: LimitOption = 40, as_json: AsJson = False)
 def merge(
     files: FilesArgument,
     out: Annotated[Path, Option(help="where to write the histories of all")],
+    as_json: AsJson = False,
 ) -> None:
     """Histories of several files as those of one stream, for shards that folded apart."""
     if len(files) < 2:
@@ -78,6 +68,9 @@ def merge(
             )
         first.merge(other)
     first.save(out)
+    if as_json:
+        _print_json({str(out): first})
+        return
     for reward, table in _tables(first).items():
         total = sum(stats.count for stats in table.values())
         label = f", reward {reward}" if reward else ""
@@ -88,17 +81,28 @@ def diff(
     before: Annotated[Path, Argument(metavar="BEFORE", help="as for show")],
     after: Annotated[Path, Argument(metavar="AFTER", help="as for show")],
     limit: LimitOption = 40,
+    as_json: AsJson = False,
 ) -> None:
     """What changed from one file to another, cluster by cluster; nothing is printed of equal ones."""
     old, new = (_tables(read_histories(path)) for path in (before, after))
     if list(old) != list(new):
         raise CheckpointError(f"{before} holds the rewards {list(old)}, and {after} {list(new)}")
     nothing = ClusterStats(0, math.nan, math.nan)
+    differences: dict[str, dict[str, Any]] = {}
     for reward, table in new.items():
         was, now = (
             {c: t.get(c, nothing) for c in {**old[reward], **table}} for t in (old[reward], table)
         )
         changed = {c: now[c] for c in now if now[c] != was[c]}
+        if as_json:
+            differences[reward] = {
+                str(c): {
+                    "before": asdict(was[c]) if was[c].count else None,
+                    "after": asdict(stats) if stats.count else None,
+                }
+                for c, stats in changed.items()
+            }
+            continue
         label = f"reward {reward}: " if reward else ""
         print(f"{label}{len(changed)} of {_clusters(len(now))} differ")
         rows = {
@@ -110,6 +114,20 @@ def diff(
             for c, stats in _largest_first(changed).items()
         }
         _print(rows, limit)
+    if as_json:
+        print(json.dumps(differences, indent=2))
+
+
+def _print_json(read: Mapping[str, ClusterNormalizer]) -> None:
+    """Path -> reward -> cluster -> its history."""
+    found = {
+        path: {
+            reward: {str(c): asdict(stats) for c, stats in table.items()}
+            for reward, table in _tables(normalizer).items()
+        }
+        for path, normalizer in read.items()
+    }
+    print(json.dumps(found, indent=2))
 
 
 def _tables(normalizer: ClusterNormalizer) -> dict[str, Table]:
