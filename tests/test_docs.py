@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from pgrpo.cli import main
 from pgrpo.config.toml import resolved_tree
 from pgrpo.data import load_dataset
+from pgrpo.data.feedback import FeedbackConfig
 from pgrpo.data.table import TableConfig
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
@@ -317,3 +320,16 @@ def test_every_file_of_a_run_is_documented(run):
     state = json.loads((checkpoint / "state.json").read_text())
     found = {path.name for path in checkpoint.iterdir()} | state.keys()
     assert not {name for name in found if f"`{name}" not in text}
+
+
+def test_the_log_of_thumbs_is_a_data_set(tmp_path: Path) -> None:
+    for name in ("thumbs.py", "thumbs.toml"):
+        shutil.copy(ROOT / "examples" / name, tmp_path)
+    subprocess.run([sys.executable, str(tmp_path / "thumbs.py")], check=True)
+    config = load_config(tmp_path / "thumbs.toml")
+    assert isinstance(config.data, FeedbackConfig)
+    dataset = load_dataset(config.data)
+    assert (len(dataset.train), len(dataset.evaluation), len(dataset.users)) == (780, 180, 60)
+    shown = (DOCS / "data.md").read_text().partition("```toml\nmodel.name")[2].partition("```")[0]
+    lines = (tmp_path / "thumbs.toml").read_text().partition("model.name")[2]
+    assert "".join(shown.split()) == "".join(lines.split())
