@@ -203,12 +203,19 @@ def files(kind: str, paths: str | Sequence[str]) -> list[Path]:
 
 
 def matching(path: str) -> list[Path]:
-    """The file, or all files that a pattern with `*` fits, in the order of their names."""
+    """The file, or all files that a pattern with `*` fits, in the order of their names.
+
+    Raises:
+        DataError: it is no pattern that pathlib knows.
+    """
     file = Path(path).expanduser()
-    if file.is_file():
-        return [file]
-    found = Path(file.anchor or ".").glob(str(file.relative_to(file.anchor)))
-    return sorted(each for each in found if each.is_file()) if "*" in path else []
+    if file.is_file() or "*" not in path:
+        return [file] if file.is_file() else []
+    try:
+        found = Path(file.anchor or ".").glob(str(file.relative_to(file.anchor)))
+        return sorted(each for each in found if each.is_file())
+    except ValueError as problem:
+        raise DataError(f"{path} is no pattern of files: {problem}") from None
 
 
 class _LeftOut(Exception):  # noqa: N818 - it is caught here

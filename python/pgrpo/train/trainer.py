@@ -311,7 +311,7 @@ class Trainer:
             num_train_examples=len(self.dataset.train),
             num_held_out_examples=len(self.dataset.evaluation),
             chance=self._chance(),
-            reward_name=" + ".join(section.name for section in self.config.rewards),
+            reward_name=" + ".join(dict.fromkeys(section.name for section in self.config.rewards)),
             baselines={name: float(rewards.mean()) for name, rewards in self.baselines.items()},
             clusters=self._cluster_info(),
             warnings=self._warnings(),
