@@ -24,7 +24,7 @@ from pgrpo.errors import ConfigError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Batch as CollectedBatch
-from pgrpo.rollout.collector import Collector, overlong_penalties
+from pgrpo.rollout.collector import Collector, Sampled, overlong_penalties
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import parse_config
 from pgrpo.runs.display import Display
@@ -741,17 +741,17 @@ def test_groups_without_signal_give_their_places_to_others(
     install_plugin(tmp_path / "site", IDLE)
     collected: list[CollectedBatch] = []
     learned: list[list[int]] = []
-    collect, update = Collector.collect, Policy.update
+    fold_all, update = Collector.fold, Policy.update
 
-    def watched(self: Collector, step: int) -> CollectedBatch:
-        collected.append(collect(self, step))
+    def watched(self: Collector, sampled: Sampled) -> CollectedBatch:
+        collected.append(fold_all(self, sampled))
         return collected[-1]
 
     def counted(self: Policy, groups: list[Group], *arguments: Any) -> Any:
         learned.append([group.group_id for group in groups])
         return update(self, groups, *arguments)
 
-    monkeypatch.setattr(Collector, "collect", watched)
+    monkeypatch.setattr(Collector, "fold", watched)
     monkeypatch.setattr(Policy, "update", counted)
     changes = {
         "run.samples_per_step": 10_000,
