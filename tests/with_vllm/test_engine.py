@@ -293,32 +293,6 @@ def test_truncated_samples_are_those_of_the_written_rule(
     assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
 
 
-def test_stop_texts_end_completions_as_in_the_transformers_engine() -> None:
-    stop = ["e ", " the", "\n\n", "ing,"]
-    config = config_of(SMOLLM2, {"generation.stop": stop, "generation.max_new_tokens": 12})
-    with running(config) as (model, engine):
-        engine.sync(0)
-        prompts, decode = prompts_of(model, None, None, None), model.tokenizer.decode
-        ends = {True: 0, False: 0}
-        for rollout in sample(engine, prompts, 16, seed=0):
-            ids = rollout.completion_ids
-            assert len(rollout.rollout_logprobs) == len(ids)
-            assert not any(text in decode(ids[:-1], skip_special_tokens=True) for text in stop)
-            is_stopped = any(text in rollout.completion for text in stop)
-            assert rollout.truncated == (not is_stopped and ids[-1] not in model.end_ids)
-            search = StopSearch(model.tokenizer, rollout.prompt.token_ids, stop)
-            assert [search.is_over(i) for i in ids] == [False] * (len(ids) - 1) + [is_stopped]
-            ends[is_stopped] += 1
-        assert min(ends.values()) > 5
-        ours = TransformersEngine(config.generation, model)
-        found, expected = (sample(e, prompts, 1, seed=0, greedy=True) for e in (engine, ours))
-        assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
-        assert [r.truncated for r in found] == [r.truncated for r in expected]
-        choices = [r.completion for r in sample(engine, prompts_of(model, PHRASES), 16, seed=0)]
-        assert any(choice.startswith(" green") for choice in choices)
-        assert set(choices) <= {*PHRASES}
-
-
 def test_a_group_shares_its_prompts_blocks(pair: Pair) -> None:
     model, engine = pair
     backend: Any = engine._backend
@@ -397,6 +371,32 @@ def test_rewards_are_computed_while_others_are_generated(pair: Pair) -> None:
     expected = [len(r.completion_ids) + 1.0 if r.group_id != 3 else np.nan for r in rollouts]
     np.testing.assert_array_equal(rewards, expected)
     assert rollouts == sample(engine, prompts, 4, seed=0)
+
+
+def test_stop_texts_end_completions_as_in_the_transformers_engine() -> None:
+    stop = ["e ", " the", "\n\n", "ing,"]
+    config = config_of(SMOLLM2, {"generation.stop": stop, "generation.max_new_tokens": 12})
+    with running(config) as (model, engine):
+        engine.sync(0)
+        prompts, decode = prompts_of(model, None, None, None), model.tokenizer.decode
+        ends = {True: 0, False: 0}
+        for rollout in sample(engine, prompts, 16, seed=0):
+            ids = rollout.completion_ids
+            assert len(rollout.rollout_logprobs) == len(ids)
+            assert not any(text in decode(ids[:-1], skip_special_tokens=True) for text in stop)
+            is_stopped = any(text in rollout.completion for text in stop)
+            assert rollout.truncated == (not is_stopped and ids[-1] not in model.end_ids)
+            search = StopSearch(model.tokenizer, rollout.prompt.token_ids, stop)
+            assert [search.is_over(i) for i in ids] == [False] * (len(ids) - 1) + [is_stopped]
+            ends[is_stopped] += 1
+        assert min(ends.values()) > 5
+        ours = TransformersEngine(config.generation, model)
+        found, expected = (sample(e, prompts, 1, seed=0, greedy=True) for e in (engine, ours))
+        assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+        assert [r.truncated for r in found] == [r.truncated for r in expected]
+        choices = [r.completion for r in sample(engine, prompts_of(model, PHRASES), 16, seed=0)]
+        assert any(choice.startswith(" green") for choice in choices)
+        assert set(choices) <= {*PHRASES}
 
 
 def test_without_a_sync_there_are_no_weights() -> None:
