@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import train
 
 from pgrpo.cli import main
+from pgrpo.errors import ConfigError
 from pgrpo.rewards.builtin import persona
-from pgrpo.train.chat import talk
+from pgrpo.train.chat import Talk, talk
 from pgrpo.types import Prompt, Rollout
 
 Capture = pytest.CaptureFixture[str]
@@ -58,6 +60,23 @@ def test_what_is_typed_is_asked_as_it_stands(
     # A prompt that is no prompt is told, and the next one is asked.
     long = "word " * 5000
     assert len(chat(monkeypatch, capsys, f"{long}\nwrite\n", *words)) == 2
+
+
+def test_typed_text_takes_no_prompts_place(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    with talk(run, cluster="0", greedy=True) as talking:
+        first, second = (example.text for example in talking.examples[:2])
+    said = chat(monkeypatch, capsys, "\nwrite\n\n", run, "--cluster", "0", "--greedy")
+    assert [line for line in said[1:] if not line.startswith("> ")] == [first, second]
+
+
+def test_a_user_without_prompts_is_told(run: Path) -> None:
+    with talk(run, cluster="0") as talking:
+        parts = talking._parts  # pyright: ignore[reportPrivateUsage]
+        vars(parts)["dataset"] = replace(parts.dataset, train=[], evaluation=[])
+        with pytest.raises(ConfigError, match=f"there is no prompt of user {talking.user!r}"):
+            Talk(parts, 1, [talking.user], greedy=False)
 
 
 def test_who_is_not_there_is_told(run: Path, capsys: Capture) -> None:

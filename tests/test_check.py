@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import contents, install_plugin, write_config
 
 from pgrpo.cli import main
+from pgrpo.errors import DataError, ModelError
+from pgrpo.runs.config import load_config
+from pgrpo.train.build import Assembly
+from pgrpo.types import Dataset, Example
 
 Capture = pytest.CaptureFixture[str]
 
@@ -147,17 +152,17 @@ def test_rewards_score_texts(tmp_path: Path, capsys: Capture) -> None:
     ]
     rows = [row(number, segment="ab"[number % 2]) for number in range(4)]
     config = own_rows(tmp_path / "own", rows, {"rewards": rewards, "model.name": "tiny"})
-    (tmp_path / "texts").write_text("Heat\na fine b\n\nAlien\\nHeat\n")
+    (tmp_path / "texts").write_bytes(b"Heat\r\na fine b\n\nAlien\\nHeat\n")
     assert main(["score", str(config), "--text", str(tmp_path / "texts"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == rows[0]["prompt"]
     assert found["scores"] == [
-        {"text": "Heat", "reward": 2.0, "rewards": {"choice": 1, "regex 1": 0, "regex 2": 0}},
-        {"text": "a fine b", "reward": -3.0, "rewards": {"choice": 0, "regex 1": 3, "regex 2": 0}},
+        {"text": "Heat", "reward": 2.0, "rewards": {"choice": 1, "regex": 0, "regex 2": 0}},
+        {"text": "a fine b", "reward": -3.0, "rewards": {"choice": 0, "regex": 3, "regex 2": 0}},
         {
             "text": "Alien\nHeat",
             "reward": 1.0,
-            "rewards": {"choice": 0, "regex 1": 0, "regex 2": 1},
+            "rewards": {"choice": 0, "regex": 0, "regex 2": 1},
         },
     ]
     asked = ["score", str(config), "--text", str(tmp_path / "texts"), "--user"]
@@ -165,10 +170,60 @@ def test_rewards_score_texts(tmp_path: Path, capsys: Capture) -> None:
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [
         "  | Which film does person 3 like?",
-        "'Heat': reward 2, choice 1, regex 1 0, regex 2 0",
+        "'Heat': reward 2, choice 1, regex 0, regex 2 0",
     ]
     assert main([*asked, "u9"]) == 2
     assert "there is no prompt of user 'u9' to train on" in capsys.readouterr().err
     (tmp_path / "texts").write_text("\n")
     assert main([*asked, "u3"]) == 2
     assert "texts holds no lines" in capsys.readouterr().err
+
+
+def test_each_reward_scores_a_text_once(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", COUNTING)
+    rows = [row(number, segment="ab"[number % 2]) for number in range(4)]
+    rewards = [{"name": "counting"}, {"name": "choice"}]
+    config = own_rows(tmp_path / "own", rows, {"rewards": rewards, "model.name": "tiny"})
+    (tmp_path / "texts").write_text("one\u2028text\n", encoding="utf-8")
+    assert main(["score", str(config), "--text", str(tmp_path / "texts"), "--json"]) == 0
+    (scores,) = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["rewards"]["counting"] == 1.0 == scores["reward"]
+
+
+COUNTING = """
+from pgrpo.plugins import hookimpl
+
+calls = []
+
+def counting(rollouts):
+    calls.append(None)
+    return [float(len(calls)) for _ in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("counting", counting)
+"""
+
+
+def test_long_prompts_are_dropped_with_all_that_is_known_of_their_people(tmp_path: Path) -> None:
+    short, long = Example("a", "s", {}), Example("long " * 60, "l", {})
+    features = {"s": np.zeros(1), "l": np.ones(1)}
+    changes = {"long_prompts": "drop", "max_prompt_tokens": 20, "group_size": 2}
+    config = write_config(tmp_path, {"generation": changes})
+    with Assembly(load_config(config)) as parts:
+        found = parts.without_long_prompts(
+            Dataset([short, long], [long], features, ("f",), observed=[long, short])
+        )
+        assert (list(found.train), list(found.evaluation)) == ([short], [])
+        assert list(found.observed) == [short] and list(found.users) == ["s"]
+        assert found.notes == (
+            "prompts of more than 20 tokens were left out: 1 of 2 to train on, 1 of 1 held out",
+        )
+        with pytest.raises(DataError, match="all 1 prompts to train on are longer than"):
+            parts.without_long_prompts(Dataset([long], [], features, ("f",)))
+    chat = load_config(write_config(tmp_path, {"generation": changes, "model.chat": True}))
+    with Assembly(chat) as parts, pytest.raises(ModelError, match="'tiny' has no chat template"):
+        _ = parts.dataset

@@ -21,7 +21,7 @@ from scipy.stats import chisquare
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from pgrpo.data import load_dataset
+from pgrpo.data import check_beginning, load_dataset
 from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.data.personas import (
     GENRE_HINTS,
@@ -829,6 +829,33 @@ def test_rows_without_a_cluster_can_be_left_out(tmp_path: Path) -> None:
         load_dataset(table(tmp_path / "t.jsonl", rows, **options))
 
 
+def test_no_file_is_read_twice_or_on_both_sides(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name}{n}", "user": "u"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")]
+    dataset = load_dataset(TableConfig(name="jsonl", path=paths, evaluation_share=0.25))
+    assert [e.text for e in dataset.train] == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    assert [e.text for e in dataset.evaluation] == ["b2", "b3"]
+    held_out = str(tmp_path / "b.jsonl")
+    both = TableConfig(name="jsonl", path=str(tmp_path / "*.jsonl"), evaluation_path=held_out)
+    for look in (load_dataset, check_beginning):
+        with pytest.raises(
+            DataError, match=r"b.jsonl is named by data.path and by data.evaluation_p"
+        ):
+            look(both)
+
+
+def test_rows_of_another_width_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("prompt,user\na,u\nb,u,more\nc\nd,u\n")
+    dataset = load_dataset(TableConfig(name="csv", path=str(tmp_path / "t.csv"), on_bad_row="skip"))
+    assert [e.text for e in dataset.train] == ["a", "d"]
+    (note,) = dataset.notes
+    assert note.startswith("2 of 4 rows of") and note.endswith("t.csv:3 has 3 fields, expected 2")
+    with pytest.raises(DataError, match="t.csv:3 has 3 fields, expected 2"):
+        load_dataset(TableConfig(name="csv", path=str(tmp_path / "t.csv")))
+
+
 def test_prompts_may_be_chats(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     asked = [*turns, {"role": "user", "content": "He?"}]
@@ -880,6 +907,8 @@ def test_times_are_numbers_or_iso_texts(tmp_path: Path, earlier: Any, later: Any
     options: dict[str, Any] = {"evaluation_share": 0.5, "time_column": "at"}
     dataset = load_dataset(table(tmp_path / "t.jsonl", rows, **options))
     assert [example.text for example in dataset.evaluation] == [str(later)]
+    with pytest.raises(DataError, match=r"t.jsonl:1: column at is 'nan'; expected a finite number"):
+        load_dataset(table(tmp_path / "t.jsonl", [{**rows[0], "at": "nan"}], **options))
     with pytest.raises(
         DataError, match=r"t.jsonl:1: column at is 'soon'; expected a number, or a da"
     ):
@@ -905,6 +934,10 @@ def test_hugging_face_data_sets_are_read(tmp_path: Path) -> None:
         dataset = load(folder, evaluation_split="test")
         assert list(dataset.train) == list(lines.train)
         assert list(dataset.evaluation) == list(lines.train)[:1]
+    with pytest.raises(
+        DataError, match=r"one', split 'test', cannot be read: KeyError: .* no splits"
+    ):
+        load("one", evaluation_split="test")
     with pytest.raises(DataError, match=r"both', split 'nope', cannot be read: KeyError"):
         load("both", split="nope")
     with pytest.raises(DataError, match=r"nowhere', split 'train', cannot be read: "):
@@ -919,6 +952,10 @@ def test_settings_of_tables_that_contradict_each_other_are_refused() -> None:
         ({"name": "datasets", "evaluation_path": "b"}, "evaluation_path has no effect here"),
         ({"name": "datasets", "path": ["a", "b"]}, r"data.path is \['a', 'b'\]; expected one data"),
         ({"name": "jsonl", "time_column": "at"}, "time_column has no effect here"),
+        (
+            {"name": "datasets", "evaluation_split": "train"},
+            "evaluation_split is 'train', which is trained on; expected another split",
+        ),
         (
             {"name": "jsonl", "evaluation_share": 0.5, "evaluation_path": "b"},
             "data.evaluation_share is 0.5, and 'b' is held out; expected one of them",

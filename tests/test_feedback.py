@@ -242,17 +242,86 @@ def test_helpsteer_has_an_attribute_for_a_person(tmp_path: Path) -> None:
         assert options[example.columns["position"]] == f"R{(4 - k) % 5}"
 
 
-def test_what_was_said_of_one_answer_several_times_counts_on_the_mean(tmp_path: Path) -> None:
+def test_of_what_was_said_of_one_answer_several_times_the_last_counts(tmp_path: Path) -> None:
     rows = [
-        {"prompt": "Q", "completion": text, "label": label, "user": "u"}
-        for text, label in (("x", 1), ("y", 1), ("x", 0))
+        {"prompt": "Q", "completion": text, "label": label, "user": "u", "at": at}
+        for text, label, at in (("x", 1, 3), ("y", 1, 2), ("x", 0, 1), ("y", 1, 2), ("z", 0, 0))
+    ]
+    options: dict[str, Any] = {"evaluation_share": 0.0, "time_column": "at"}
+    (example,) = load(tmp_path, rows, task="choose", **options).train
+    assert sorted(zip(example.columns["options"], example.columns["values"], strict=True)) == [  # type: ignore[arg-type]
+        ("x", 1.0),
+        ("y", 1.0),
+        ("z", 0.0),
+    ]
+    rated = {e.text.split("\n")[-2]: e for e in load(tmp_path, rows, **options).train}
+    assert {text: e.columns["answer"] for text, e in rated.items()} == {
+        "x": " yes",
+        "y": " yes",
+        "z": " no",
+    }
+    assert rated["x"].columns["at"] == 3
+    (written,) = load(tmp_path, rows, task="write", **options).train
+    assert set(written.columns["liked"]) == {"x", "y"}  # type: ignore[arg-type]
+    assert written.columns["disliked"] == ["z"]
+
+
+def test_a_question_does_not_stand_in_its_own_history(tmp_path: Path) -> None:
+    """Neither an event that was logged twice nor the other half of a preference tells the answer."""
+    rows = [thumb("u", n, n % 2) for n in (0, 1, 2, 3, 4, 4)]
+    dataset = load(tmp_path, rows, evaluation_share=0.4)
+    assert [e.text.split("\n")[-3] for e in dataset.evaluation] == ["Question 3?", "Question 4?"]
+    assert len(dataset.train) == 3
+    pairs = [
+        {"prompt": f"P{n}", "chosen": f"good {n}", "rejected": f"bad {n}", "user": "u"}
+        for n in range(10)
+    ]
+    dataset = load(tmp_path, pairs, task="rate", history=3)
+    assert (len(dataset.train), len(dataset.evaluation)) == (16, 4)
+    for example in [*dataset.train, *dataset.evaluation]:
+        *before, now = (block.split("\n")[0] for block in example.text.split("\n\n"))
+        assert now not in before and len(before) <= 3
+    held_out = {e.text.split("\n\n")[-1].split("\n")[0] for e in dataset.evaluation}
+    assert held_out == {"P8", "P9"}
+
+
+def test_of_more_answers_than_letters_the_best_is_shown(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q", "completion": f"answer {n}", "label": n == 40, "user": "u"}
+        for n in range(60)
     ]
     dataset = load(tmp_path, rows, task="choose", evaluation_share=0.0)
     (example,) = dataset.train
-    assert sorted(zip(example.columns["options"], example.columns["values"], strict=True)) == [  # type: ignore[arg-type]
-        ("x", 0.5),
-        ("y", 1.0),
-    ]
+    assert dataset.notes[-1].startswith("1 of 1 prompts have more than 26 answers")
+    for column in ("options", "labels", "values", "attributes", "popularity"):
+        assert len(example.columns[column]) == 26  # type: ignore[arg-type]
+    assert example.columns["options"][example.columns["position"]] == "answer 40"  # type: ignore[index]
+    assert len(example.choices or ()) == 26
+
+
+def test_rows_that_say_nothing_are_told_or_left_out(tmp_path: Path) -> None:
+    good = [thumb("u", n, n % 2) for n in range(4)]
+    for bad, message in (
+        (thumb("u", 9, float("nan")), "column label is nan; expected true or false"),
+        (thumb("u", 9, 0.9), "column label is 0.9; expected true or false"),
+        ({"prompt": "Q", "user": "u"}, "has columns prompt, user, by which its layout is none"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(tmp_path, [bad, *good])
+        dataset = load(tmp_path, [bad, *good], on_bad_row="skip", evaluation_share=0.0)
+        assert len(dataset.train) == 4
+        assert message in dataset.notes[1]
+    silent = community_row(first_turn_preferred_response="", second_turn_preferred_response=None)
+    with pytest.raises(DataError, match="has 1 rows, and in none of them was anything said"):
+        load(tmp_path, [silent])
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    rows = [thumb("u", n, n % 2) for n in range(5)]
+    load(tmp_path, rows)
+    paths = [str(tmp_path / "rows.jsonl"), str(tmp_path / "*.jsonl")]
+    dataset = load_dataset(FeedbackConfig(name="feedback", path=paths))
+    assert len(dataset.train) + len(dataset.evaluation) == 5
 
 
 @pytest.mark.parametrize("task", ["rate", "choose", "write"])
@@ -268,13 +337,15 @@ def test_nothing_held_out_reaches_training(tmp_path: Path, task: str) -> None:
     options: dict[str, Any] = {"task": task, "time_column": "at", "evaluation_share": 0.25}
     one = load(tmp_path, rows, **options)
     assert one.evaluation
-    asked = [{(e.user, e.text.split("\n\n")[-1]) for e in es} for es in (one.train, one.evaluation)]
-    assert not asked[0] & asked[1]
+    trained_on, held_out = (
+        {(e.user, e.text.split("\n\n")[-1].split("\n")[0]) for e in examples}
+        for examples in (one.train, one.evaluation)
+    )
+    assert not trained_on & held_out
     if task == "rate":
-        # Later thumbs are turned round.
-        cut = {user: sorted(r["at"] for r in rows if r["user"] == user)[-6] for user in one.users}
+        # Thumbs of held-out questions are turned round.
         turned = [
-            {**row, "label": not row["label"] if row["at"] >= cut[row["user"]] else row["label"]}
+            {**row, "label": row["label"] != ((row["user"], row["prompt"]) in held_out)}
             for row in rows
         ]
         other = load(tmp_path, turned, **options)

@@ -131,6 +131,15 @@ def test_a_setting_named_seed_wins_over_the_seed_of_the_run(environment):
     assert reward.config.seed == 3
 
 
+def test_the_seed_of_the_run_is_a_setting_that_need_not_be_written(environment):
+    environment.install("my-rewards", COUNTING.replace("seed: int = 0", "seed: int"))
+    registry = load_registry()
+    section = RewardConfig.model_validate({"name": "counting", "word": "blue"})
+    registry.check("reward", section)
+    reward: Any = registry.reward(section, seed=7)
+    assert reward.config.seed == 7
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

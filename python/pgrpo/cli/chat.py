@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -36,10 +37,11 @@ def chat(
                 "\\n for line breaks; Ctrl-D ends."
             )
         )
-        for place, line in enumerate(_lines()):
+        places = count()
+        for line in _lines():
+            text = line.replace("\\n", "\n")
             try:
-                text = line.replace("\\n", "\n")
-                reply = talking.say(text) if text.strip() else talking.example(place)
+                reply = talking.say(text) if text.strip() else talking.example(next(places))
             except PgrpoError as error:
                 print(printable(f"pgrpo: {error}"), file=sys.stderr)
                 continue

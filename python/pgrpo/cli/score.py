@@ -1,6 +1,7 @@
 """`pgrpo score`."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ def score(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {text} cannot be read: {error}") from None
     # Also line breaks of a completion are written in one line, as backslash and n.
-    texts = [line.replace("\\n", "\n") for line in read.splitlines() if line]
+    texts = [line.replace("\\n", "\n") for line in re.split(r"\r?\n", read) if line]
     if not texts:
         raise ConfigError(f"--text {text} holds no lines")
     from pgrpo.train.check import score

@@ -70,8 +70,12 @@ def time_in(place: str, column: str, row: Mapping[str, Any]) -> float:
     value = value_in(place, column, row)
     if not isinstance(value, str):
         return number_in(place, column, row)
-    with suppress(ValueError):
-        return float(value)
+    try:
+        float(value)
+    except ValueError:
+        pass
+    else:
+        return number_in(place, column, row)
     try:
         # Python reads the Z of Zulu time only from 3.11 on.
         moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip()))

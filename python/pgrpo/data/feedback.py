@@ -29,8 +29,9 @@ from __future__ import annotations
 import string
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -46,6 +47,9 @@ from pgrpo.types import Dataset, Example, FloatArray, Json
 
 MAX_SCALE = 11
 """Most values that `task = "rate"` lets a completion take: from 0 to 10."""
+
+MAX_ANSWERS = len(string.ascii_uppercase)
+"""Most answers that `task = "choose"` shows, each by a letter."""
 
 LENGTHS = (("brief", 0.0), ("medium", 1 / 3), ("long", 2 / 3))
 """An answer takes the last word whose quantile of the answers' lengths it exceeds."""
@@ -96,7 +100,8 @@ class FeedbackConfig(Section):
 
 
 def load_feedback(config: FeedbackConfig) -> Dataset:
-    """Read what was said; examples are in the order of the file.
+    """Read what was said; examples are in the order of the file, those of a conversation together. Of
+    what a person said of one answer several times, the last counts.
 
     `columns` of an example: `answer` (the right completion; with `write` the best text there is),
     `options`, `labels`, `position` (of the answer among them), `values` (what each is worth: with
@@ -114,118 +119,146 @@ def load_feedback(config: FeedbackConfig) -> Dataset:
     layout, said = _read(config, notes)
     task: Task = layout.task if config.task == "auto" else config.task
     notes.insert(0, f"{len(said):,} rows are read as {layout.name}, task {task}")
-    asked = _asked(config, task, said, notes)
-    early, late = split_by_time(
-        asked, config.evaluation_share, lambda one: one.source.user, lambda one: one.source.time
+    values = [value for one in said for value in one.values]
+    middle = (min(values) + max(values)) / 2
+    # A question goes to one side as a whole, whatever is asked of it.
+    parts = split_by_time(
+        _questions(config, task, said, middle, notes),
+        config.evaluation_share,
+        lambda one: one.source.user,
+        lambda one: one.source.time,
     )
-    questions = _Questions(config, task, early)
+    early, late = (_each_answer(part, said) if task == "rate" else part for part in parts)
+    asking = _Asking(config, task, early, middle)
     return Dataset(
-        train=questions.of(early),
-        evaluation=questions.of(late),
-        users=_features(early) if early else {},
+        train=asking.of(early),
+        evaluation=asking.of(late),
+        users=_features(early),
         feature_names=("mean value", "std value", "log number", "likes length"),
         notes=tuple(notes),
     )
 
 
-def _read(config: FeedbackConfig, notes: list[str]) -> tuple[Layout, list[Said]]:
-    columns = {"user": config.user_column, "time": config.time_column}
-    layout = None if config.layout == "auto" else LAYOUTS[config.layout]
-    left_out: list[DataError] = []
-    refuse = fail if config.on_bad_row == "fail" else left_out.append
-    said: list[Said] = []
-    num_used = 0
-    for file in files("feedback", config.path):
-        for place, row in read_rows(file, refuse):
-            layout = layout or layout_of(place, row)
-            try:
-                said += list(layout.read(place, row, columns))
-                num_used += 1
-            except DataError as complaint:
-                refuse(complaint)
-    path = config.path if isinstance(config.path, str) else ", ".join(config.path)
-    check_rows(path, num_used, left_out, notes)
-    assert layout is not None, "there were rows"
-    return layout, said
-
-
 def check_feedback(config: FeedbackConfig) -> None:
-    """Read the first row that can be used, or must be; raises as `load_feedback`."""
+    """Read the rows up to the first that can be used, or must be; raises as `load_feedback`."""
+    next(_rows(config, lambda _: None), None)
+
+
+def _read(config: FeedbackConfig, notes: list[str]) -> tuple[Layout, list[Said]]:
+    left_out: list[DataError] = []
+    rows = list(_rows(config, left_out.append))
+    path = config.path if isinstance(config.path, str) else ", ".join(config.path)
+    check_rows(path, len(rows), left_out, notes)
+    said = [one for _, parts in rows for one in parts]
+    if not said:
+        raise DataError(f"{path} has {len(rows):,} rows, and in none of them was anything said")
+    return rows[0][0], said
+
+
+def _rows(
+    config: FeedbackConfig, leave_out: Callable[[DataError], None]
+) -> Iterator[tuple[Layout, list[Said]]]:
+    """What each row says that can be used; `leave_out` is told of the others, unless they must be."""
     columns = {"user": config.user_column, "time": config.time_column}
-    passed_over: list[DataError] = []
-    refuse = fail if config.on_bad_row == "fail" else passed_over.append
     layout = None if config.layout == "auto" else LAYOUTS[config.layout]
+    refuse = fail if config.on_bad_row == "fail" else leave_out
     for file in files("feedback", config.path):
         for place, row in read_rows(file, refuse):
-            layout = layout or layout_of(place, row)
             try:
-                list(layout.read(place, row, columns))
+                layout = layout or layout_of(place, row)
+                said = list(layout.read(place, row, columns))
             except DataError as complaint:
                 refuse(complaint)
             else:
-                return
+                yield layout, said
 
 
-def _asked(
-    config: FeedbackConfig, task: Task, said: Sequence[Said], notes: list[str]
+def _questions(
+    config: FeedbackConfig, task: Task, said: Sequence[Said], middle: float, notes: list[str]
 ) -> list[Said]:
-    """What there is to ask: all that was said of one prompt in one, or each answer by itself; with the
-    turns that came before it."""
-    together: dict[tuple[str, str, int], list[Said]] = {}
+    """All that a person said of one prompt in one, with the turns that came before it; those of a
+    conversation stand together, in its order. What nothing can be asked of is left out."""
+    together: dict[tuple[str, str], dict[int, list[Said]]] = {}
     for one in said:
-        together.setdefault((one.source.user, one.thread, one.turn), []).append(one)
-    merged = {key: _merged(parts) for key, parts in together.items()}
-    threads: defaultdict[tuple[str, str], list[Said]] = defaultdict(list)
-    for one in sorted(merged.values(), key=lambda one: one.turn):
-        threads[one.source.user, one.thread].append(one)
-    for thread in threads.values():
+        thread = together.setdefault((one.source.user, one.thread), {})
+        thread.setdefault(one.turn, []).append(one)
+    questions: list[Said] = []
+    for thread in together.values():
         before: Turns = ()
-        for one in thread:
-            key = (one.source.user, one.thread, one.turn)
-            own = one.turns or (("user", one.prompt),)
-            if before:
-                merged[key] = replace(one, turns=(*before, *own))
+        for _, parts in sorted(thread.items()):
+            one = _merged(parts)
+            own = _turns(one)
+            questions.append(replace(one, turns=(*before, *own)) if before else one)
             before = (*before, *own, ("assistant", _best(one)))
     if task == "rate":
-        return [
-            replace(
-                one,
-                answers=(answer,),
-                values=(value,),
-                turns=merged[one.source.user, one.thread, one.turn].turns,
-            )
-            for one in said
-            for answer, value in zip(one.answers, one.values, strict=True)
-        ]
-    values = [value for one in said for value in one.values]
-    middle = (min(values) + max(values)) / 2
+        return questions
     what = "answers of different worth" if task == "choose" else "an answer that was liked"
     kept = [
         one
-        for one in merged.values()
+        for one in questions
         if len(set(one.values)) > 1 or (task == "write" and one.values[0] > middle)
     ]
-    if len(kept) < len(merged):
-        number = f"{len(merged) - len(kept):,} of {len(merged):,} prompts"
+    if len(kept) < len(questions):
+        number = f"{len(questions) - len(kept):,} of {len(questions):,} prompts"
         notes.append(f"left out {number}, which have not {what}")
     if not kept:
         raise DataError(f"{config.path} has no prompt with {what}; another data.task may suit it")
+    many = sum(len(one.answers) > MAX_ANSWERS for one in kept)
+    if task == "choose" and many:
+        notes.append(
+            f"{many:,} of {len(kept):,} prompts have more than {MAX_ANSWERS} answers: the best and the "
+            f"first {MAX_ANSWERS - 1} others are shown"
+        )
+        kept = [_with_few_answers(one) for one in kept]
     return kept
 
 
 def _merged(parts: Sequence[Said]) -> Said:
-    """All that a person said of one prompt; what it said of one answer several times, on the mean."""
-    values: dict[str, list[float]] = {}
+    """All that a person said of one prompt; of what it said of one answer several times, the last."""
+    values: dict[str, float] = {}
     makers: dict[str, str] = {}
-    for part in parts:
+    for part in sorted(parts, key=lambda part: part.source.time):
         for place, (answer, value) in enumerate(zip(part.answers, part.values, strict=True)):
-            values.setdefault(answer, []).append(value)
-            makers.setdefault(answer, part.makers[place] if part.makers else "")
+            values[answer] = value
+            makers[answer] = part.makers[place] if part.makers else ""
+    last = max(part.source.time for part in parts)
     return replace(
         parts[0],
+        source=replace(parts[0].source, time=last),
         answers=tuple(values),
-        values=tuple(float(np.mean(own)) for own in values.values()),
+        values=tuple(values.values()),
         makers=tuple(makers.values()) if any(makers.values()) else (),
+    )
+
+
+def _each_answer(questions: Sequence[Said], said: Sequence[Said]) -> list[Said]:
+    """The answers of questions one by one, each with what was said of it last."""
+    rows: dict[tuple[str, str, int, str], Said] = {}
+    for one in sorted(said, key=lambda one: one.source.time):
+        for answer in one.answers:
+            rows[one.source.user, one.thread, one.turn, answer] = one
+    return [
+        replace(
+            rows[one.source.user, one.thread, one.turn, answer],
+            answers=(answer,),
+            values=(value,),
+            makers=(),
+            turns=one.turns,
+        )
+        for one in questions
+        for answer, value in zip(one.answers, one.values, strict=True)
+    ]
+
+
+def _with_few_answers(one: Said) -> Said:
+    best = int(np.argmax(one.values))
+    others = [place for place in range(len(one.answers)) if place != best]
+    kept = sorted([best, *others[: MAX_ANSWERS - 1]])
+    return replace(
+        one,
+        answers=tuple(one.answers[place] for place in kept),
+        values=tuple(one.values[place] for place in kept),
+        makers=tuple(one.makers[place] for place in kept) if one.makers else (),
     )
 
 
@@ -249,17 +282,21 @@ def _features(early: Sequence[Said]) -> dict[str, FloatArray]:
     return features
 
 
-class _Questions:
+class _Asking:
     """Makes examples, by what the training period tells.
 
     Args:
         config: of the data set.
         task: what is asked.
         early: what was said in the training period.
+        middle: of the scale; what is worth more is liked.
     """
 
-    def __init__(self, config: FeedbackConfig, task: Task, early: Sequence[Said]) -> None:
+    def __init__(
+        self, config: FeedbackConfig, task: Task, early: Sequence[Said], middle: float
+    ) -> None:
         self._config = config
+        self._middle = middle
         self._task = task
         self._past: defaultdict[str, list[Said]] = defaultdict(list)
         for one in sorted(early, key=lambda one: one.source.time):
@@ -293,10 +330,17 @@ class _Questions:
         return [makers[self._task](one) for one in asked]
 
     def _before(self, one: Said) -> list[Said]:
-        """What the person said last before that, in the training period."""
+        """What the person said last before that, in the training period, of other prompts."""
         own = self._past[one.source.user]
         end = self._place.get(id(one), len(own))
-        return own[max(0, end - self._config.history) : end]
+        question = (one.thread, one.turn)
+        others = (this for this in reversed(own[:end]) if (this.thread, this.turn) != question)
+        return list(islice(others, self._config.history))[::-1]
+
+    def _text(self, one: Said, asked: Callable[[Said], str], told: Callable[[Said], str]) -> str:
+        """The question, after what the person said before: the same question with its answer."""
+        before = [f"{asked(this)}{told(this)}" for this in self._before(one)]
+        return "\n\n".join([*before, asked(one)])
 
     def _rate(self, one: Said) -> Example:
         values = self._scale
@@ -314,9 +358,7 @@ class _Questions:
             return words[values.index(nearest)]
 
         return Example(
-            text="\n\n".join(
-                [*(f"{asked(this)} {word(this)}" for this in self._before(one)), asked(one)]
-            ),
+            text=self._text(one, asked, lambda this: f" {word(this)}"),
             user=one.source.user,
             columns={
                 **one.source.about,
@@ -350,9 +392,7 @@ class _Questions:
         lengths = [self._length(one.answers[place]) for place in order]
         makers = [[one.makers[place]] if one.makers else [] for place in order]
         return Example(
-            text="\n\n".join(
-                [*(f"{asked(this)} {letter(this)}" for this in self._before(one)), asked(one)]
-            ),
+            text=self._text(one, asked, lambda this: f" {letter(this)}"),
             user=one.source.user,
             columns={
                 **one.source.about,
@@ -377,18 +417,25 @@ class _Questions:
         return np.random.default_rng(seeds).permutation(len(one.answers)).tolist()
 
     def _write(self, one: Said) -> Example:
-        best = _best(one)
-        before = self._before(one)
         turns: Turns = ()
         if one.turns:
-            told = [(*_turns(this), ("assistant", _best(this))) for this in before]
+            told = [(*_turns(this), ("assistant", _best(this))) for this in self._before(one)]
             earlier = (turn for this in told for turn in this if turn[0] != "system")
             turns = (*earlier, *one.turns)
-        rest: list[Json] = [answer for answer in one.answers if answer != best]
+        liked: list[Json] = []
+        disliked: list[Json] = []
+        for answer, value in zip(one.answers, one.values, strict=True):
+            good = value == max(one.values) or value > self._middle
+            (liked if good else disliked).append(answer)
         return Example(
-            text="\n\n".join([*(f"{_words(this)}\n{_best(this)}" for this in before), _words(one)]),
+            text=self._text(one, _words, lambda this: f"\n{_best(this)}"),
             user=one.source.user,
-            columns={**one.source.about, "answer": best, "liked": [best], "disliked": rest},
+            columns={
+                **one.source.about,
+                "answer": _best(one),
+                "liked": liked,
+                "disliked": disliked,
+            },
             turns=turns,
         )
 

@@ -78,7 +78,8 @@ DOWN = frozenset(
 def _thumbs(place: str, row: Mapping[str, Any], columns: Columns) -> Iterator[Said]:
     """TRL's unpaired form with a user: prompt, completion, label."""
     label = value_in(place, "label", row)
-    word = str(int(label) if isinstance(label, float) else label).strip().lower()
+    whole = isinstance(label, float) and label.is_integer()
+    word = str(int(label) if whole else label).strip().lower()
     if word not in UP | DOWN:
         raise DataError(
             f"{place}: column label is {label!r}; expected true or false, 1 or 0, up or down"

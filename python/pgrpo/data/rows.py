@@ -91,12 +91,16 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not a readable Parquet file: {problem}") from None
 
 
-def read_csv(path: Path) -> Iterator[Row]:
+def read_csv(path: Path, refuse: Callable[[DataError], None] = fail) -> Iterator[Row]:
     """Rows of a CSV file with a line of column names; all values are texts.
 
+    Args:
+        path: of the file, which may be compressed (`.gz`) and may begin with a byte-order mark.
+        refuse: is told of each row with another number of fields than there are columns; by default it
+            raises that.
+
     Raises:
-        DataError: it is not UTF-8 or not a whole gzip file, two columns have one name, or a row has
-            another number of fields than there are columns.
+        DataError: it is not UTF-8 or not a whole gzip file, or two columns have one name.
     """
     opened = gzip.open if path.suffix == ".gz" else Path.open
     try:
@@ -110,8 +114,10 @@ def read_csv(path: Path) -> Iterator[Row]:
                     continue
                 place = f"{path}:{rows.line_num}"
                 if len(fields) != len(columns):
-                    raise DataError(f"{place} has {len(fields)} fields, expected {len(columns)}")
-                yield place, dict(zip(columns, fields, strict=True))
+                    problem = f"{place} has {len(fields)} fields, expected {len(columns)}"
+                    refuse(DataError(problem))
+                else:
+                    yield place, dict(zip(columns, fields, strict=True))
     except UnicodeDecodeError as problem:
         raise DataError(f"{path} is not UTF-8 text: {problem}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as problem:
@@ -141,6 +147,8 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
             found = library.load_from_disk(str(folder))
             if not isinstance(found, library.Dataset):
                 found = found[split]
+            elif split != "train":
+                raise KeyError("a folder of one saved data set has no splits; expected train")
         else:
             found = library.load_dataset(
                 str(folder) if folder.is_dir() else name, subset, split=split
@@ -155,12 +163,12 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
         yield f"{name} {split} row {number}", _as_json(row)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, Callable[[DataError], None]], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".jsonl.gz": read_jsonl,
     ".json": read_jsonl,
     ".json.gz": read_jsonl,
-    ".parquet": read_parquet,
+    ".parquet": lambda path, _: read_parquet(path),
     ".csv": read_csv,
     ".csv.gz": read_csv,
 }
@@ -172,7 +180,8 @@ def read_rows(path: Path, refuse: Callable[[DataError], None] = fail) -> Iterato
 
     Args:
         path: of the file.
-        refuse: is told of each line of JSON lines that is no object; by default it raises that.
+        refuse: is told of each line of JSON lines that is no object, and each row of CSV of another
+            width; by default it raises that.
 
     Raises:
         DataError: the file does not exist, its name ends in nothing that is known, or it is damaged.
@@ -182,12 +191,13 @@ def read_rows(path: Path, refuse: Callable[[DataError], None] = fail) -> Iterato
         raise DataError(f"{path} {state}; expected a file")
     for end, read in READERS.items():
         if path.name.endswith(end):
-            return read_jsonl(path, refuse) if read is read_jsonl else read(path)
+            return read(path, refuse)
     raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(READERS)}")
 
 
 def files(kind: str, paths: str | Sequence[str]) -> list[Path]:
-    """The files that are named, in the order of their names where a pattern stands for several.
+    """The files that are named, each once, in the order of their names where a pattern stands for
+    several.
 
     Raises:
         DataError: one does not exist, or a pattern fits none; it is called a `kind` file.
@@ -199,7 +209,7 @@ def files(kind: str, paths: str | Sequence[str]) -> list[Path]:
             state = "is a folder" if Path(path).expanduser().is_dir() else "does not exist"
             raise DataError(f"{path} {state}; expected a {kind} file")
         found += fitting
-    return found
+    return list({file.resolve(): file for file in reversed(found)}.values())[::-1]
 
 
 def matching(path: str) -> list[Path]:

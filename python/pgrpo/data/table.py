@@ -71,6 +71,10 @@ class TableConfig(Section):
     def _check_held_out(self) -> TableConfig:
         if self.name == "datasets" and not isinstance(self.path, str):
             raise ValueError(f"data.path is {self.path!r}; expected one data set")
+        if self.name == "datasets" and self.evaluation_split == self.split:
+            raise ValueError(
+                f"data.evaluation_split is {self.split!r}, which is trained on; expected another split"
+            )
         given = self.evaluation_path or self.evaluation_split
         if given and self.evaluation_share:
             raise ValueError(
@@ -99,9 +103,11 @@ def load_table(config: TableConfig) -> Dataset:
     never a reward).
 
     Raises:
-        DataError: a file is missing, unreadable or empty, or names the row and column at fault.
+        DataError: a file is missing, unreadable or empty, is to be trained on and held out, or names
+            the row and column at fault.
     """
     notes: list[str] = []
+    _check_apart(config)
     train, later = _read(config, config.path, config.split, notes), list[_Entry]()
     if config.evaluation_path is not None:
         later = _read(config, config.evaluation_path, "", notes)
@@ -123,36 +129,50 @@ def load_table(config: TableConfig) -> Dataset:
     )
 
 
+def check_table(config: TableConfig) -> None:
+    """Read the rows up to the first that can be used, or must be; raises as `load_table`. A hub's data
+    set, which takes long to open, is not looked at."""
+    if config.name != "datasets":
+        _check_apart(config)
+        for paths in filter(None, (config.path, config.evaluation_path)):
+            next(_entries(config, paths, "", lambda _: None), None)
+
+
+def _check_apart(config: TableConfig) -> None:
+    """Refuse files that are both trained on and held out."""
+    if config.evaluation_path is not None:
+        train = {file.resolve() for file in files(config.name, config.path)}
+        for file in files(config.name, config.evaluation_path):
+            if file.resolve() in train:
+                raise DataError(
+                    f"{file} is named by data.path and by data.evaluation_path; expected other rows to "
+                    "hold out than to train on"
+                )
+
+
 def _read(
     config: TableConfig, paths: str | list[str], split: str, notes: list[str]
 ) -> list[_Entry]:
     """What the rows say that can be used; a note tells how many cannot."""
-    found: list[_Entry] = []
     left_out: list[DataError] = []
-    for place, row in _rows(config, paths, split, left_out.append):
-        try:
-            found.append(_entry(config, place, row))
-        except DataError as complaint:
-            left_out.append(complaint)
-            if config.on_bad_row == "fail":
-                raise
+    found = list(_entries(config, paths, split, left_out.append))
     said = paths if isinstance(paths, str) else ", ".join(paths)
     check_rows(said, len(found), left_out, notes)
     return found
 
 
-def check_table(config: TableConfig) -> None:
-    """Read the first row of each file that can be used, or must be; raises as `load_table`. A hub's
-    data set, which takes long to open, is not looked at."""
-    if config.name != "datasets":
-        for paths in filter(None, (config.path, config.evaluation_path)):
-            for place, row in _rows(config, paths, "", lambda _: None):
-                try:
-                    _entry(config, place, row)
-                    break
-                except DataError:
-                    if config.on_bad_row == "fail":
-                        raise
+def _entries(
+    config: TableConfig, paths: str | list[str], split: str, leave_out: Callable[[DataError], None]
+) -> Iterator[_Entry]:
+    """What the rows say that can be used; `leave_out` is told of the others, unless they must be."""
+    refuse = fail if config.on_bad_row == "fail" else leave_out
+    for place, row in _rows(config, paths, split, refuse):
+        try:
+            entry = _entry(config, place, row)
+        except DataError as complaint:
+            refuse(complaint)
+        else:
+            yield entry
 
 
 def check_rows(path: str, num_used: int, left_out: Sequence[DataError], notes: list[str]) -> None:
@@ -170,18 +190,17 @@ def check_rows(path: str, num_used: int, left_out: Sequence[DataError], notes: l
 
 
 def _rows(
-    config: TableConfig, paths: str | list[str], split: str, leave_out: Callable[[DataError], None]
+    config: TableConfig, paths: str | list[str], split: str, refuse: Callable[[DataError], None]
 ) -> Iterator[Row]:
     if config.name == "datasets":
         yield from read_hub(cast(str, paths), config.subset, split)
         return
-    refuse = fail if config.on_bad_row == "fail" else leave_out
     for file in files(config.name, paths):
         match config.name:
             case "jsonl":
                 yield from read_jsonl(file, refuse)
             case "csv":
-                yield from read_csv(file)
+                yield from read_csv(file, refuse)
             case "parquet":
                 yield from read_parquet(file)
 

@@ -106,11 +106,9 @@ class Registry:
     def check(self, kind: Kind, section: PluginSection) -> None:
         """See that a config section names a plugin and has its settings, without building it; raises as
         `reward` does for these."""
-        _configured(self._of(kind), kind, section, None)
-
-    def _of(self, kind: Kind) -> Mapping[str, Plugin]:
         kinds = {"reward": self.rewards, "clusterer": self.clusterers, "data set": self.datasets}
-        return kinds[kind]
+        # A run gives rewards its seed.
+        _configured(kinds[kind], kind, section, 0 if kind == "reward" else None)
 
     def dataset_loader(self, section: DataPluginConfig) -> DatasetLoader:
         """Build what loads the data set a config section names; raises as `reward` does."""

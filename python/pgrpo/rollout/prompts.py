@@ -33,11 +33,7 @@ class PromptBuilder:
         generation: GenerationConfig,
         members: Membership,
     ) -> None:
-        if model.chat and not tokenizer.chat_template:
-            raise ModelError(
-                f"model {model.name!r} has no chat template; set model.chat = false or use an "
-                "instruction-tuned model"
-            )
+        require_template(tokenizer, model)
         self._tokenizer = tokenizer
         self._model = model
         self._longest = generation.max_prompt_tokens
@@ -88,6 +84,19 @@ class PromptBuilder:
                 )
             ids = tuple((*choice, cast(int, end)) for choice in ids)
         return ids
+
+
+def require_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+    """See that there is a chat template where one is asked for.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if model.chat and not tokenizer.chat_template:
+        raise ModelError(
+            f"model {model.name!r} has no chat template; set model.chat = false or use an "
+            "instruction-tuned model"
+        )
 
 
 def token_ids(

@@ -21,7 +21,7 @@ from pgrpo.plugins.registry import Registry, load_registry
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.rollout.engines import Engine, make_engine
-from pgrpo.rollout.prompts import PromptBuilder, token_ids
+from pgrpo.rollout.prompts import PromptBuilder, require_template, token_ids
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
 from pgrpo.train.checkpoint import Checkpoint
@@ -68,13 +68,22 @@ class Assembly:
     @cached_property
     def dataset(self) -> Dataset:
         """What prompts are made of; without those that are too long, where they are to be dropped."""
-        dataset = self._loaded
-        if self.config.generation.long_prompts == "drop":
-            self._note("counting the tokens of all prompts")
-            dataset = _without_long_prompts(dataset, self.tokenizer, self.config)
+        dataset = self.without_long_prompts(self._loaded)
         for note in dataset.notes:
             self._note(note)
         return dataset
+
+    def without_long_prompts(self, dataset: Dataset) -> Dataset:
+        """A data set without prompts that are too long, where they are to be dropped.
+
+        Raises:
+            DataError: none to train on is left.
+            ModelError: prompts are to be chats, and the model has no template.
+        """
+        if self.config.generation.long_prompts == "fail":
+            return dataset
+        self._note("counting the tokens of all prompts")
+        return _without_long_prompts(dataset, self.tokenizer, self.config)
 
     @cached_property
     def _loaded(self) -> Dataset:
@@ -188,6 +197,7 @@ class Assembly:
 def _without_long_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> Dataset:
+    require_template(tokenizer, config.model)
     limit = config.generation.max_prompt_tokens
 
     def short(examples: Sequence[Example]) -> list[Example]:
@@ -206,8 +216,14 @@ def _without_long_prompts(
     )
     notes = (*dataset.notes, note) if any(dropped) else dataset.notes
     met = {example.user for example in (*train, *evaluation)}
-    users = {user: features for user, features in dataset.users.items() if user in met}
-    return replace(dataset, train=train, evaluation=evaluation, users=users, notes=notes)
+    return replace(
+        dataset,
+        train=train,
+        evaluation=evaluation,
+        users={user: features for user, features in dataset.users.items() if user in met},
+        observed=[example for example in dataset.observed if example.user in met],
+        notes=notes,
+    )
 
 
 def _check_clusters(sections: Sequence[RewardConfig], clusters: Collection[str]) -> None:

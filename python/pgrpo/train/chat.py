@@ -51,6 +51,8 @@ class Talk:
         self.held_out = bool(self.examples)
         if not self.held_out:
             self.examples = [e for e in parts.dataset.train if e.user in known]
+        if not self.examples:
+            raise ConfigError(f"there is no prompt of user {self.user!r} to be asked")
         self._turns: tuple[tuple[str, str], ...] = ()
         self._numbers = count()
 
@@ -104,7 +106,8 @@ def talk(
     Raises:
         RunFolderError: it is no run folder.
         CheckpointError: there is no such checkpoint in it.
-        ConfigError: there is no such user or cluster, or both were named, or none.
+        ConfigError: there is no such user or cluster, or both were named, or none; or they have no
+            prompts.
     """
     run = RunFolder(folder)
     config = run.config()

@@ -178,7 +178,7 @@ class Scores(BaseModel):
     reward: float | None
     """The weighted sum; None where there is none."""
     rewards: dict[str, float | None]
-    """Each reward by itself, unweighted, by its name, and its place where two have one name."""
+    """Each reward by itself, unweighted, by the name that records have for it."""
 
 
 def score(
@@ -205,17 +205,11 @@ def score(
             raise DataError(f"there is no prompt of user {user!r} to train on")
         prompt = Prompt(example, parts.members.cluster(example.user), (0,))
         group = _group(prompt, 0, texts)
-        names = [section.name for section in config.rewards]
-        each: dict[str, list[float | None]] = {}
-        for place, section in enumerate(config.rewards):
-            name = f"{section.name} {place}" if names.count(section.name) > 1 else section.name
-            alone = section.model_copy(update={"weight": 1.0})
-            with Scorer([(alone, parts.registry.reward(section, config.run.seed))]) as scorer:
-                each[name] = _plain(scorer.score([group])[0].rewards)
-        summed = _plain(parts.scorer.score([group])[0].rewards)
+        (scored,) = parts.scorer.score([group])
+    each = {name: _plain(scores) for name, scores in scored.scores.items()}
     return example.text, [
         Scores(text=text, reward=total, rewards={name: own[n] for name, own in each.items()})
-        for n, (text, total) in enumerate(zip(texts, summed, strict=True))
+        for n, (text, total) in enumerate(zip(texts, _plain(scored.rewards), strict=True))
     ]
 
 

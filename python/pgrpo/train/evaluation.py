@@ -133,7 +133,8 @@ def evaluate_run(
         for count in candidates:
             dataset = parts.dataset
             if count is not None:
-                dataset = load_dataset(_with_candidates(config.data, count))
+                varied = load_dataset(_with_candidates(config.data, count))
+                dataset = parts.without_long_prompts(varied)
             prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
             record, _ = evaluate(
                 checkpoint.step, parts.engine, prompts, parts.held_out_scorer, config
