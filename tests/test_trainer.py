@@ -42,6 +42,20 @@ NUM_PROMPTS, GROUP = 4, 3
 ALL: Tree = {"run.samples_per_step": NUM_PROMPTS * GROUP, "generation.group_size": GROUP}
 
 
+@pytest.fixture
+def updated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of rollouts of each update that a test makes."""
+    sizes: list[int] = []
+    update = Policy.update
+
+    def count(self: Policy, groups: list[Group], *arguments: Any) -> Any:
+        sizes.append(sum(len(group.rollouts) for group in groups))
+        return update(self, groups, *arguments)
+
+    monkeypatch.setattr(Policy, "update", count)
+    return sizes
+
+
 def lines(run: Path, name: str) -> list[Tree]:
     return [json.loads(line) for line in (run / name).read_text("utf-8").splitlines()]
 
@@ -361,18 +375,14 @@ WEIGHTS = [1.0, -0.5, 2.0, 0.25]
     ids=lambda estimator: "-".join(map(str, estimator.values())),
 )
 def test_each_of_several_rewards_is_normalised_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[Batch], estimator: Tree
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    updated: list[int],
+    batches: list[Batch],
+    estimator: Tree,
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", THREE)
-    updated: list[int] = []
-    update = Policy.update
-
-    def count(self: Policy, groups: list[Group], *arguments: Any):
-        updated.append(sum(len(group.rollouts) for group in groups))
-        return update(self, groups, *arguments)
-
-    monkeypatch.setattr(Policy, "update", count)
     rewards: list[Tree] = [
         {"name": name.split()[0], "weight": weight}
         for name, weight in zip(NAMES, WEIGHTS, strict=True)
@@ -503,18 +513,10 @@ def pgrpo_register_rewards(register):
 
 @pytest.mark.parametrize("estimator", ["pgrpo", "grpo", "auto"])
 def test_rollouts_without_a_reward_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updated: list[int], estimator: str
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", PICKY)
-    updated: list[int] = []
-    update = Policy.update
-
-    def count(self: Policy, groups: list[Group], *arguments: Any):
-        updated.append(sum(len(group.rollouts) for group in groups))
-        return update(self, groups, *arguments)
-
-    monkeypatch.setattr(Policy, "update", count)
     run = train(
         tmp_path,
         {

@@ -164,6 +164,16 @@ class Group:
         """[G] rewards less penalties: what histories and advantages are made of."""
         return self.rewards if self.penalties is None else self.rewards - self.penalties
 
+    def only(self, kept: Sequence[int]) -> Group:
+        """Some of its rollouts, by their places, with what is known of them; empty if none is named."""
+        return Group(
+            tuple(self.rollouts[place] for place in kept),
+            self.rewards[kept],
+            self.advantages[kept],
+            {name: scores[kept] for name, scores in self.scores.items()},
+            None if self.penalties is None else self.penalties[kept],
+        )
+
     @property
     def prompt(self) -> Prompt:
         """What all rollouts answer."""

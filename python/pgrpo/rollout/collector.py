@@ -60,16 +60,11 @@ class Batch:
     def rewarded(self) -> list[Group]:
         """What the policy learns from: the groups that were not replaced, without rollouts that got no
         reward, where anything is left of them."""
-        kept: list[Group] = []
-        for group in self.groups:
-            if group.group_id in self.replaced:
-                continue
-            has_reward = np.isfinite(group.rewards)
-            rollouts = [r for r, has in zip(group.rollouts, has_reward, strict=True) if has]
-            if rollouts:
-                arrays = group.rewards[has_reward], group.advantages[has_reward]
-                kept.append(Group(tuple(rollouts), *arrays))
-        return kept
+        kept = [group for group in self.groups if group.group_id not in self.replaced]
+        rewarded = [
+            group.only(np.flatnonzero(np.isfinite(group.rewards)).tolist()) for group in kept
+        ]
+        return [group for group in rewarded if group.rollouts]
 
 
 class _Watch:

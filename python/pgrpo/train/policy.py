@@ -348,10 +348,8 @@ class Policy:
 
 def _without_truncated(groups: Sequence[Group]) -> list[Group]:
     """The groups without rollouts that were cut off, where anything is left of them."""
-    kept: list[Group] = []
-    for group in groups:
-        places = [i for i, rollout in enumerate(group.rollouts) if not rollout.truncated]
-        if places:
-            rollouts = tuple(group.rollouts[i] for i in places)
-            kept.append(Group(rollouts, group.rewards[places], group.advantages[places]))
-    return kept
+    kept = [
+        group.only([place for place, r in enumerate(group.rollouts) if not r.truncated])
+        for group in groups
+    ]
+    return [group for group in kept if group.rollouts]
