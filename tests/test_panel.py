@@ -480,9 +480,10 @@ def test_a_run_on_a_panel_tells_its_baselines(tmp_path):
 
 
 def test_data_that_does_not_say_what_there_was_to_choose_has_no_baselines(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "x", "user": "u"}\n')
+    path, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file in (path, held_out):
+        file.write_text('{"prompt": "x", "user": "u"}\n')
     from pgrpo.data.table import TableConfig
 
-    dataset = load_dataset(TableConfig(name="jsonl", path=str(path), evaluation_path=str(path)))
+    dataset = load_dataset(TableConfig(name="jsonl", path=str(path), evaluation_path=str(held_out)))
     assert baselines(dataset, dataset.evaluation, {"u": 0}) == {}
