@@ -38,15 +38,13 @@ def test_thumbs_become_questions_with_what_the_person_said_before(tmp_path: Path
     assert Counter(e.user for e in dataset.evaluation) == {"ann": 2, "bob": 1}
     third = dataset.train[2]
     assert third.text == (
-        "Question 0?\nAnswer 0.\nLiked: no\n\n"
-        "Question 1?\nAnswer 1.\nLiked: yes\n\n"
-        "Question 2?\nAnswer 2.\nLiked:"
+        "Question 0?\nAnswer 0.: no\n\nQuestion 1?\nAnswer 1.: yes\n\nQuestion 2?\nAnswer 2.:"
     )
     assert third.choices == (" no", " yes")
     assert third.columns["answer"] == " yes"
     assert third.columns["values"] == [0.0, 1.0]
     assert third.columns["plan"] == "free"
-    assert dataset.train[0].text == "Question 0?\nAnswer 0.\nLiked:"
+    assert dataset.train[0].text == "Question 0?\nAnswer 0.:"
     # Held-out questions tell what was said in the training period, not of each other.
     assert [e.text.split("\n")[0] for e in dataset.evaluation] == ["Question 6?"] * 2 + [
         "Question 2?"
@@ -203,9 +201,9 @@ def test_reviews_are_rated_by_their_writers(tmp_path: Path) -> None:
     dataset = load(tmp_path, amazon, history=1)
     assert dataset.train[0].choices == (" 1", " 2", " 3", " 4", " 5")
     # The first row is the last in time.
-    assert {e.text.splitlines()[-3] for e in dataset.evaluation} == {"T0", "T1"}
-    third = next(e for e in dataset.train if e.text.endswith("T7\nText 7\nRating:"))
-    assert third.text.startswith("T8\nText 8\nRating: 4\n\nT7")
+    assert {e.text.splitlines()[-2] for e in dataset.evaluation} == {"T0", "T1"}
+    third = next(e for e in dataset.train if e.text.endswith("T7\nText 7:"))
+    assert third.text.startswith("T8\nText 8: 4\n\nT7")
     assert third.columns["values"] == [0.5, 0.75, 1.0, 0.75, 0.5]
 
     goodreads = [
@@ -224,7 +222,7 @@ def test_reviews_are_rated_by_their_writers(tmp_path: Path) -> None:
     config = FeedbackConfig(name="feedback", path=path, on_bad_row="skip", evaluation_share=0.3)
     dataset = load_dataset(config)
     assert dataset.notes[1].startswith("2 of 9 rows of")
-    assert [e.text.splitlines()[-3] for e in dataset.evaluation] == ["Book 1", "Book 2"]
+    assert [e.text.splitlines()[-2] for e in dataset.evaluation] == ["Book 1", "Book 2"]
 
 
 def test_helpsteer_has_an_attribute_for_a_person(tmp_path: Path) -> None:
@@ -254,7 +252,9 @@ def test_of_what_was_said_of_one_answer_several_times_the_last_counts(tmp_path: 
         ("y", 1.0),
         ("z", 0.0),
     ]
-    rated = {e.text.split("\n")[-2]: e for e in load(tmp_path, rows, **options).train}
+    rated = {
+        e.text.split("\n")[-1].removesuffix(":"): e for e in load(tmp_path, rows, **options).train
+    }
     assert {text: e.columns["answer"] for text, e in rated.items()} == {
         "x": " yes",
         "y": " yes",
@@ -270,7 +270,7 @@ def test_a_question_does_not_stand_in_its_own_history(tmp_path: Path) -> None:
     """Neither an event that was logged twice nor the other half of a preference tells the answer."""
     rows = [thumb("u", n, n % 2) for n in (0, 1, 2, 3, 4, 4)]
     dataset = load(tmp_path, rows, evaluation_share=0.4)
-    assert [e.text.split("\n")[-3] for e in dataset.evaluation] == ["Question 3?", "Question 4?"]
+    assert [e.text.split("\n")[-2] for e in dataset.evaluation] == ["Question 3?", "Question 4?"]
     assert len(dataset.train) == 3
     pairs = [
         {"prompt": f"P{n}", "chosen": f"good {n}", "rejected": f"bad {n}", "user": "u"}

@@ -20,6 +20,8 @@ form of the question that follows. With `task = "choose"`:
     B: Under Billing.
     Best:
 
+With `task = "rate"` it is one answer, and behind it what was said of it: `Under Billing.: yes`.
+
 What comes last of each person is held out, and words, features and popularity are counted in what
 comes before alone.
 """
@@ -344,13 +346,13 @@ class _Asking:
 
     def _rate(self, one: Said) -> Example:
         values = self._scale
-        told = values == [0.0, 1.0]
-        words = ["no", "yes"] if told else [f"{value:g}" for value in values]
-        head = "Liked:" if told else "Rating:"
+        words = ["no", "yes"] if values == [0.0, 1.0] else [f"{value:g}" for value in values]
         width = values[-1] - values[0]
 
         def asked(this: Said) -> str:
-            return f"{_words(this)}\n{this.answers[0]}\n{head}"
+            # On a line of its own, what was said stands too far from what it was said of for a small
+            # model, which then learns nothing.
+            return f"{_words(this)}\n{this.answers[0]}:"
 
         def word(this: Said) -> str:
             # What is met for the first time among what is held out counts as what is nearest.
