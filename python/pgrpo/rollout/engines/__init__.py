@@ -32,16 +32,24 @@ class Engine(Protocol):
     """Samples completions from the policy as it was when it was last synced."""
 
     def generate(
-        self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+        greedy: bool = False,
     ) -> Iterator[Group]:
         """A group of `group_size` rollouts for each prompt, as soon as it is finished, in any order.
 
         Who takes no further group makes the engine wait; closing the iterator abandons the rest.
 
         Args:
-            prompts: B prompts; the position in this sequence becomes the group_id.
+            prompts: B prompts; `first` and the position in this sequence together are the group_id.
             group_size: G.
-            seed: of this call; the same call with the same weights repeats its rollouts.
+            seed: with the group_id it decides which rollouts a prompt gets, whatever other prompts a
+                call has: a step's groups may be generated in several calls, and in several processes.
+            first: group_id of the first prompt.
             greedy: take the likeliest token instead of sampling; `top_k`, `top_p` and `min_p` then cut
                 nothing.
 

@@ -19,6 +19,21 @@ _HEAD = 1024
 sorting a vocabulary of 150,000 takes twenty times as long."""
 
 
+def levels(seed: int, position: int, rows: range) -> Tensor:
+    """Random numbers in [0, 1) that choose the tokens at a position of completions, [rows] float64.
+
+    Each depends on the seed, the position and its completion's row alone, so that whoever generates
+    some of a step's completions draws the same for them as whoever generates all.
+
+    Args:
+        seed: of the step.
+        position: of the token in the completion.
+        rows: of the completions among all of the step.
+    """
+    random = torch.Generator().manual_seed(seed + position)
+    return torch.rand(rows.stop, generator=random, dtype=torch.float64)[rows.start :]
+
+
 def truncated(logs: Tensor, config: GenerationConfig) -> Tensor:
     """The distribution that is drawn from: [N, V] log-probabilities -> [N, V], -inf of what is cut.
 

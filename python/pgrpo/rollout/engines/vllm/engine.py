@@ -1,8 +1,8 @@
 """Generation by vLLM, in this process (`local`) or in processes of its own (`servers`).
 
 What is the same for both is here: prompts become requests, group by group; what comes back is checked
-and becomes rollouts; and weights are handed over and proved to have arrived. The samples of prompt b
-take the seeds seed + b G, ..., seed + b G + G - 1, so no two of a call share one.
+and becomes rollouts; and weights are handed over and proved to have arrived. The samples of group b
+take the seeds seed + b G, ..., seed + b G + G - 1, so no two of a step share one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from pgrpo.errors import EngineError
 from pgrpo.rollout.engines import SyncStats
+from pgrpo.rollout.engines.sampling import levels
 from pgrpo.rollout.engines.vllm.backend import Backend, Completion, Request
 from pgrpo.rollout.engines.vllm.groups import ChoiceGroup, FreeGroup, RequestedGroup
 from pgrpo.rollout.engines.vllm.launch import engine_precision
@@ -73,10 +74,16 @@ class VllmEngine:
         self._tolerance = options.probe_tolerance or (1e-3 if exact else 0.2)
 
     def generate(
-        self, prompts: Sequence[Prompt], group_size: int, *, seed: int, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+        greedy: bool = False,
     ) -> Iterator[Group]:
         """See `Engine.generate`."""
-        return self._generate(prompts, group_size, seed, greedy, self._config)
+        return self._generate(prompts, group_size, seed, first, greedy, self._config)
 
     def sync(self, policy_version: int) -> SyncStats:
         """See `Engine.sync`."""
@@ -111,19 +118,15 @@ class VllmEngine:
         prompts: Sequence[Prompt],
         group_size: int,
         seed: int,
+        first: int,
         greedy: bool,
         config: GenerationConfig,
     ) -> Iterator[Group]:
         if self._version < 0:
             raise EngineError("the engine has no weights yet; sync comes before generate")
         longest = max((len(c) for p in prompts for c in p.choices or ()), default=0)
-        # [position, completion]; the first row is what the transformers engine draws first.
-        levels = torch.rand(
-            max(longest, 1),
-            len(prompts) * group_size,
-            generator=torch.Generator().manual_seed(seed),
-            dtype=torch.float64,
-        ).numpy()
+        rows = range(first * group_size, (first + len(prompts)) * group_size)
+        drawn = np.stack([levels(seed, t, rows).numpy() for t in range(max(longest, 1))])
         groups: list[RequestedGroup] = []
         for b, prompt in enumerate(prompts):
             if prompt.choices is None:
@@ -133,11 +136,11 @@ class VllmEngine:
                         group_size,
                         config,
                         self._model.end_ids,
-                        None if greedy else seed + b * group_size,
+                        None if greedy else seed + (first + b) * group_size,
                     )
                 )
             else:
-                mine = levels[:, b * group_size : (b + 1) * group_size]
+                mine = drawn[:, b * group_size : (b + 1) * group_size]
                 groups.append(ChoiceGroup(prompt, group_size, config, None if greedy else mine))
         waiting: dict[int, tuple[int, int, int]] = {}
         """Key of a request -> its group, its number among the group's, and its samples."""
@@ -163,7 +166,7 @@ class VllmEngine:
                 while finished:
                     b = finished.popleft()
                     num_open -= 1
-                    yield self._sampled(b, groups[b])
+                    yield self._sampled(first + b, groups[b])
                 if waiting:
                     key, completions = self._backend.next()
                     b, number, n = waiting.pop(key)
@@ -231,5 +234,5 @@ class VllmEngine:
                 "stop": [],
             }
         )
-        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, False, whole)
+        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, 0, False, whole)
         return check_probe(group.rollouts, self._model, self._config.temperature, self._tolerance)
