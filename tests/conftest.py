@@ -20,6 +20,7 @@ import torch
 # Before transformers is imported, which reads it then.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -246,14 +247,22 @@ def trace(folder: Path) -> Tree:
     for record in metrics:
         del record["timing_s"], record["peak_memory_bytes"]
     *_, last = sorted((folder / "checkpoints").glob("step-*"))
-    names = ("model/model.safetensors", "model/adapter_model.safetensors", "optimizer.safetensors")
+    # Their order in a file is anybody's.
+    weights = {
+        (path.relative_to(last).as_posix(), name): (
+            tensor.shape,
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+        for path in sorted(last.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
     return {
         "metrics": metrics,
         "samples": records("samples.jsonl"),
         "evaluations": records("evaluations.jsonl") if metrics else [],
         "checkpoint": last.name,
         "state": json.loads((last / "state.json").read_text("utf-8")),
-        "weights": {name: (last / name).read_bytes() for name in names if (last / name).exists()},
+        "weights": weights,
     }
 
 

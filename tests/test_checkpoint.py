@@ -164,7 +164,7 @@ FILES = [
     "model/model.safetensors",
     "model/config.json",
     "model/tokenizer.json",
-    "optimizer.safetensors",
+    "optimizer/shard-00001-model-00001-of-00001.safetensors",
     "state.json",
 ]
 
@@ -199,9 +199,9 @@ def test_damage_is_found_and_named(
         ("", "manifest.json cannot be read"),
         ('{"state.json": {"bytes"', "manifest.json cannot be read"),
         ("[]", "manifest.json cannot be read"),
-        ('{"state.json": 3, "optimizer.safetensors": 3}', "manifest.json cannot be read"),
+        ('{"state.json": 3, "optimizer/x": 3}', "manifest.json cannot be read"),
         ("\udcff", "manifest.json cannot be read"),
-        ("{}", "manifest.json does not list optimizer.safetensors"),
+        ("{}", "manifest.json does not list optimizer/"),
     ],
 )
 def test_a_damaged_manifest_is_found(checkpoints: Path, text: str | None, words: str) -> None:

@@ -66,8 +66,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("folder", "kill_at", "last_good"),
     [
-        *((".partial-000001", kill_at, 0) for kill_at in (1, 9, 23)),
-        *((".partial-000002", kill_at, 1) for kill_at in range(1, 33, 4)),
+        *((".partial-000001", kill_at, 0) for kill_at in (1, 9, 23, 40)),
+        *((".partial-000002", kill_at, 1) for kill_at in range(1, 43, 4)),
         # Once the new one is there, the old one goes.
         *((".partial-step-000001", kill_at, 2) for kill_at in (1, 2)),
     ],
@@ -83,7 +83,7 @@ def test_killed_inside_a_save(
     assert trace(run) == trace(unbroken)
 
 
-@pytest.mark.parametrize("kill_at", random.Random(0).sample(range(9, 180), 5))
+@pytest.mark.parametrize("kill_at", random.Random(0).sample(range(9, 240), 5))
 def test_killed_anywhere(unbroken: Path, tmp_path: Path, kill_at: int) -> None:
     run = tmp_path / "run"
     killed(write_config(tmp_path), run, kill_at, run)
@@ -95,20 +95,20 @@ VARIANTS = {
     # Killed before there is a checkpoint, and between two.
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
     "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
-    "sampled evaluations": ({"run.eval_samples": 3}, 61),
+    "sampled evaluations": ({"run.eval_samples": 3}, 75),
     "groups without signal give their places to others": (
         {"run.resample": 2, "estimator": {"name": "grpo"}},
-        61,
+        75,
     ),
     "a penalty of long completions": (
         {"generation.overlong_buffer": 2, "generation.overlong_penalty": 0.5},
-        61,
+        75,
     ),
-    "lora": ({"model.lora": {"rank": 2}}, 61),
-    "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 61),
-    "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 61),
-    "control arm": ({"estimator": {"name": "pgrpo", "history": "shuffled"}}, 61),
-    "control arm of auto": ({"estimator": {"name": "auto", "history": "shuffled"}}, 61),
+    "lora": ({"model.lora": {"rank": 2}}, 75),
+    "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 75),
+    "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 75),
+    "control arm": ({"estimator": {"name": "pgrpo", "history": "shuffled"}}, 75),
+    "control arm of auto": ({"estimator": {"name": "auto", "history": "shuffled"}}, 75),
     "a history of each reward": (
         {
             "rewards": [
@@ -117,15 +117,15 @@ VARIANTS = {
             ],
             "estimator": {"name": "pgrpo", "combine": "normalize_then_sum"},
         },
-        61,
+        75,
     ),
     "auto that forgets": (
         {"estimator": {"name": "auto", "forgetting": 0.9, "frequency_weight": 0.5}},
-        61,
+        75,
     ),
     "shrinkage that reads what came before": (
         {"estimator": {"name": "shrinkage", "order": "normalize_then_update", "prior_count": 4}},
-        61,
+        75,
     ),
     "losses beside the usual one": (
         {
@@ -135,7 +135,7 @@ VARIANTS = {
             "loss.entropy_coef": 0.01,
             "optimizer.epochs": 2,
         },
-        61,
+        75,
     ),
     "samples that are cut and stopped": (
         {
@@ -146,7 +146,7 @@ VARIANTS = {
             "generation.max_new_tokens": 8,
             "loss.mask_truncated": True,
         },
-        61,
+        75,
     ),
     "minibatches, epochs, a schedule": (
         {
@@ -155,7 +155,7 @@ VARIANTS = {
             "optimizer.warmup_steps": 2,
             "optimizer.schedule": "cosine",
         },
-        61,
+        75,
     ),
 }
 

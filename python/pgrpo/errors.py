@@ -53,6 +53,11 @@ class RunFolderError(PgrpoError):
     """A run folder is in use, already holds a run, or is not a run folder."""
 
 
+class ParallelError(PgrpoError):
+    """Processes of a run do not find each other, one of them is lost, or another one tells of what
+    went wrong: then the sentence is empty."""
+
+
 @contextmanager
 def engine_errors(what: str) -> Generator[None]:
     """Whatever vLLM raises, which is whatever its layers raise, as an EngineError about `what`."""

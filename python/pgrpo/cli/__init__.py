@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interrupts():
             return _run(arguments)
     except InterruptedRunError as error:
-        return _interrupted(str(error))
+        return _interrupted(error.rest)
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name and error.name.partition(".")[0] == "pgrpo":
             raise
         sentence = f"this command needs {error.name}; install it with pip install 'pgrpo[train]'"
-    # What a plugin or a library said may have line breaks of its own.
-    _tell(sentence)
+    # What a plugin or a library said may have line breaks of its own. Of several processes one tells.
+    if sentence:
+        _tell(sentence)
     return 2
 
 
@@ -112,8 +113,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     return _interrupted() if code == 130 else code
 
 
-def _interrupted(rest: str = "") -> int:
-    _tell("; ".join(filter(None, ["interrupted", rest])))
+def _interrupted(rest: str | None = "") -> int:
+    if rest is not None:
+        _tell("; ".join(filter(None, ["interrupted", rest])))
     return exit_code()
 
 

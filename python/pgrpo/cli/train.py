@@ -27,11 +27,20 @@ def train(
 ) -> None:
     """Train one run."""
     from pgrpo.runs.folder import RunFolder
+    from pgrpo.runs.launch import num_processes, was_restarted
 
     if config is not None and resume is None:
         settings = load(config, overrides)
+        if out is None and num_processes() > 1:
+            raise ConfigError(
+                "train on several processes needs --out, which they write to together"
+            )
+        # No process writes before all have looked, for they wait for each other first.
         folder = RunFolder(out or fresh(Path("runs") / config.stem))
-        folder.require_new()
+        if was_restarted() and folder.holds_run:
+            settings = folder.config()
+        else:
+            folder.require_new()
     elif resume is not None and config is None:
         if out:
             raise ConfigError("--resume continues a run in its folder; --out has no effect")
@@ -52,18 +61,28 @@ def train(
         )
     from pgrpo.runs.display import Display, console
     from pgrpo.train import trainer
+    from pgrpo.train.parallel import connect
+
+    with connect(settings.parallel) as ranks:
+        shown_on = console(quiet=quiet or not ranks.leads, stderr=as_json)
+        display = Display(settings.estimator.name, settings.run.num_steps, shown_on=shown_on)
+        try:
+            with ranks.alone(lambda: folder), display:
+                verdict = trainer.train(settings, folder, display, ranks)
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(_how_to_go_on(folder.path) if ranks.leads else None) from error
+        if ranks.leads:
+            say(verdict, folder.path / "report.html", as_json=as_json)
+
+
+def _how_to_go_on(path: Path) -> str:
+    from pgrpo.runs.folder import RunFolder
     from pgrpo.train.checkpoint import list_checkpoints
 
-    shown_on = console(quiet=quiet, stderr=as_json)
-    display = Display(settings.estimator.name, settings.run.num_steps, shown_on=shown_on)
-    try:
-        with folder, display:
-            verdict = trainer.train(settings, folder, display)
-    except KeyboardInterrupt as error:
-        if not folder.holds_run:
-            raise InterruptedRunError("nothing was trained yet") from error
-        saved = list_checkpoints(folder.checkpoints)
-        what = f"step {saved[-1].step} is saved" if saved else "no step is saved yet"
-        again = f"pgrpo train --resume {shlex.quote(str(folder.path))}"
-        raise InterruptedRunError(f"{what}, and {again} goes on from there") from error
-    say(verdict, folder.path / "report.html", as_json=as_json)
+    folder = RunFolder(path)
+    if not folder.holds_run:
+        return "nothing was trained yet"
+    saved = list_checkpoints(folder.checkpoints)
+    what = f"step {saved[-1].step} is saved" if saved else "no step is saved yet"
+    again = f"pgrpo train --resume {shlex.quote(str(path))}"
+    return f"{what}, and {again} goes on from there"

@@ -6,10 +6,10 @@ runs the decoder over packed groups, `logits` applies the head to the few rows t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from pgrpo.model.attention import ATTENTION, PrefixCache, SharedPrefix
 from pgrpo.model.gguf import model_folder
 from pgrpo.model.tokenizer import model_errors, pretrained_tokenizer, tiny_tokenizer
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class LanguageModel:
     """A causal language model with its tokenizer, on its device, in its precision."""
@@ -44,6 +47,8 @@ class LanguageModel:
         bare = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         self.bare: Any = bare
         self.decoder: Any = bare.get_decoder()
+        self._shards: list[Any] = []
+        self._run: Any = self.decoder
         self.head: Any = bare.get_output_embeddings()
         config: Any = bare.config.get_text_config()
         if not getattr(bare, "_supports_attention_backend", False):
@@ -75,6 +80,83 @@ class LanguageModel:
     def vocab_size(self) -> int:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
+
+    def shard(self, mesh: DeviceMesh, *, offload: bool = False) -> None:
+        """Split the weights over the processes of a mesh (FSDP2): layer by layer, and the rest in one.
+
+        Gradients are added up over the processes, not averaged.
+
+        Args:
+            mesh: [replicate, shard].
+            offload: keep parts that are not needed at the moment in the processor's memory.
+        """
+        # Here, for it takes a second that a run of one process need not wait.
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        bare = self.bare
+        options: dict[str, Any] = {"mesh": mesh}
+        if offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+        blocks: set[str] = set(bare._no_split_modules or ())
+        layers = [module for module in bare.modules() if type(module).__name__ in blocks]
+        self._shards = [*layers, bare]
+        for module in self._shards:
+            fully_shard(module, **options)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        decoder = self.decoder
+
+        def decode(**inputs: Any) -> Any:
+            return decoder(**inputs)
+
+        # The model's own `forward` would make logits of every token, so its decoder is called alone;
+        # FSDP brings the weights outside the layers, the head's too, for this method as for `forward`.
+        bare.decode = decode
+        register_fsdp_forward_method(bare, "decode")
+        self._run = bare.decode
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Meanwhile every process has all weights, and may compute without the others, as many passes
+        as it likes; without gradients."""
+        for module in self._shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in self._shards:
+                module.set_reshard_after_forward(module is not self.bare, recurse=False)
+                module.reshard()
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights (or adapters) and tokenizer as transformers (or peft) loads them.
+
+        Args:
+            folder: to write.
+            weights: where they are split over processes, what `full_weights` put together.
+        """
+        # peft takes None for no weights.
+        given: dict[str, Any] = {} if weights is None else {"state_dict": weights}
+        self.model.save_pretrained(str(folder), **given)
+        self.tokenizer.save_pretrained(str(folder))
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """The weights that a checkpoint holds, by name, put together on the first process; None where
+        they are whole as they are. The others get an empty dictionary."""
+        if not self._shards:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.model is not self.bare
+        )
+        state: Any = get_model_state_dict(cast(Any, self.model), options=options)
+        return state
 
     def adapters_disabled(self) -> AbstractContextManager[Any]:
         """The model as it was before its adapters."""
@@ -141,7 +223,7 @@ class LanguageModel:
         return logits.masked_fill(forbidden.to(logits.device), -torch.inf), column
 
     def _decode(self, ids: Tensor, positions: Tensor, groups: SharedPrefix | PrefixCache) -> Tensor:
-        out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, groups=groups)
+        out = self._run(input_ids=ids, position_ids=positions, use_cache=False, groups=groups)
         return out.last_hidden_state[0]
 
 

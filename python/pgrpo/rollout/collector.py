@@ -7,10 +7,9 @@ rollout order once all are there, so that whichever group finishes first, a seed
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -67,6 +66,21 @@ class Batch:
         return [group for group in rewarded if group.rollouts]
 
 
+T = TypeVar("T")
+
+
+class Peers(Protocol):
+    """The processes that make a step's groups together (`train.parallel`)."""
+
+    def share(self, costs: Sequence[float]) -> range:
+        """Which of these things are this process's."""
+        ...
+
+    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """What all processes make."""
+        ...
+
+
 class _Watch:
     """When the last group came."""
 
@@ -107,6 +121,7 @@ class Collector:
         builder: makes prompts.
         engine: generates, with whatever weights it was last synced to.
         scorer: gives rollouts their rewards.
+        peers: the processes that share the work.
 
     Attributes:
         num_folded: steps whose rewards the histories hold.
@@ -125,8 +140,10 @@ class Collector:
         builder: PromptBuilder,
         engine: Engine,
         scorer: Scorer,
+        peers: Peers,
     ) -> None:
         self._run = run
+        self._peers = peers
         self._generation = generation
         self._dataset = dataset
         self._builder = builder
@@ -237,9 +254,20 @@ class Collector:
     def _sample(
         self, prompts: Sequence[Prompt], first: int, seed: int, watch: _Watch
     ) -> list[Group]:
-        """Groups of these prompts, numbered from `first` on, with rewards."""
-        groups = self._engine.generate(prompts, self._generation.group_size, seed=seed)
-        scored = self._scorer.score(_numbered(watch.over(groups), first))
+        """Groups of these prompts, numbered from `first` on, with rewards; each process makes some of
+        them, and gets all."""
+        own = self._peers.share([len(prompt.token_ids) for prompt in prompts])
+
+        def make() -> list[Group]:
+            groups = self._engine.generate(
+                prompts[own.start : own.stop],
+                self._generation.group_size,
+                seed=seed,
+                first=first + own.start,
+            )
+            return self._scorer.score(watch.over(groups))
+
+        scored = self._peers.gather(make)
         if self._by_reward:
             scored = [replace(group, rewards=self._sum_of_known(group)) for group in scored]
         return [self._penalised(group) for group in scored]
@@ -369,14 +397,6 @@ class Collector:
             random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
-
-
-def _numbered(groups: Iterator[Group], first: int) -> Iterator[Group]:
-    """The groups with numbers from `first` on."""
-    with closing(cast(Any, groups)):
-        for group in groups:
-            rollouts = [replace(r, group_id=first + r.group_id) for r in group.rollouts]
-            yield replace(group, rollouts=tuple(rollouts))
 
 
 def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig) -> FloatArray:

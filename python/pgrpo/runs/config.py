@@ -21,6 +21,7 @@ from pgrpo.config.sections import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RewardConfig,
     RunConfig,
 )
@@ -46,6 +47,7 @@ class Config(Section):
     estimator: EstimatorConfig = EstimatorConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def resolved_loss(self) -> LossConfig:
         """`[loss]` with `importance = "auto"` as what it stands for with this sampling."""

@@ -25,7 +25,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InterruptedRunError(Exception):
-    """An interrupted command's last words: where its work is, and how to go on with it."""
+    """An interrupted command's last words.
+
+    Args:
+        rest: where its work is, and how to go on with it; None where another process tells.
+    """
+
+    def __init__(self, rest: str | None) -> None:
+        super().__init__(rest)
+        self.rest = rest
 
 
 class _State:
@@ -73,6 +81,13 @@ def held() -> Generator[None]:
     if _state.waiting and not _state.holds:
         _state.waiting = False
         raise KeyboardInterrupt
+
+
+def take_interrupt() -> bool:
+    """Whether an interrupt waits for the end of what is held; it waits no longer, for whoever asks
+    sees to it."""
+    waiting, _state.waiting = _state.waiting, False
+    return waiting
 
 
 def exit_code() -> int:

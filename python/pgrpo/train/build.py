@@ -25,6 +25,7 @@ from pgrpo.rollout.prompts import PromptBuilder, require_template, token_ids
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
 from pgrpo.train.checkpoint import Checkpoint
+from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
 from pgrpo.types import Dataset, Example
 
@@ -38,6 +39,7 @@ class Assembly:
         config: of the run.
         checkpoint: what the parts go on from; without one they begin anew.
         note: is told what takes long.
+        ranks: the processes of the run.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Assembly:
         config: Config,
         checkpoint: Checkpoint | None = None,
         note: Callable[[str], None] = lambda _: None,
+        ranks: Ranks = SINGLE,
     ) -> None:
+        self.ranks = ranks
         self.config = config
         self.checkpoint = checkpoint
         self.state: dict[str, Any] | None = checkpoint and checkpoint.state()
@@ -139,6 +143,7 @@ class Assembly:
             temperature=config.generation.temperature,
             max_new_tokens=config.generation.max_new_tokens,
             reference=self._load_reference(),
+            ranks=self.ranks,
         )
         if self.checkpoint is not None:
             self.checkpoint.restore_optimizer(policy)
@@ -169,6 +174,7 @@ class Assembly:
             self.builder,
             self.engine,
             self.scorer,
+            self.ranks.beside(),
         )
 
     def _scorer(self, sections: Sequence[RewardConfig]) -> Scorer:
@@ -178,12 +184,14 @@ class Assembly:
         return self._open.enter_context(Scorer(rewards))
 
     def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
-        return load_language_model(
+        model = load_language_model(
             self.config.model,
             vocabulary=self._loaded.vocabulary,
             seed=derive_seed(self.config.run.seed, "weights"),
             weights=checkpoint.model if checkpoint else None,
         )
+        self.ranks.shard(model)
+        return model
 
     def _load_reference(self) -> LanguageModel | None:
         """The untrained model, where the loss needs it beside the trained one."""

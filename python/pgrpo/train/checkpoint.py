@@ -3,7 +3,8 @@
 `checkpoints/step-000040/` holds
 
     model/                 the weights (or adapters) and tokenizer, as transformers loads them
-    optimizer.safetensors  AdamW's moments by parameter name
+    optimizer/             AdamW's moments by parameter name, as torch.distributed.checkpoint lays
+                           safetensors out: any number of processes reads what any number wrote
     state.json             step, number of updates, histories, clusterer
     manifest.json          size and SHA-256 of every other file
 
@@ -18,18 +19,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pgrpo.errors import CheckpointError, RunFolderError
 from pgrpo.runs.disk import disk_errors, flush
 from pgrpo.runs.folder import RunFolder
+from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -52,22 +55,34 @@ class Checkpoint:
         return cast(dict[str, Any], json.loads((self.path / "state.json").read_text("utf-8")))
 
     def restore_optimizer(self, policy: Policy) -> None:
-        """Put AdamW's moments back; the policy's model must come from this checkpoint's `model`."""
-        tensors = load_file(self.path / "optimizer.safetensors")
-        expected = {
-            f"{n}/{k}" for n in policy.parameters for k in ("step", "exp_avg", "exp_avg_sq")
-        }
-        if set(tensors) != expected:
-            stranger = min(set(tensors) ^ expected)
-            raise CheckpointError(
-                f"checkpoint {self.path} does not fit the model: {stranger} differs"
-            )
-        for name, parameter in policy.parameters.items():
+        """Put AdamW's moments back; the policy's model must come from this checkpoint's `model`. Of
+        several processes each reads its part.
+
+        Raises:
+            CheckpointError: they are not those of the model's parameters.
+        """
+        # Here and below, for it takes a second that who only looks at checkpoints need not wait.
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        reader = HuggingFaceStorageReader(str(self.path / "optimizer"))
+        saved: Any = reader.read_metadata().state_dict_metadata
+        for parameter in policy.parameters.values():
+            # AdamW keeps its step count on the CPU unless it is fused on a GPU.
             policy.optimizer.state[parameter] = {
-                # AdamW keeps its step count on the CPU unless it is fused on a GPU.
-                key: tensors[f"{name}/{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                "step": torch.zeros((), device=parameter.device),
+                **{key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")},
             }
+        tensors = _optimizer_tensors(policy)
+        strangers = set(saved) ^ set(tensors) or {
+            name for name, tensor in tensors.items() if saved[name].size != tensor.shape
+        }
+        if strangers:
+            raise CheckpointError(
+                f"checkpoint {self.path} does not fit the model: {min(strangers)} differs"
+            )
+        with _quietly():
+            load(tensors, storage_reader=reader)
 
 
 def save_checkpoint(
@@ -77,46 +92,86 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Checkpoint:
     """Write a checkpoint beside the others, then drop all but the newest `keep` and that of the step
     `best`.
 
     It is written under another name, flushed to the disk and renamed: a process that is killed in
-    between leaves the earlier checkpoints as they were.
+    between leaves the earlier checkpoints as they were. Of several processes each writes its part of
+    the moments, and one of them the rest.
 
     Raises:
         RunFolderError: the disk is full or refuses; what was there is untouched.
     """
     final, partial = folder / f"step-{step:06d}", folder / f".partial-{step:06d}"
     what = f"checkpoint of step {step} cannot be written in {folder}"
-    discard_partial(folder)
-    try:
+
+    def make_room() -> None:
+        discard_partial(folder)
         with disk_errors(what):
             partial.mkdir(parents=True)
-            policy.model.model.save_pretrained(str(partial / "model"))
-            policy.model.tokenizer.save_pretrained(str(partial / "model"))
-            save_file(_optimizer_tensors(policy), partial / "optimizer.safetensors")
+
+    def complete() -> None:
+        with disk_errors(what):
+            try:
+                policy.model.save(partial / "model", weights)
+            except SafetensorError as error:
+                raise RunFolderError(f"{what}: {error}") from error
             (partial / "state.json").write_text(json.dumps({**state, "step": step}), "utf-8")
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            manifest = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), "utf-8")
-            for path in [*files, partial / "manifest.json", partial / "model", partial]:
-                flush(path)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            flush(folder)
-    except (RunFolderError, SafetensorError) as error:
+            _seal(partial, final)
+
+    def clear() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise RunFolderError(f"{what}: {error}") from error
+
+    ranks.first(make_room)
+    try:
+        ranks.gather(lambda: _save_moments(policy, partial / "optimizer", what))
+        weights = policy.model.full_weights()
+        ranks.first(complete)
+    except RunFolderError as error:
+        if ranks.agrees(error):
+            ranks.first(clear)
         raise
+    ranks.first(lambda: _prune(folder, keep, best))
+    return Checkpoint(final, step)
+
+
+def _save_moments(policy: Policy, folder: Path, what: str) -> list[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with disk_errors(what), _quietly():
+        try:
+            save(_optimizer_tensors(policy), storage_writer=writer)
+        except CheckpointException as error:
+            reason, _ = error.failures[min(error.failures)]
+            raise RunFolderError(f"{what}: {reason}") from error
+    return []
+
+
+def _seal(partial: Path, final: Path) -> None:
+    """List the files, have them survive a power cut, and give their folder its name."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2), "utf-8")
+    folders = [path for path in partial.rglob("*") if path.is_dir()]
+    for path in [*files, partial / "manifest.json", *folders, partial]:
+        flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    flush(final.parent)
+
+
+def _prune(folder: Path, keep: int, best: int | None) -> None:
     for old in list_checkpoints(folder)[:-keep]:
         if old.step != best:
             # Under another name, one that is half deleted is not taken for a checkpoint.
             os.rename(old.path, doomed := folder / f".partial-{old.path.name}")
             shutil.rmtree(doomed)
-    return Checkpoint(final, step)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -187,8 +242,10 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
-        for name in sorted({"optimizer.safetensors", "state.json"} - manifest.keys()):
-            return f"manifest.json does not list {name}"
+        listed = list(manifest.keys())
+        for name in ("optimizer/", "state.json"):
+            if not any(each.startswith(name) for each in listed):
+                return f"manifest.json does not list {name}"
         for name, expected in manifest.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -214,7 +271,15 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": value
         for name, parameter in policy.parameters.items()
         for key, value in policy.optimizer.state[parameter].items()
     }
+
+
+@contextmanager
+def _quietly() -> Generator[None]:
+    """Torch warns of every save and load by one process that it is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

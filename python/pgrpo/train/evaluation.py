@@ -21,6 +21,7 @@ from pgrpo.runs.metrics import one_of_each, sample_record
 from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
+from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt
 
 SAMPLES = 24
@@ -44,7 +45,12 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
 
 
 def evaluate(
-    step: int, engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, config: Config
+    step: int,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    config: Config,
+    ranks: Ranks = SINGLE,
 ) -> tuple[EvaluationRecord, list[SampleRecord]]:
     """Mean reward of the prompts, of all and per cluster: of each its greedy completion's, or the mean
     over its `run.eval_samples` samples. And some completions, of the same prompts every time and of
@@ -59,22 +65,29 @@ def evaluate(
         prompts: held-out prompts.
         scorer: gives each completion its reward.
         config: of the run.
+        ranks: the processes that share the work; each evaluates some prompts, and gets all.
     """
     samples, budget = config.run.eval_samples, config.optimizer.token_budget
-    size = max(samples, 1)
-    scored: list[Group] = []
-    start = 0
-    while start < len(prompts):
-        end, used = start, 0
-        while end < len(prompts) and (
-            end == start or used + size * len(prompts[end].token_ids) <= budget
-        ):
-            used += size * len(prompts[end].token_ids)
-            end += 1
-        seed = derive_seed(config.run.seed, "evaluation", start)
-        groups = engine.generate(prompts[start:end], size, seed=seed, greedy=not samples)
-        scored += scorer.score(groups)
-        start = end
+    size, seed = max(samples, 1), derive_seed(config.run.seed, "evaluation")
+    costs = [size * len(prompt.token_ids) for prompt in prompts]
+    own = ranks.share(costs)
+
+    def make() -> list[Group]:
+        scored: list[Group] = []
+        start = own.start
+        while start < own.stop:
+            end, used = start, 0
+            while end < own.stop and (end == start or used + costs[end] <= budget):
+                used += costs[end]
+                end += 1
+            groups = engine.generate(
+                prompts[start:end], size, seed=seed, first=start, greedy=not samples
+            )
+            scored += scorer.score(groups)
+            start = end
+        return scored
+
+    scored = ranks.gather(make)
     values = np.array([group.rewards for group in scored])
     if not np.isfinite(values).any():
         raise PluginError("no held-out completion got a reward")

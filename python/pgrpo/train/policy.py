@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pgrpo.config.sections import LossConfig, OptimizerConfig
 from pgrpo.errors import ModelError
+from pgrpo.model.attention import SharedPrefix
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.train.loss import (
     Mismatch,
@@ -28,6 +30,7 @@ from pgrpo.train.loss import (
     token_loss,
 )
 from pgrpo.train.packing import Chunk, Pass, TrainedRollout, num_trained_tokens, passes
+from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.types import FloatArray, Group, Rollout
 
 
@@ -63,6 +66,7 @@ class Policy:
         max_new_tokens: the constant length of `dr_grpo` aggregation.
         reference: what the KL penalty compares with; needed when kl_coef > 0 and the model has no
             adapters to switch off.
+        ranks: the processes that share the work, each with its part of the model's weights.
 
     Raises:
         ValueError: loss.importance is `auto`.
@@ -78,8 +82,10 @@ class Policy:
         temperature: float,
         max_new_tokens: int,
         reference: LanguageModel | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.model = model
+        self._ranks = ranks
         self._reference = reference
         self._loss = loss
         self._importance = importance_level(loss)
@@ -125,12 +131,18 @@ class Policy:
         """
         model = model or self.model
         wanted = [[TrainedRollout(rollout) for rollout in group.rollouts] for group in groups]
-        found: list[FloatArray] = []
-        for packed in passes(wanted, model, self._config.token_budget):
-            with model.autocast():
-                hidden = model.hidden(packed.layout)
-            found += self._read(model, hidden, packed)
-        values = iter(found)
+        own = self._own(wanted)
+
+        def read() -> list[FloatArray]:
+            found: list[FloatArray] = []
+            for packed in passes(own, model, self._config.token_budget):
+                with model.autocast():
+                    hidden = model.hidden(packed.layout)
+                found += self._read(model, hidden, packed)
+            return found
+
+        with model.whole():
+            values = iter(self._ranks.gather(read))
         return [[next(values) for _ in group] for group in wanted]
 
     def update(self, groups: Sequence[Group], learning_rate: float) -> UpdateStats:
@@ -215,15 +227,18 @@ class Policy:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         with_gradient = [[t for t in group if self._has_gradient(t)] for group in groups]
-        sums = np.zeros(5)
-        differences: list[FloatArray] = []
-        for packed in passes(
-            [group for group in with_gradient if group], self.model, self._config.token_budget
-        ):
-            added, seen = self._backward(packed)
-            sums += added
-            differences += seen
-        norm = float(
+        own = self._own([group for group in with_gradient if group])
+        todo = list(passes(own, self.model, self._config.token_budget))
+        # Weights are brought together layer by layer, so all processes make as many passes.
+        most = max(self._ranks.gather(lambda: [len(todo)]))
+        added = [self._backward(packed) for packed in todo]
+        for _ in range(most - len(todo)):
+            self._backward_of_nothing()
+        # Sums of passes are added in one order on every process.
+        told = self._ranks.gather(lambda: added)
+        sums = np.sum([np.zeros(5), *(part for part, _ in told)], axis=0)
+        differences = [values for _, seen in told for values in seen]
+        norm = _norm(
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._config.max_grad_norm)
         )
         if not (np.isfinite(norm) and np.isfinite(sums[0])):
@@ -300,6 +315,26 @@ class Policy:
         totals = np.array([*sums.tolist(), packed.num_tokens])
         return totals, packed.by_rollout(differences.numpy())
 
+    def _own(
+        self, groups: Sequence[Sequence[TrainedRollout]]
+    ) -> Sequence[Sequence[TrainedRollout]]:
+        """The groups that this process computes: together about as long as any other's."""
+        costs = [
+            len(group[0].rollout.prompt.token_ids)
+            + sum(num_trained_tokens(trained.rollout) for trained in group)
+            for group in groups
+        ]
+        mine = self._ranks.share(costs)
+        return groups[mine.start : mine.stop]
+
+    def _backward_of_nothing(self) -> None:
+        """A pass of one token that adds 0 to every gradient, beside the passes of other processes."""
+        model = self.model
+        with model.autocast():
+            hidden = model.hidden(SharedPrefix([[0]], [[()]], model.device))
+            nothing = (0.0 * model.logits(hidden)).sum()
+        nothing.backward()  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def _read(self, model: LanguageModel, hidden: Tensor, packed: Pass) -> list[FloatArray]:
         """Log-probabilities [T] of each rollout of a pass, from the decoder's output.
@@ -344,6 +379,12 @@ class Policy:
             return self.logprobs(groups, self._reference)
         with self.model.adapters_disabled():
             return self.logprobs(groups)
+
+
+def _norm(found: Tensor) -> float:
+    """A norm as a number; of split weights it is split itself."""
+    whole: Any = found
+    return float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
 
 
 def _without_truncated(groups: Sequence[Group]) -> list[Group]:

@@ -35,30 +35,33 @@ from pgrpo.train.baselines import are_known, baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint
 from pgrpo.train.evaluation import evaluate, held_out
+from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.types import FloatArray
 
 
-def train(config: Config, folder: RunFolder, display: Display) -> Verdict:
+def train(config: Config, folder: RunFolder, display: Display, ranks: Ranks = SINGLE) -> Verdict:
     """Take all steps of a run that its folder does not hold yet, and write its report.
 
     Args:
         config: of the run.
         folder: the run's folder, locked; a checkpoint in it is gone on from.
         display: where progress goes.
+        ranks: the processes of the run; one of them writes.
 
     Returns:
         What the report says first.
     """
     require_trackers(config.run.trackers)
-    discard_partial(folder.checkpoints)
-    with Assembly(config, latest_checkpoint(folder.checkpoints), display.note) as parts:
+    ranks.first(lambda: discard_partial(folder.checkpoints))
+    checkpoint = ranks.first(lambda: latest_checkpoint(folder.checkpoints))
+    with Assembly(config, checkpoint, display.note, ranks) as parts:
         trainer = Trainer(parts, folder, display)
         try:
             trainer.run()
         except PluginError as error:
             # The sentence of whoever wrote the plugin; they want to know the line as well.
             raise PluginError(f"{error} (see {folder.log})") from error
-    return write_report([folder.path], folder.path / "report.html")
+    return ranks.first(lambda: write_report([folder.path], folder.path / "report.html"))
 
 
 class Trainer:
@@ -72,6 +75,7 @@ class Trainer:
 
     def __init__(self, parts: Assembly, folder: RunFolder, display: Display) -> None:
         self.config = config = parts.config
+        self.ranks = parts.ranks
         self.folder = folder
         self.display = display
         self.dataset = parts.dataset
@@ -97,26 +101,27 @@ class Trainer:
             self.policy_version = int(parts.state["policy_version"])
             self._batch = self.collector.load_state_dict(parts.state, self.done)
             self.display.note(f"continuing after step {self.done}")
-        folder.rewind(self.done)
+        self.ranks.first(lambda: folder.rewind(self.done))
 
     def run(self) -> None:
         """Take all remaining steps."""
         config, run = self.config, self.config.run
-        if not self.folder.holds_run or self.folder.config() != config:
-            self.folder.create(config)
-        self._write_info("running")
+        self.ranks.first(self._begin)
         # OpenMP counts threads per thread, and vLLM's kernels take the count as they find it.
         threads = (torch.get_num_threads(),)
         with (
-            open_sinks(config, self.folder, self.display, self.done + 1) as sinks,
+            self.ranks.alone(
+                lambda: open_sinks(config, self.folder, self.display, self.done + 1)
+            ) as sinks,
             ThreadPoolExecutor(1, "collector", torch.set_num_threads, threads) as self._thread,
         ):
             try:
                 # A run that failed in an evaluation was saved before it.
-                if self.done not in {record.step for record in self.folder.evaluations}:
+                if not self.ranks.first(self._is_evaluated):
                     self._evaluate_if_due(self.done, sinks)
                 for step in range(self.done + 1, run.num_steps + 1):
-                    sinks.show(*self.step(step, sinks.log))
+                    self.ranks.heed()
+                    self._take(step, sinks)
                     evaluated = self._evaluate_if_due(step, sinks)
                     due = step % run.checkpoint_every == 0 or step == run.num_steps
                     if due or (evaluated and self._best_step(step) == step):
@@ -128,6 +133,7 @@ class Trainer:
                     # and whoever interrupts a run wants it to end.
                     self.collector.interrupt()
                 in_order = isinstance(error, PgrpoError | KeyboardInterrupt) and not self._updating
+                in_order = in_order and self.ranks.agrees(error)
                 # Between updates nothing of the steps so far need be lost.
                 if in_order and self.done > self.saved:
                     # A batch that is there must be in the histories, and one that failed must not.
@@ -136,10 +142,25 @@ class Trainer:
                         self._save(self.done)
                 # A disk that is full has been told of by the error itself.
                 with suppress(PgrpoError):
-                    self._write_info(ended, error)
+                    if self.ranks.leads:
+                        self._write_info(ended, error)
                 raise
-        self._write_info("finished")
+        self.ranks.first(lambda: self._write_info("finished"))
         self.display.note(f"done: {config.run.num_steps} steps in {self.folder.path}")
+
+    def _begin(self) -> None:
+        if not self.folder.holds_run or self.folder.config() != self.config:
+            self.folder.create(self.config)
+
+    def _is_evaluated(self) -> bool:
+        return self.done in {record.step for record in self.folder.evaluations}
+
+    def _take(self, step: int, sinks: Sinks) -> None:
+        def log(record: StepRecord, samples: list[SampleRecord]) -> None:
+            self.ranks.first(lambda: sinks.log(record, samples))
+
+        record, samples = self.step(step, log)
+        self.ranks.first(lambda: sinks.show(record, samples))
 
     def step(
         self, step: int, log: Callable[[StepRecord, list[SampleRecord]], None] | None = None
@@ -189,6 +210,7 @@ class Trainer:
         elif self._batch is None:
             self._sync(watch)
             sampled = self.collector.sample(step)
+            self.ranks.heed()
             with held():
                 self._batch = self.collector.fold(sampled)
             watch.skip()
@@ -202,7 +224,9 @@ class Trainer:
     def _sync(self, watch: Stopwatch | None = None) -> None:
         """Let the engine, which must be idle, have the newest weights."""
         if self._synced_version != self.policy_version:
-            self._sync_stats = self.engine.sync(self.policy_version)
+            self._sync_stats, *_ = self.ranks.gather(
+                lambda: [self.engine.sync(self.policy_version)]
+            )
             self._synced_version = self.policy_version
         if watch is not None:
             watch.lap("sync")
@@ -223,12 +247,15 @@ class Trainer:
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         prompts, scorer = self.held_out_prompts, self.held_out_scorer
-        sinks.evaluation(*evaluate(step, self.engine, prompts, scorer, self.config))
+        outcome = evaluate(step, self.engine, prompts, scorer, self.config, self.ranks)
+        self.ranks.first(lambda: sinks.evaluation(*outcome))
         return True
 
     def _best_step(self, step: int) -> int | None:
         """The best step so far, where its checkpoint is kept."""
-        return self.folder.best_step(step) if self.config.run.keep_best else None
+        if not self.config.run.keep_best:
+            return None
+        return self.ranks.first(lambda: self.folder.best_step(step))
 
     def _save(self, step: int) -> None:
         state = {
@@ -238,11 +265,11 @@ class Trainer:
             "torch": torch.__version__,
         }
         # A checkpoint of steps that the logs have lost would be of no use.
-        self.folder.flush_logs()
+        self.ranks.first(self.folder.flush_logs)
         keep, best = self.config.run.keep_checkpoints, self._best_step(step)
-        save_checkpoint(self.folder.checkpoints, step, self.policy, state, keep, best)
+        save_checkpoint(self.folder.checkpoints, step, self.policy, state, keep, best, self.ranks)
         self.saved = step
-        for warning in self._warnings():
+        for warning in self.ranks.first(self._warnings):
             # Once a kind, whichever clusters and numbers it names.
             kind = re.sub(r"^clusters? .*?: |\d+", "", warning)
             if kind not in self._warned:

@@ -58,7 +58,8 @@ class TransformersEngine:
         greedy: bool = False,
     ) -> Iterator[Group]:
         """See `Engine.generate`. All completions grow together, so all groups come at the end."""
-        rollouts = self._generate(prompts, group_size, seed, first, greedy) if prompts else []
+        with self._model.whole():
+            rollouts = self._generate(prompts, group_size, seed, first, greedy) if prompts else []
         for start in range(0, len(rollouts), group_size):
             yield Group.sampled(rollouts[start : start + group_size])
 

@@ -1,0 +1,284 @@
+"""A run on one process or on several: who does what, what all are told, how weights lie on them.
+
+`torchrun` starts the processes, torch.distributed carries what they tell each other, and FSDP2 splits
+the weights (`LanguageModel.shard`). Every rank builds the same parts from the same config and takes
+whole groups; what it makes of them is told to all in the order of the groups, so histories, decisions
+and logs are the same on every rank, and the same as on one. Nobody else asks for a rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pgrpo.config.sections import ParallelConfig
+from pgrpo.errors import ConfigError, ParallelError, PgrpoError
+from pgrpo.model.language_model import LanguageModel
+from pgrpo.runs.launch import num_processes
+from pgrpo.runs.terminal import held, take_interrupt
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The processes of a run.
+
+    All of them make the same calls in the same order. What fails on one of them fails on all, so that
+    they stop or go on together.
+    """
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        ...
+
+    def share(self, costs: Sequence[float]) -> range:
+        """Which of these things are this process's: consecutive ones, of about the same cost as any
+        other process's."""
+        ...
+
+    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """What all processes make, in the order of ranks."""
+        ...
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the one that writes makes; the others are told."""
+        ...
+
+    def alone(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
+        """A context that only the one that writes enters. What the others get must not be used."""
+        ...
+
+    def heed(self) -> None:
+        """Raise KeyboardInterrupt on all if one was told to end."""
+        ...
+
+    def agrees(self, error: BaseException) -> bool:
+        """Whether all processes met this error, so that they may go on to save together."""
+        ...
+
+    def beside(self) -> Ranks:
+        """The same processes, for another thread's calls."""
+        ...
+
+    def shard(self, model: LanguageModel) -> None:
+        """Split a model's weights over the processes."""
+        ...
+
+
+class Single:
+    """A run of one process."""
+
+    leads = True
+
+    def share(self, costs: Sequence[float]) -> range:
+        """See `Ranks.share`."""
+        return range(len(costs))
+
+    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """See `Ranks.gather`."""
+        return list(make())
+
+    def first(self, make: Callable[[], T]) -> T:
+        """See `Ranks.first`."""
+        return make()
+
+    def alone(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
+        """See `Ranks.alone`."""
+        return make()
+
+    def heed(self) -> None:
+        """See `Ranks.heed`. Signals raise where the process is."""
+
+    def agrees(self, error: BaseException) -> bool:
+        """See `Ranks.agrees`."""
+        return True
+
+    def beside(self) -> Single:
+        """See `Ranks.beside`."""
+        return self
+
+    def shard(self, model: LanguageModel) -> None:
+        """See `Ranks.shard`. There is nothing to split."""
+
+
+SINGLE = Single()
+
+
+class Sharded:
+    """One of several processes, which torch.distributed connects.
+
+    Args:
+        config: the section `[parallel]`.
+        group: carries what processes tell each other; made here unless given.
+    """
+
+    def __init__(self, config: ParallelConfig, group: dist.ProcessGroup | None = None) -> None:
+        self._config = config
+        self._timeout = timedelta(seconds=config.timeout_s)
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        # What is told is told through the processors, whatever carries gradients.
+        self._group: Any = group or dist.new_group(backend="gloo", timeout=self._timeout)
+        self._agreed: BaseException | None = None
+        self.leads = self._rank == 0
+
+    def share(self, costs: Sequence[float]) -> range:
+        """See `Ranks.share`."""
+        ends = np.cumsum([0.0, *costs])
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(self._size + 1) / self._size)
+        # Things without cost at the end belong to the last.
+        cuts[-1] = len(costs)
+        return range(int(cuts[self._rank]), int(cuts[self._rank + 1]))
+
+    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """See `Ranks.gather`."""
+        outcomes: list[Any] = [None] * self._size
+        mine = _outcome(make)
+        with _lost("a rank is lost"):
+            dist.all_gather_object(outcomes, mine.told(), group=self._group)
+        self._raise_together(mine, outcomes)
+        return [thing for made, _ in outcomes for thing in made]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """See `Ranks.first`."""
+        mine = _outcome(make) if self.leads else _Outcome(None, None)
+        told = [mine.told()]
+        with _lost("a rank is lost"):
+            dist.broadcast_object_list(told, src=0, group=self._group)
+        self._raise_together(mine, told)
+        return cast(T, mine.made if self.leads else told[0][0])
+
+    @contextmanager
+    def alone(self, make: Callable[[], AbstractContextManager[T]]) -> Generator[T]:
+        """See `Ranks.alone`."""
+        context = make() if self.leads else None
+        entered: list[T] = []
+
+        def enter() -> None:
+            if context is not None:
+                entered.append(context.__enter__())
+
+        self.first(enter)
+        try:
+            yield cast(T, entered[0] if entered else None)
+        except BaseException as error:
+            if context is None or not context.__exit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            if context is not None:
+                context.__exit__(None, None, None)
+
+    def heed(self) -> None:
+        """See `Ranks.heed`."""
+        if any(self.gather(lambda: [take_interrupt()])):
+            self._agreed = KeyboardInterrupt()
+            raise self._agreed
+
+    def agrees(self, error: BaseException) -> bool:
+        """See `Ranks.agrees`."""
+        return error is self._agreed
+
+    def beside(self) -> Sharded:
+        """See `Ranks.beside`."""
+        return Sharded(self._config)
+
+    def shard(self, model: LanguageModel) -> None:
+        """See `Ranks.shard`."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        replicate = self._config.replicate
+        shape = (replicate, self._size // replicate)
+        mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        model.shard(mesh, offload=self._config.offload)
+
+    def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
+        """Raise an error on every rank if there is one on any: the first rank's that has one."""
+        rank, said = next(
+            ((n, error) for n, (_, error) in enumerate(told) if error is not None), (0, None)
+        )
+        if said is None:
+            return
+        kind, sentence = said
+        error = mine.error
+        if error is None or rank != self._rank:
+            error = kind(f"rank {rank}: {sentence}" if self.leads and rank else sentence)
+            if not self.leads and isinstance(error, PgrpoError):
+                # One of the processes tells of it.
+                error = ParallelError("")
+        self._agreed = error
+        raise error
+
+
+_Said = tuple[type[Exception], str]
+"""An error's class, as far as others can make one of it, and its sentence."""
+
+
+class _Outcome:
+    """What a call made, or the error that it ended in."""
+
+    def __init__(self, made: Any, error: Exception | None) -> None:
+        self.made = made
+        self.error = error
+
+    def told(self) -> tuple[Any, _Said | None]:
+        """What others are told of it."""
+        if self.error is None:
+            return self.made, None
+        is_ours = isinstance(self.error, PgrpoError)
+        kind = type(self.error) if is_ours else RuntimeError
+        sentence = str(self.error) if is_ours else f"{type(self.error).__name__}: {self.error}"
+        return None, (kind, sentence)
+
+
+def _outcome(make: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(make(), None)
+    except Exception as error:
+        return _Outcome(None, error)
+
+
+@contextmanager
+def _lost(what: str) -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ParallelError(f"{what}: {reason[:300]}") from error
+
+
+@contextmanager
+def connect(config: ParallelConfig) -> Generator[Ranks]:
+    """The processes of this run: those that torchrun started (or whoever sets RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT as it does), or this one alone.
+
+    Raises:
+        ConfigError: there are not as many processes as the config's copies of the weights need.
+        ParallelError: they do not find each other.
+    """
+    size = num_processes()
+    if size == 1:
+        yield SINGLE
+        return
+    if size % config.replicate:
+        raise ConfigError(
+            f"parallel.replicate is {config.replicate}, and there are {size} processes; expected a "
+            "multiple of it"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with _lost("the processes do not find each other"):
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+    # A signal is heard between two steps, by all at once: one that left in the middle of a step would
+    # leave the others waiting.
+    with held():
+        yield Sharded(config)
+    dist.destroy_process_group()
