@@ -48,6 +48,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[estimator]", sections.EstimatorConfig),
     ("[loss]", sections.LossConfig),
     ("[optimizer]", sections.OptimizerConfig),
+    ("[parallel]", sections.ParallelConfig),
 ]
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 OPTIONS = {field.name: field for field in dataclasses.fields(Options)}

@@ -27,7 +27,7 @@ def train(
 ) -> None:
     """Train one run."""
     from pgrpo.runs.folder import RunFolder
-    from pgrpo.runs.launch import num_processes, was_restarted
+    from pgrpo.runs.launch import num_processes, num_restarts
 
     if config is not None and resume is None:
         settings = load(config, overrides)
@@ -37,7 +37,7 @@ def train(
             )
         # No process writes before all have looked, for they wait for each other first.
         folder = RunFolder(out or fresh(Path("runs") / config.stem))
-        if was_restarted() and folder.holds_run:
+        if num_restarts() and folder.holds_run:
             settings = folder.config()
         else:
             folder.require_new()
@@ -59,6 +59,11 @@ def train(
             f"--resume continues the run in {resume} with the config that lies there; {config} has "
             "no effect"
         )
+    if num_processes() > 1 and settings.generation.engine == "vllm":
+        raise ConfigError(
+            "generation.engine is 'vllm', which one process alone uses so far; expected 'transformers' on "
+            f"{num_processes()} processes"
+        )
     from pgrpo.runs.display import Display, console
     from pgrpo.train import trainer
     from pgrpo.train.parallel import connect
@@ -70,7 +75,9 @@ def train(
             with ranks.alone(lambda: folder), display:
                 verdict = trainer.train(settings, folder, display, ranks)
         except KeyboardInterrupt as error:
-            raise InterruptedRunError(_how_to_go_on(folder.path) if ranks.leads else None) from error
+            raise InterruptedRunError(
+                _how_to_go_on(folder.path) if ranks.leads else None
+            ) from error
         if ranks.leads:
             say(verdict, folder.path / "report.html", as_json=as_json)
 

@@ -241,7 +241,7 @@ class ParallelConfig(Section):
     part of it each (FSDP2); several copies (HSDP) move less between nodes and take more memory."""
     offload: bool = False
     """Whether parts that are not needed at the moment lie in the processor's memory, not the GPU's."""
-    timeout_s: float = Field(default=1800, gt=0)
+    timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds that a process waits for the others before it gives up: longer than a step's slowest
     reward."""
 

@@ -9,19 +9,22 @@ and logs are the same on every rank, and the same as on one. Nobody else asks fo
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pgrpo.config.sections import ParallelConfig
 from pgrpo.errors import ConfigError, ParallelError, PgrpoError
 from pgrpo.model.language_model import LanguageModel
-from pgrpo.runs.launch import num_processes
+from pgrpo.runs.launch import num_processes, num_restarts
 from pgrpo.runs.terminal import held, take_interrupt
 
 T = TypeVar("T")
@@ -141,8 +144,7 @@ class Sharded:
         """See `Ranks.gather`."""
         outcomes: list[Any] = [None] * self._size
         mine = _outcome(make)
-        with _lost("a rank is lost"):
-            dist.all_gather_object(outcomes, mine.told(), group=self._group)
+        dist.all_gather_object(outcomes, mine.told(), group=self._group)
         self._raise_together(mine, outcomes)
         return [thing for made, _ in outcomes for thing in made]
 
@@ -150,8 +152,7 @@ class Sharded:
         """See `Ranks.first`."""
         mine = _outcome(make) if self.leads else _Outcome(None, None)
         told = [mine.told()]
-        with _lost("a rank is lost"):
-            dist.broadcast_object_list(told, src=0, group=self._group)
+        dist.broadcast_object_list(told, src=0, group=self._group)
         self._raise_together(mine, told)
         return cast(T, mine.made if self.leads else told[0][0])
 
@@ -199,25 +200,34 @@ class Sharded:
         model.shard(mesh, offload=self._config.offload)
 
     def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
-        """Raise an error on every rank if there is one on any: the first rank's that has one."""
-        rank, said = next(
-            ((n, error) for n, (_, error) in enumerate(told) if error is not None), (0, None)
-        )
+        """Raise an error on every rank if there is one on any: that of the first rank that has one."""
+        rank, said = next(((n, said) for n, (_, said) in enumerate(told) if said), (0, None))
         if said is None:
             return
-        kind, sentence = said
         error = mine.error
-        if error is None or rank != self._rank:
-            error = kind(f"rank {rank}: {sentence}" if self.leads and rank else sentence)
-            if not self.leads and isinstance(error, PgrpoError):
-                # One of the processes tells of it.
-                error = ParallelError("")
+        if rank != self._rank or error is None:
+            error = said.kind(f"rank {rank}: {said.sentence}")
+            error.__cause__ = _RemoteError(said.traceback)
+        if not self.leads and isinstance(error, PgrpoError):
+            # The process that leads tells of it.
+            error = ParallelError("")
         self._agreed = error
         raise error
 
 
-_Said = tuple[type[Exception], str]
-"""An error's class, as far as others can make one of it, and its sentence."""
+class _RemoteError(Exception):
+    """What another process says of where an error came from."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class _Said(NamedTuple):
+    """An error as other processes are told of it."""
+
+    kind: type[Exception]
+    sentence: str
+    traceback: str
 
 
 class _Outcome:
@@ -229,12 +239,13 @@ class _Outcome:
 
     def told(self) -> tuple[Any, _Said | None]:
         """What others are told of it."""
-        if self.error is None:
+        error = self.error
+        if error is None:
             return self.made, None
-        is_ours = isinstance(self.error, PgrpoError)
-        kind = type(self.error) if is_ours else RuntimeError
-        sentence = str(self.error) if is_ours else f"{type(self.error).__name__}: {self.error}"
-        return None, (kind, sentence)
+        where = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        if isinstance(error, PgrpoError):
+            return None, _Said(type(error), str(error), where)
+        return None, _Said(RuntimeError, f"{type(error).__name__}: {error}", where)
 
 
 def _outcome(make: Callable[[], Any]) -> _Outcome:
@@ -246,9 +257,13 @@ def _outcome(make: Callable[[], Any]) -> _Outcome:
 
 @contextmanager
 def _lost(what: str) -> Generator[None]:
+    """What torch.distributed says of processes that do not answer, as a ParallelError about `what`."""
     try:
         yield
     except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         reason = " ".join(str(error).split())
         raise ParallelError(f"{what}: {reason[:300]}") from error
 
@@ -276,9 +291,13 @@ def connect(config: ParallelConfig) -> Generator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with _lost("the processes do not find each other"):
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+        timeout = timedelta(seconds=config.timeout_s)
+        found, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun may keep the store when it starts processes again, and it holds the old addresses.
+        store = PrefixStore(f"attempt {num_restarts()}", found)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     # A signal is heard between two steps, by all at once: one that left in the middle of a step would
     # leave the others waiting.
-    with held():
+    with held(), _lost("another process of the run is lost"):
         yield Sharded(config)
     dist.destroy_process_group()
