@@ -61,8 +61,8 @@ def train(
         )
     if num_processes() > 1 and settings.generation.engine == "vllm":
         raise ConfigError(
-            "generation.engine is 'vllm', which one process alone uses so far; expected 'transformers' on "
-            f"{num_processes()} processes"
+            "generation.engine is 'vllm', which one process alone uses so far; expected "
+            f"'transformers' on {num_processes()} processes"
         )
     from pgrpo.runs.display import Display, console
     from pgrpo.train import trainer
