@@ -192,6 +192,7 @@ def test_what_fails_on_one_fails_on_all(
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", FAULTY.replace("FAULTY_RANK", str(rank)))
     changes = {**UNEVEN, "rewards": [{"name": "faulty"}], "evaluation": [{"name": "persona"}]}
+    changes["run.checkpoint_every"] = 4
     config, run = write_config(tmp_path, changes), tmp_path / "run"
     assert ended(start_ranks(2, tmp_path / "said", "train", config, "--out", run)) == [2, 2]
     told, silent = said_by(tmp_path, 2)
@@ -203,7 +204,10 @@ def test_what_fails_on_one_fails_on_all(
     assert info.status == "failed"
     assert "out of paper" in info.error
     assert "in faulty" in (run / "log.txt").read_text(), "where it was raised, on whichever process"
-    # Nothing of the first step is lost, and the fault is no process's of another number.
+    saved = latest_checkpoint(run / "checkpoints")
+    assert saved is not None
+    assert saved.step == 1, "what all met in order costs no step"
+    # Nobody has the faulty process's number here.
     assert main(["train", "--resume", str(run)]) == 0
     expected = {**changes, "rewards": [{"name": "silent"}]}
     assert_same(run, train(tmp_path / "one", expected))

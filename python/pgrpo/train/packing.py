@@ -123,10 +123,10 @@ def _chunks(
         yield chunk
 
 
-def passes(
-    groups: Sequence[Sequence[TrainedRollout]], model: LanguageModel, token_budget: int
-) -> Iterator[Pass]:
-    """Consecutive rollouts in as few passes as the budget of tokens allows.
+def portions(
+    groups: Sequence[Sequence[TrainedRollout]], token_budget: int
+) -> Iterator[list[list[TrainedRollout]]]:
+    """Consecutive rollouts, by groups, in as few passes as the budget of tokens allows.
 
     A group is only split when it does not fit by itself; its prompt is then computed in each part.
     A single rollout beyond the budget gets a pass of its own.
@@ -137,16 +137,16 @@ def passes(
         prompt = len(group[0].rollout.prompt.token_ids)
         costs = [num_trained_tokens(trained.rollout) for trained in group]
         if done and used + prompt + sum(costs) > token_budget:
-            yield Pass(done, model)
+            yield done
             done, used = [], 0
         used += prompt
         part: list[TrainedRollout] = []
         for trained, cost in zip(group, costs, strict=True):
             if (done or part) and used + cost > token_budget:
-                yield Pass([*done, part] if part else done, model)
+                yield [*done, part] if part else done
                 done, part, used = [], [], prompt
             part.append(trained)
             used += cost
         done.append(part)
     if done:
-        yield Pass(done, model)
+        yield done

@@ -120,16 +120,16 @@ class Sharded:
 
     Args:
         config: the section `[parallel]`.
-        group: carries what processes tell each other; made here unless given.
+        agreed: the errors that all processes met; those that are beside each other share them.
     """
 
-    def __init__(self, config: ParallelConfig, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, config: ParallelConfig, agreed: list[BaseException] | None = None) -> None:
         self._config = config
         self._timeout = timedelta(seconds=config.timeout_s)
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # What is told is told through the processors, whatever carries gradients.
-        self._group: Any = group or dist.new_group(backend="gloo", timeout=self._timeout)
-        self._agreed: BaseException | None = None
+        self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
+        self._agreed: list[BaseException] = [] if agreed is None else agreed
         self.leads = self._rank == 0
 
     def share(self, costs: Sequence[float]) -> range:
@@ -179,16 +179,16 @@ class Sharded:
     def heed(self) -> None:
         """See `Ranks.heed`."""
         if any(self.gather(lambda: [take_interrupt()])):
-            self._agreed = KeyboardInterrupt()
-            raise self._agreed
+            self._agreed.append(KeyboardInterrupt())
+            raise self._agreed[-1]
 
     def agrees(self, error: BaseException) -> bool:
         """See `Ranks.agrees`."""
-        return error is self._agreed
+        return any(error is each for each in self._agreed)
 
     def beside(self) -> Sharded:
         """See `Ranks.beside`."""
-        return Sharded(self._config)
+        return Sharded(self._config, self._agreed)
 
     def shard(self, model: LanguageModel) -> None:
         """See `Ranks.shard`."""
@@ -211,7 +211,7 @@ class Sharded:
         if not self.leads and isinstance(error, PgrpoError):
             # The process that leads tells of it.
             error = ParallelError("")
-        self._agreed = error
+        self._agreed.append(error)
         raise error
 
 

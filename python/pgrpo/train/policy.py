@@ -29,7 +29,7 @@ from pgrpo.train.loss import (
     sum_over_completions,
     token_loss,
 )
-from pgrpo.train.packing import Chunk, Pass, TrainedRollout, num_trained_tokens, passes
+from pgrpo.train.packing import Chunk, Pass, TrainedRollout, num_trained_tokens, portions
 from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.types import FloatArray, Group, Rollout
 
@@ -135,7 +135,8 @@ class Policy:
 
         def read() -> list[FloatArray]:
             found: list[FloatArray] = []
-            for packed in passes(own, model, self._config.token_budget):
+            for portion in portions(own, self._config.token_budget):
+                packed = Pass(portion, model)
                 with model.autocast():
                     hidden = model.hidden(packed.layout)
                 found += self._read(model, hidden, packed)
@@ -228,10 +229,10 @@ class Policy:
                 parameter.grad = torch.zeros_like(parameter)
         with_gradient = [[t for t in group if self._has_gradient(t)] for group in groups]
         own = self._own([group for group in with_gradient if group])
-        todo = list(passes(own, self.model, self._config.token_budget))
+        todo = list(portions(own, self._config.token_budget))
         # Weights are brought together layer by layer, so all processes make as many passes.
         most = max(self._ranks.gather(lambda: [len(todo)]))
-        added = [self._backward(packed) for packed in todo]
+        added = [self._backward(Pass(portion, self.model)) for portion in todo]
         for _ in range(most - len(todo)):
             self._backward_of_nothing()
         # Sums of passes are added in one order on every process.
