@@ -7,6 +7,7 @@ torchrun itself.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -33,7 +34,9 @@ TIMEOUT_S = 120
 UNEVEN = {"run.prompts_per_step": 5, "run.eval_prompts": 11, "run.num_steps": 4}
 
 
-def _rank_in_child(arguments: Sequence[str], rank: int, size: int, port: int, said: Path) -> None:
+def _rank_in_child(
+    arguments: Sequence[str], rank: int, size: int, port: int, said: Path, limit: int | None
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -42,6 +45,8 @@ def _rank_in_child(arguments: Sequence[str], rank: int, size: int, port: int, sa
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     with (
         open(said / f"{rank}.txt", "w", encoding="utf-8", buffering=1) as file,
         redirect_stdout(file),
@@ -51,15 +56,16 @@ def _rank_in_child(arguments: Sequence[str], rank: int, size: int, port: int, sa
     sys.exit(code)
 
 
-def start_ranks(size: int, said: Path, *arguments: object) -> list[Any]:
-    """`pgrpo ARGUMENTS` on so many processes; what each says goes to SAID/RANK.txt."""
+def start_ranks(size: int, said: Path, *arguments: object, limit: int | None = None) -> list[Any]:
+    """`pgrpo ARGUMENTS` on so many processes; what each says goes to SAID/RANK.txt. Files may have
+    `limit` bytes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said.mkdir(parents=True, exist_ok=True)
     command = [str(argument) for argument in arguments]
     started = [
-        processes.Process(target=_rank_in_child, args=(command, rank, size, port, said))
+        processes.Process(target=_rank_in_child, args=(command, rank, size, port, said, limit))
         for rank in range(size)
     ]
     for process in started:
@@ -138,7 +144,9 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "adapters, sampled evaluations": (2, {"model.lora": {"rank": 2}, "run.eval_samples": 3}),
     "replaced groups": (2, {"run.resample": 2, "estimator": {"name": "grpo"}}),
     "copies": (4, {"parallel.replicate": 2}),
-    "passes of one rollout": (2, {"optimizer.token_budget": 20}),
+    "passes of one rollout": (2, {"optimizer.token_budget": 5}),
+    "nothing to evaluate for some": (3, {"run.eval_prompts": 1}),
+    "gradient checkpointing": (2, {"model.gradient_checkpointing": True}),
 }
 
 
@@ -211,6 +219,32 @@ def test_what_fails_on_one_fails_on_all(
     assert main(["train", "--resume", str(run)]) == 0
     expected = {**changes, "rewards": [{"name": "silent"}]}
     assert_same(run, train(tmp_path / "one", expected))
+
+
+def test_an_evaluation_that_fails_on_one_fails_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first of several calls of the engine, which the other process would go on with."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", FAULTY.replace("FAULTY_RANK", "1"))
+    changes = {**UNEVEN, "optimizer.token_budget": 15, "evaluation": [{"name": "faulty"}]}
+    changes |= {"run.eval_every": 1, "run.checkpoint_every": 4}
+    config, run = write_config(tmp_path, changes), tmp_path / "run"
+    assert ended(start_ranks(2, tmp_path / "said", "train", config, "--out", run)) == [2, 2]
+    told, silent = said_by(tmp_path, 2)
+    assert "out of paper" in told.strip().splitlines()[-1]
+    assert silent == ""
+    assert [saved.step for saved in list_checkpoints(run / "checkpoints")] == [1]
+
+
+def test_a_disk_that_refuses_one_ends_all(tmp_path: Path) -> None:
+    changes = {**UNEVEN, "run.checkpoint_every": 2}
+    config, run = write_config(tmp_path, changes), tmp_path / "run"
+    started = start_ranks(2, tmp_path / "said", "train", config, "--out", run, limit=150_000)
+    assert ended(started) == [2, 2]
+    told, silent = said_by(tmp_path, 2)
+    assert "cannot be written" in told.strip().splitlines()[-1]
+    assert silent == ""
 
 
 def test_groups_of_one_process_without_reward(

@@ -239,11 +239,9 @@ class ParallelConfig(Section):
     replicate: int = Field(default=1, ge=1)
     """How many copies of weights, gradients and moments there are. The processes of one copy hold a
     part of it each (FSDP2); several copies (HSDP) move less between nodes and take more memory."""
-    offload: bool = False
-    """Whether parts that are not needed at the moment lie in the processor's memory, not the GPU's."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """Seconds that a process waits for the others before it gives up: longer than a step's slowest
-    reward."""
+    """Seconds that a process waits for what the others tell before it gives up: longer than a step's
+    slowest reward."""
 
 
 class LossConfig(Section):

@@ -81,31 +81,23 @@ class LanguageModel:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
 
-    def shard(self, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    def shard(self, mesh: DeviceMesh) -> None:
         """Split the weights over the processes of a mesh (FSDP2): layer by layer, and the rest in one.
 
         Gradients are added up over the processes, not averaged.
 
         Args:
             mesh: [replicate, shard].
-            offload: keep parts that are not needed at the moment in the processor's memory.
         """
         # Here, for it takes a second that a run of one process need not wait.
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         bare = self.bare
-        options: dict[str, Any] = {"mesh": mesh}
-        if offload:
-            options["offload_policy"] = CPUOffloadPolicy()
         blocks: set[str] = set(bare._no_split_modules or ())
         layers = [module for module in bare.modules() if type(module).__name__ in blocks]
         self._shards = [*layers, bare]
         for module in self._shards:
-            fully_shard(module, **options)
+            fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         decoder = self.decoder

@@ -198,10 +198,15 @@ class Collector:
             kept = [group for group in kept if group not in idle]
             kept += self._sample(prompts, first, seed, watch)
             replaced += idle
-        if not any(np.isfinite(group.rewards).any() for group in kept):
-            raise PluginError(
-                f"no rollout of step {step} got a reward; there is nothing to learn from"
-            )
+
+        def require_reward() -> list[None]:
+            if not any(np.isfinite(group.rewards).any() for group in kept):
+                raise PluginError(
+                    f"no rollout of step {step} got a reward; there is nothing to learn from"
+                )
+            return []
+
+        self._peers.gather(require_reward)
         return Sampled(step, kept, replaced, watch)
 
     def fold(self, sampled: Sampled) -> Batch:

@@ -24,16 +24,20 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 
-from pgrpo.errors import CheckpointError, RunFolderError
+from pgrpo.errors import CheckpointError, PgrpoError, RunFolderError
 from pgrpo.runs.disk import disk_errors, flush
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.terminal import held
 from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -62,6 +66,7 @@ class Checkpoint:
             CheckpointError: they are not those of the model's parameters.
         """
         # Here and below, for it takes a second that who only looks at checkpoints need not wait.
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -81,8 +86,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"checkpoint {self.path} does not fit the model: {min(strangers)} differs"
             )
-        with _quietly():
-            load(tensors, storage_reader=reader)
+        with held(), _quietly():
+            try:
+                load(tensors, storage_reader=reader)
+            except CheckpointException as error:
+                raise CheckpointError(
+                    f"checkpoint {self.path} cannot be read: {_reason(error)}"
+                ) from error
 
 
 def save_checkpoint(
@@ -121,17 +131,14 @@ def save_checkpoint(
             (partial / "state.json").write_text(json.dumps({**state, "step": step}), "utf-8")
             _seal(partial, final)
 
-    def clear() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-
     ranks.first(make_room)
     try:
         ranks.gather(lambda: _save_moments(policy, partial / "optimizer", what))
         weights = policy.model.full_weights()
         ranks.first(complete)
-    except RunFolderError as error:
-        if ranks.agrees(error):
-            ranks.first(clear)
+    except PgrpoError:
+        if ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     ranks.first(lambda: _prune(folder, keep, best))
     return Checkpoint(final, step)
@@ -143,13 +150,21 @@ def _save_moments(policy: Policy, folder: Path, what: str) -> list[None]:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with disk_errors(what), _quietly():
+    # What interrupts torch here it takes for a failure of its own.
+    with held(), disk_errors(what), _quietly():
         try:
             save(_optimizer_tensors(policy), storage_writer=writer)
         except CheckpointException as error:
-            reason, _ = error.failures[min(error.failures)]
-            raise RunFolderError(f"{what}: {reason}") from error
+            raise RunFolderError(f"{what}: {_reason(error)}") from error
     return []
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    """Why torch failed to save or load; an interrupt that did not wait goes on as one."""
+    reason, _ = error.failures[min(error.failures)]
+    if isinstance(reason, KeyboardInterrupt):
+        raise reason
+    return reason
 
 
 def _seal(partial: Path, final: Path) -> None:

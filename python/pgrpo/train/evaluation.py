@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,26 @@ def evaluate(
     samples, budget = config.run.eval_samples, config.optimizer.token_budget
     size, seed = max(samples, 1), derive_seed(config.run.seed, "evaluation")
     costs = [size * len(prompt.token_ids) for prompt in prompts]
-    own = ranks.share(costs)
 
-    def make() -> list[Group]:
-        scored: list[Group] = []
-        start = own.start
-        while start < own.stop:
-            end, used = start, 0
-            while end < own.stop and (end == start or used + costs[end] <= budget):
-                used += costs[end]
-                end += 1
-            groups = engine.generate(
-                prompts[start:end], size, seed=seed, first=start, greedy=not samples
-            )
-            scored += scorer.score(groups)
-            start = end
-        return scored
+    def part(start: int, end: int) -> list[Group]:
+        own = ranks.share(costs[start:end])
+        first, last = start + own.start, start + own.stop
+        return scorer.score(
+            engine.generate(prompts[first:last], size, seed=seed, first=first, greedy=not samples)
+        )
 
-    scored = ranks.gather(make)
+    scored: list[Group] = []
+    start = 0
+    # All processes make as many calls, for weights may have to be brought together in each.
+    while start < len(prompts):
+        end, used = start, 0
+        while end < len(prompts) and (end == start or used + costs[end] <= budget):
+            used += costs[end]
+            end += 1
+        scored += ranks.gather(partial(part, start, end))
+        start = end
     values = np.array([group.rewards for group in scored])
-    if not np.isfinite(values).any():
-        raise PluginError("no held-out completion got a reward")
+    ranks.gather(partial(_require_reward, values))
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         places.setdefault(str(prompt.cluster_id), []).append(place)
@@ -115,6 +115,12 @@ def evaluate(
     )
     shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
     return record, [sample_record(step, group) for group in shown]
+
+
+def _require_reward(values: FloatArray) -> list[None]:
+    if not np.isfinite(values).any():
+        raise PluginError("no held-out completion got a reward")
+    return []
 
 
 def evaluate_run(

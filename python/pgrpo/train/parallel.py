@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -159,22 +159,16 @@ class Sharded:
     @contextmanager
     def alone(self, make: Callable[[], AbstractContextManager[T]]) -> Generator[T]:
         """See `Ranks.alone`."""
-        context = make() if self.leads else None
+        opened = ExitStack()
         entered: list[T] = []
-
-        def enter() -> None:
-            if context is not None:
-                entered.append(context.__enter__())
-
-        self.first(enter)
+        self.first(lambda: entered.append(opened.enter_context(make())))
         try:
             yield cast(T, entered[0] if entered else None)
         except BaseException as error:
-            if context is None or not context.__exit__(type(error), error, error.__traceback__):
+            if not opened.__exit__(type(error), error, error.__traceback__):
                 raise
         else:
-            if context is not None:
-                context.__exit__(None, None, None)
+            self.first(opened.close)
 
     def heed(self) -> None:
         """See `Ranks.heed`."""
@@ -197,7 +191,7 @@ class Sharded:
         replicate = self._config.replicate
         shape = (replicate, self._size // replicate)
         mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        model.shard(mesh, offload=self._config.offload)
+        model.shard(mesh)
 
     def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
         """Raise an error on every rank if there is one on any: that of the first rank that has one."""
