@@ -26,6 +26,7 @@ from conftest import (
     train,
     write_config,
 )
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from pgrpo.cli import main
 from pgrpo.rollout.collector import Collector
@@ -421,6 +422,26 @@ def test_a_signal_in_an_update_waits_for_its_end(
     assert main(["train", "--resume", str(run)]) == 130
     assert len(seen) == 7
     assert latest_checkpoint(run / "checkpoints") == found
+    resume(run)
+    assert trace(run) == trace(long_unbroken[0])
+
+
+def test_a_signal_while_moments_are_written_is_no_refusal_of_the_disk(
+    long_unbroken: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes what is raised in its threads and planners for a failure of the storage."""
+    run = tmp_path / "run"
+    write, seen = HuggingFaceStorageWriter.write_data, []
+
+    def interrupted(self: HuggingFaceStorageWriter, *arguments: Any) -> Any:
+        seen.append(None)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    assert main(["train", str(write_config(tmp_path, LONG)), "--out", str(run)]) == 130
+    assert RunFolder(run).info().status == "interrupted"
     resume(run)
     assert trace(run) == trace(long_unbroken[0])
 
