@@ -100,7 +100,9 @@ def run_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Tree:
         for i in range(12)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A run refuses to hold out a file that it trains on.
+    for name in ("rows.jsonl", "held_out.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree: Tree = {
         "run": {
             "num_steps": 3,
@@ -113,7 +115,7 @@ def run_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Tree:
         "data": {
             "name": "jsonl",
             "path": str(folder / "rows.jsonl"),
-            "evaluation_path": str(folder / "rows.jsonl"),
+            "evaluation_path": str(folder / "held_out.jsonl"),
             **({} if free else {"choices_column": "choices"}),
         },
         "clustering": {"name": "single"},
