@@ -95,7 +95,7 @@ def test_killed_anywhere(unbroken: Path, tmp_path: Path, kill_at: int) -> None:
 VARIANTS = {
     # Killed before there is a checkpoint, and between two.
     "no checkpoint yet": ({"run.checkpoint_every": 3}, 18),
-    "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 70),
+    "a checkpoint every third step": ({"run.checkpoint_every": 3, "run.num_steps": 5}, 85),
     "sampled evaluations": ({"run.eval_samples": 3}, 75),
     "groups without signal give their places to others": (
         {"run.resample": 2, "estimator": {"name": "grpo"}},
