@@ -350,8 +350,8 @@ class _Asking:
         width = values[-1] - values[0]
 
         def asked(this: Said) -> str:
-            # On a line of its own, what was said stands too far from what it was said of for a small
-            # model, which then learns nothing.
+            # A small model, untrained, finds the pattern best where what was said stands right behind
+            # what it was said of, not on a line of its own.
             return f"{_words(this)}\n{this.answers[0]}:"
 
         def word(this: Said) -> str:
