@@ -325,7 +325,11 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     ("changes", "out", "sentence"),
     [
         ({"parallel.replicate": 3}, True, "parallel.replicate is 3, and there are 2 processes"),
-        ({"generation.engine": "vllm"}, True, "generation.engine is 'vllm'"),
+        (
+            {"generation": {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}},
+            True,
+            "generation.vllm.tensor_parallel_size is 2, and each of 2 processes",
+        ),
         ({}, False, "train on several processes needs --out"),
     ],
 )

@@ -59,10 +59,11 @@ def train(
             f"--resume continues the run in {resume} with the config that lies there; {config} has "
             "no effect"
         )
-    if num_processes() > 1 and settings.generation.engine == "vllm":
+    vllm = settings.generation.vllm if settings.generation.engine == "vllm" else None
+    if vllm and num_processes() > 1 and vllm.tensor_parallel_size > 1 and not vllm.servers:
         raise ConfigError(
-            "generation.engine is 'vllm', which one process alone uses so far; expected "
-            f"'transformers' on {num_processes()} processes"
+            f"generation.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, and each of "
+            f"{num_processes()} processes has a vLLM of its own; expected 1, or servers"
         )
     from pgrpo.runs.display import Display, console
     from pgrpo.train import trainer

@@ -157,6 +157,7 @@ class Assembly:
             config.generation,
             self.model,
             config.model,
+            self.ranks,
             may_sleep=config.run.pipeline == "synchronous",
         )
         return self._open.enter_context(closing(engine))
