@@ -30,7 +30,8 @@ CLUSTERS = 900
 
 
 def open_node(folder: Path, node: str, **options: Any) -> NodeHistories:
-    return NodeHistories(folder / node, node, **{"capacity": 4096, **options})
+    settings: dict[str, Any] = {"capacity": 4096, **options}
+    return NodeHistories(folder / node, node, **settings)
 
 
 def batch(node: str, step: int, worker: int, call: int) -> tuple[Any, Any]:
@@ -365,8 +366,9 @@ def test_sums_of_groups_go_along(tmp_path: Path) -> None:
 def test_what_deltas_cannot_hold_is_refused(
     tmp_path: Path, options: dict[str, Any], complaint: str
 ) -> None:
+    settings: dict[str, Any] = {"node": "a", **options}
     with pytest.raises(ConfigError, match=complaint):
-        NodeHistories(tmp_path / "folder", **{"node": "a", **options})
+        NodeHistories(tmp_path / "folder", **settings)
     assert not (tmp_path / "folder").exists()
 
 

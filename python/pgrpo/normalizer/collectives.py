@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.errors import ConfigError
@@ -72,7 +73,7 @@ def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) 
     deltas: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(deltas, node.seal(step), group=group)
     names = sorted(delta.node for delta in deltas)
-    for name, other in zip(names, names[1:], strict=False):
+    for name, other in pairwise(names):
         if name == other:
             raise ConfigError(f"two ranks are of node {name!r}; expected one rank of each node")
     for delta in deltas:

@@ -106,7 +106,8 @@ class NodeHistories:
                 f"node is {short(node)}; expected letters, digits, '.', '_' and '-' alone"
             )
         # What deltas cannot hold is refused as where they are tracked.
-        ClusterNormalizer(estimator, **{**options, "track_delta": True})
+        made: dict[str, Any] = {"estimator": estimator, **options}
+        ClusterNormalizer(**{**made, "track_delta": True})
         if _core.RULES[estimator].reads_score_norms:
             raise ConfigError(
                 f"estimator is {estimator!r}, whose regression measures a step by all histories, "
@@ -114,7 +115,7 @@ class NodeHistories:
             )
         self.node = node
         self._folder = Path(folder)
-        self._made: dict[str, Any] = {"estimator": estimator, **options}
+        self._made = made
         self._capacity = capacity
         self._current: tuple[int, ClusterNormalizer | None] | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ class NodeHistories:
             return self._histories.normalize(rewards, clusters, groups, **columns)
         # All histories first, for they refuse what the step's would not: groups that are missing.
         found = self._histories.advantages(rewards, clusters, groups, **columns)
-        self._keep(table, rewards, clusters, groups, **columns)
+        self._keep(table, rewards, clusters, groups, columns)
         return found
 
     def update(
@@ -172,7 +173,7 @@ class NodeHistories:
         table = self._table_of(step)
         if table is not None:
             self._histories.update(rewards, clusters, groups, **columns)
-            self._keep(table, rewards, clusters, groups, **columns)
+            self._keep(table, rewards, clusters, groups, columns)
 
     def seal(self, step: int) -> Delta:
         """What this node folded in a step, for `merge` in all other nodes.
@@ -271,10 +272,17 @@ class NodeHistories:
             whole.save(self._folder / f"base-{step}")
             self._sweep()
 
-    def _keep(self, table: ClusterNormalizer, *batch: Any, **columns: Unpack[Columns]) -> None:
+    def _keep(
+        self,
+        table: ClusterNormalizer,
+        rewards: Any,
+        clusters: Ids,
+        groups: Ids | None,
+        columns: Columns,
+    ) -> None:
         """Fold into the table of a step what all histories have already."""
         try:
-            table.update(*batch, **columns)
+            table.update(rewards, clusters, groups, **columns)
         except DataError:
             # The step was sealed meanwhile: all histories hold what no delta will.
             self._mark.touch()
