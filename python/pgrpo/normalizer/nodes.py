@@ -107,7 +107,8 @@ class NodeHistories:
             )
         # What deltas cannot hold is refused as where they are tracked.
         made: dict[str, Any] = {"estimator": estimator, **options}
-        ClusterNormalizer(**{**made, "track_delta": True})
+        tracked: dict[str, Any] = {**made, "track_delta": True}
+        ClusterNormalizer(**tracked)
         if _core.RULES[estimator].reads_score_norms:
             raise ConfigError(
                 f"estimator is {estimator!r}, whose regression measures a step by all histories, "
