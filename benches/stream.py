@@ -36,7 +36,7 @@ from pgrpo import ClusterNormalizer
 from pgrpo.normalizer.nodes import NodeHistories
 from pgrpo.runs.metrics import processor_name
 
-CONTENDERS = ("table", "node", "queue")
+CONTENDERS: tuple[str, ...] = ("table", "node", "queue")
 TARGET = 1e6
 """Rewards a second that the stream is to take, on two cores."""
 DRAIN = 1 << 16
@@ -161,8 +161,6 @@ def run(
             arguments = (queue, num_clusters, total, theirs)
             consumer = spawning.Process(target=consume, args=arguments)
             consumer.start()
-        else:
-            kept = opened() if contender == "table" else node()
         senders = [
             spawning.Process(target=send, args=(fold, own, size, ready, ends)) for own in shares
         ]
@@ -175,7 +173,7 @@ def run(
             consumer.join()
         else:
             end = max(end for _, end in times)
-            histories = kept if isinstance(kept, ClusterNormalizer) else kept.histories
+            histories = opened()
             found = of_snapshot(histories.state_dict(), num_clusters)
         for sender in senders:
             sender.join()
@@ -238,8 +236,8 @@ def main() -> None:
                 share(num_clusters, options.rewards // processes, number)
                 for number in range(processes)
             ]
-            every = (np.concatenate(part) for part in zip(*shares, strict=True))
-            expected = moments(*every, num_clusters)
+            rewards, clusters = (np.concatenate(part) for part in zip(*shares, strict=True))
+            expected = moments(rewards, clusters, num_clusters)
             for size in (64, 1024):
                 rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
                 worst = dict.fromkeys(CONTENDERS, 0.0)
