@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.errors import CheckpointError, ConfigError, DataError
-from pgrpo.normalizer import _core
 from pgrpo.normalizer.arrays import short
 from pgrpo.normalizer.cluster_normalizer import ClusterNormalizer
 from pgrpo.normalizer.options import Options
@@ -34,6 +33,12 @@ if TYPE_CHECKING:
 
 NODE = re.compile(r"[A-Za-z0-9._-]+")
 """Names of nodes are parts of names of files."""
+
+UNMERGED = {
+    "rae": "its exponential mean knows an order of rewards, and deltas may come in any",
+    "auto": "its regression measures each step by all histories, and a delta knows its step alone",
+}
+"""Estimators that deltas cannot serve, and why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,9 @@ class NodeHistories:
     has to come again, and who opens the folder next makes the table of all histories anew: processes
     that still have the old one mapped meet a DataError in their next call, and open the folder again.
     A call that is killed may have folded some of its clusters, as `ClusterNormalizer.shared` tells:
-    after it, `rewind` drops what was not sealed, and the step is done again. A step that was sealed
-    may be done again too; its rewards are in the histories then and are not folded twice.
+    after it, `rewind` drops what was not sealed, and the step is done again. Steps that were sealed
+    before a `rewind` may be done again too; their rewards are in the histories, and are not folded
+    twice. Without a `rewind`, a call of a sealed step is one that comes too late, and is refused.
 
     **The folder** lies best in memory, as under `/dev/shm`: that outlives processes, not the machine.
     A node that has lost it, or comes new, begins with a copy of another node's folder, or with that
@@ -91,8 +97,10 @@ class NodeHistories:
         Args:
             folder: of this node alone.
             node: this node's name, of letters, digits, `.`, `_` and `-`.
-            estimator: as of a `ClusterNormalizer`. Neither `rae`, whose mean knows an order that
-                deltas do not have, nor `auto`, whose regression measures each step by all histories.
+            estimator: as of a `ClusterNormalizer`, but neither `rae` nor `auto`. The exponential mean
+                of `rae` knows an order of rewards, and deltas may come in any; the regression of
+                `auto` measures each step by all histories, and a delta knows its step alone. For
+                these, gather the rewards of all ranks instead (`pgrpo.integrations.torch`).
             capacity: as of `ClusterNormalizer.shared`, the same in all processes.
             **options: as of a `ClusterNormalizer`; `forgetting` below 1 is refused, for deltas do not
                 tell how much was forgotten.
@@ -105,21 +113,22 @@ class NodeHistories:
             raise ConfigError(
                 f"node is {short(node)}; expected letters, digits, '.', '_' and '-' alone"
             )
-        # What deltas cannot hold is refused as where they are tracked.
+        if estimator in UNMERGED:
+            raise ConfigError(
+                f"estimator is {estimator!r}: {UNMERGED[estimator]}; expected another estimator"
+            )
+        # What else deltas cannot hold is refused as where they are tracked.
         made: dict[str, Any] = {"estimator": estimator, **options}
         tracked: dict[str, Any] = {**made, "track_delta": True}
         ClusterNormalizer(**tracked)
-        if _core.RULES[estimator].reads_score_norms:
-            raise ConfigError(
-                f"estimator is {estimator!r}, whose regression measures a step by all histories, "
-                "and a node's delta holds the step alone; expected another estimator"
-            )
         self.node = node
         self._folder = Path(folder)
         self._made = made
         self._capacity = capacity
         self._current: tuple[int, ClusterNormalizer | None] | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # Apart from these many, what is looked for in every call is found in a small folder.
+        for of in (self._deltas_folder, self._steps_folder):
+            of.mkdir(parents=True, exist_ok=True)
         with self._locked():
             # Whoever merges holds the lock, so a mark that is there now was left by a killed process.
             if self._mark.exists() or not self._table.exists():
@@ -141,7 +150,7 @@ class NodeHistories:
     ) -> Any:
         """Fold a batch of a step and return its advantages, by the histories as they are then.
 
-        If the step was sealed, the batch is taken for one that is done again: it is not folded.
+        If the step was sealed before the last `rewind`, it is done again, and nothing is folded.
 
         Args:
             step: the step, from 0 on.
@@ -151,8 +160,8 @@ class NodeHistories:
             **columns: [N] each.
 
         Raises:
-            DataError: as there, or the step was sealed since this process's last call, or the
-                histories were made again: open the folder anew.
+            DataError: as there, or the step was sealed, or the histories were made again: open the
+                folder anew.
         """
         table = self._table_of(step)
         if table is None:
@@ -179,8 +188,8 @@ class NodeHistories:
     def seal(self, step: int) -> Delta:
         """What this node folded in a step, for `merge` in all other nodes.
 
-        Call it once all calls of the step have returned: a later one is refused, or taken for one
-        that is done again. Sealed again, a step gives the same delta.
+        Call it once all calls of the step have returned; later ones are refused, in all processes.
+        Sealed again, a step gives the same delta.
 
         Raises:
             CheckpointError: the delta cannot be written, or was compacted away.
@@ -193,7 +202,7 @@ class NodeHistories:
                 )
             if not path.exists():
                 self._open(self._step_file(step)).save(path)
-            self._drop(self._step_file(step))
+            self._close(self._step_file(step))
             self._current = None
             return Delta(step, self.node, read_file(path))
 
@@ -250,7 +259,7 @@ class NodeHistories:
                 )
             # Should this be killed, who opens the folder next goes on with it.
             self._mark.touch()
-            for path in self._folder.glob("step-*"):
+            for path in self._steps_folder.glob("[0-9]*"):
                 self._drop(path)
             for later, _, path in list(self._deltas()):
                 if step is not None and later > step:
@@ -302,22 +311,30 @@ class NodeHistories:
         """It is there while the table of all histories is not what the deltas make."""
         return self._folder / "merging"
 
+    @property
+    def _deltas_folder(self) -> Path:
+        return self._folder / "deltas"
+
+    @property
+    def _steps_folder(self) -> Path:
+        return self._folder / "steps"
+
     def _step_file(self, step: int) -> Path:
-        """The table of what this node folds in a step, until it is sealed."""
-        return self._folder / f"step-{step}"
+        """The table of what this node folds in a step; empty once it is sealed, until a rewind."""
+        return self._steps_folder / str(step)
 
     def _file_of(self, step: int, node: str) -> Path:
         if isinstance(step, bool) or step < 0 or not NODE.fullmatch(node):
             raise DataError(
                 f"delta is of step {step} and node {short(node)}; expected 0 and a name"
             )
-        return self._folder / f"delta-{step}-{node}"
+        return self._deltas_folder / f"{step}-{node}"
 
     def _deltas(self) -> Iterator[tuple[int, str, Path]]:
         """Step, node and file of each delta, in this order, so that all rebuild the same bits."""
         found: list[tuple[int, str, Path]] = []
-        for path in self._folder.glob("delta-*"):
-            _, step, node = path.name.split("-", 2)
+        for path in self._deltas_folder.glob("[0-9]*"):
+            step, node = path.name.split("-", 1)
             found.append((int(step), node, path))
         return iter(sorted(found))
 
@@ -330,11 +347,19 @@ class NodeHistories:
         return self._file_of(step, node).exists() or step <= self._compacted()
 
     def _table_of(self, step: int) -> ClusterNormalizer | None:
-        """The table of a step; None if it was sealed."""
+        """The table of a step; None if it is done again."""
         current = self._current
         if current is None or current[0] != step:
-            sealed = self._holds(step, self.node)
-            current = step, None if sealed else self._open(self._step_file(step))
+            path = self._step_file(step)
+            if not self._holds(step, self.node):
+                current = step, self._open(path)
+            elif path.exists():
+                raise DataError(
+                    f"step {step} of {self.node!r} was sealed; expected its calls before that, or "
+                    "rewind() before it is done again"
+                )
+            else:
+                current = step, None
             self._current = current
         return current[1]
 
@@ -356,8 +381,9 @@ class NodeHistories:
         table = self._open(new)
         for path in self._sources():
             table.merge(read_file(path))
-        for path in self._folder.glob("step-*"):
-            table.merge(self._open(path))
+        for path in self._steps_folder.glob("[0-9]*"):
+            if path.stat().st_size:
+                table.merge(self._open(path))
         del table
         self._drop(self._table)
         new.replace(self._table)
@@ -369,21 +395,26 @@ class NodeHistories:
         for path in self._folder.glob("base-*"):
             if path.name != f"base-{base}":
                 path.unlink()
-        for path in self._folder.glob("step-*"):
-            if path.stat().st_size == 0:
-                path.unlink()
+        for path in self._steps_folder.glob("[0-9]*"):
+            if int(path.name) <= base:
+                self._drop(path)
         for step, node, path in list(self._deltas()):
             if step <= base:
                 path.unlink()
             elif node == self.node:
-                self._drop(self._step_file(step))
+                self._close(self._step_file(step))
 
     @staticmethod
-    def _drop(table: Path) -> None:
-        """Delete a table so that whoever still has it mapped meets an error, not a stale table."""
+    def _close(table: Path) -> None:
+        """Empty a table, so that whoever still has it mapped meets an error, not a stale table."""
         with contextlib.suppress(FileNotFoundError):
             os.truncate(table, 0)
-            table.unlink()
+
+    @classmethod
+    def _drop(cls, table: Path) -> None:
+        """Empty a table and delete it."""
+        cls._close(table)
+        table.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None, None, None]:
