@@ -18,6 +18,7 @@ measured as well, which is what `scale_simulation.py` reckons with.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -187,37 +188,46 @@ def run(
     return total / (end - min(begin for begin, _ in times)), max(errors)
 
 
-def handing_over(num_clusters: int, rounds: int) -> dict[str, float]:
-    """Median seconds of sealing a step that met so many clusters twice, and of merging its delta, into
-    histories of as many others."""
+def handing_over(num_clusters: int, size: int, rounds: int) -> dict[str, float]:
+    """Median processor seconds of what nodes hand over, where histories hold all of so many clusters:
+    of a process's first call in a step, of sealing a step of so many rewards, of merging its delta.
+
+    Work in memory alone: what other programs of the machine take is none of it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="pgrpo-stream-", dir="/dev/shm"))
-    clusters = np.arange(num_clusters).repeat(2)
-    rewards = np.tile([0.0, 1.0], num_clusters)
-    seal: list[float] = []
-    merge: list[float] = []
+    spent: dict[str, list[float]] = {"begin_s": [], "seal_s": [], "merge_s": []}
+    met: list[int] = []
+    length: list[int] = []
+
+    def timed(what: str, call: Callable[[], Any]) -> Any:
+        begin = time.process_time()
+        found = call()
+        spent[what].append(time.process_time() - begin)
+        return found
+
     try:
-        nodes = [NodeHistories(folder / n, n, capacity=2 * num_clusters) for n in ("a", "b")]
-        # All names are known beforehand, as they are after the first steps.
-        for node in nodes:
-            node.histories.update(rewards, clusters)
-        size = 0
+        first, second, other = (
+            NodeHistories(folder / name, name, capacity=num_clusters)
+            for name in ("node", "node", "other")
+        )
+        everybody = np.arange(num_clusters)
+        for histories in (first.histories, other.histories):
+            histories.update(np.zeros(num_clusters), everybody)
         for step in range(rounds):
-            nodes[0].update(step, rewards, clusters)
-            begin = time.perf_counter()
-            delta = nodes[0].seal(step)
-            seal.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
-            assert nodes[1].merge(delta)
-            merge.append(time.perf_counter() - begin)
-            size = len(delta.histories)
+            rewards, clusters = share(num_clusters, size, step)
+            first.update(step, rewards, clusters)
+            timed("begin_s", lambda step=step: second.update(step, [1.0], [0]))
+            delta = timed("seal_s", lambda step=step: first.seal(step))
+            assert timed("merge_s", lambda delta=delta: other.merge(delta))
+            met.append(len(np.unique(clusters)))
+            length.append(len(delta.histories))
     finally:
         shutil.rmtree(folder)
-    median = statistics.median
     return {
         "clusters": num_clusters,
-        "seal_s": median(seal),
-        "merge_s": median(merge),
-        "bytes": size,
+        "clusters_of_delta": statistics.median(met),
+        **{what: statistics.median(seconds) for what, seconds in spent.items()},
+        "bytes": statistics.median(length),
     }
 
 
@@ -227,7 +237,21 @@ def main() -> None:
     parser.add_argument("--rewards", type=int, default=1 << 21, help="of all processes together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--hand-over", action="store_true", help="that alone, into the result that is there"
+    )
     options = parser.parse_args()
+    hand_over = [
+        handing_over(num_clusters, size, 40)
+        for num_clusters in (10_000, 1_000_000)
+        for size in (64, 512, 4096, 32_768, 262_144)
+    ]
+    for entry in hand_over:
+        print(entry, flush=True)
+    if options.hand_over:
+        result = {**json.loads(options.out.read_text()), "hand_over": hand_over}
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        return
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     for num_clusters in (100, 10_000, 1_000_000):
@@ -269,9 +293,6 @@ def main() -> None:
                     for name, rate in rates.items()
                 )
                 print(f"{where}: {shown}", flush=True)
-    hand_over = [handing_over(num, 5) for num in (100, 1_000, 10_000, 100_000, 1_000_000)]
-    for entry in hand_over:
-        print(entry, flush=True)
     result = {
         "date": history.today(),
         "processor": processor_name(),
