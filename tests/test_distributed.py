@@ -169,6 +169,7 @@ def exchanged(rank: int, size: int, folder: str) -> Stats:
     path = Path(folder, f"node {rank}")
     for step in (0, 1, 1):
         node = NodeHistories(path, f"node-{rank}", "shrinkage", capacity=64)
+        node.rewind()
         node.update(step, *shard(rank, step))
         exchange(node, step)
     return stats(node.histories)

@@ -6,8 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.errors import ConfigError
-from pgrpo.normalizer import ClusterNormalizer
-from pgrpo.normalizer.nodes import NodeHistories
+from pgrpo.normalizer import ClusterNormalizer, NodeHistories
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,7 +56,8 @@ def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) 
 
     It is a collective call of one rank of each node, made once all calls of the step have returned in
     all processes of the node. If a rank is lost in it, it may be made again, by those as well that were
-    done with it: a delta is counted once.
+    done with it: a delta is counted once. A node whose processes were killed in the step calls `rewind`
+    first.
 
     Args:
         node: this node's histories.
