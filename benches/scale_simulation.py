@@ -177,7 +177,8 @@ class Simulation:
         while self.events:
             self.now, _, node, process, frees = heapq.heappop(self.events)
             if frees and node.queue:
-                self.after(*node.queue.popleft(), node, True)
+                seconds, waiting = node.queue.popleft()
+                self.after(seconds, waiting, node, True)
             else:
                 node.idle += frees
             self.go_on(node, process)
@@ -232,13 +233,13 @@ class Simulation:
                 if want():
                     continue
                 node.blocked.append((want, process))
-            elif isinstance(want, float):
+            elif not isinstance(want, tuple):
                 self.after(want, process, node, False)
             elif node.idle:
                 node.idle -= 1
-                self.after(*want, process, node, True)
+                self.after(want[0], process, node, True)
             else:
-                node.queue.append((*want, process))
+                node.queue.append((want[0], process))
             return
 
     def look(self, node: Node) -> None:
@@ -384,7 +385,9 @@ def error(kind: str, nodes: int, calls: int, num_clusters: int) -> dict[str, Any
                         "advantages": int(of.sum()),
                         "missing_share": float(lacking[of].sum() / count[of].sum()),
                         "error": float(np.sqrt(squares[of].mean()) / true.std()),
-                        "theory": float(np.sqrt(theory[of].mean()) / true.std()),
+                        "theory": float(np.sqrt(theory[of].mean()) / true.std())
+                        if kind == "steady"
+                        else None,
                     }
                 )
         rows.append(
@@ -533,7 +536,7 @@ def picture(result: dict[str, Any]) -> str:
             rate_panel.curve([(row["workers"], row["rewards_per_second"]) for row in rows], color)
         )
         legend.append((600, color, "", words))
-    legend.append((600, "#555", "2 4", "10^6 rewards a second"))
+    legend.append((600, "#555", "2 4", "10⁶ rewards a second"))
     lines: dict[float, int] = {}
     for left, color, dashes, words in legend:
         y = 432 + 20 * lines.setdefault(left, 0)
@@ -571,14 +574,15 @@ def main() -> None:
         "date": history.today(),
         "processor": processor_name(),
         "measured": measured["date"],
-        # The merges of the real histories, and what the simulation by events would reckon them at.
+        # Of the real histories, and what the simulation by events would reckon.
         "merge_s": statistics.median(found["merge_s"] for found in errors),
         "merge_s_reckoned": costs(measured, num_clusters, calls * CALL).merge_s,
         "throughput": rows,
         "error": errors,
     }
+    ratios = {"a merge, seen against reckoned": result["merge_s"] / result["merge_s_reckoned"]}
     if options.out:
-        history.write(options.out, "scale_simulation", result, {})
+        history.write(options.out, "scale_simulation", result, ratios)
     if options.figure:
         options.figure.write_text(picture(result), "utf-8")
 

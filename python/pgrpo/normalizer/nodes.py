@@ -271,7 +271,8 @@ class NodeHistories:
     def compact(self, step: int) -> None:
         """Make one file of all deltas up to a step, all of which must be there, as at a checkpoint.
 
-        From then on every delta of such a step is taken for one that was counted.
+        From then on every delta of such a step is taken for one that was counted, and every call for
+        one of a step that is done again.
         """
         with self._locked():
             if step <= self._compacted():
