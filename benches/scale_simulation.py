@@ -570,7 +570,7 @@ def main() -> None:
         errors.append(error(kind, nodes, calls, num_clusters))
         print(errors[-1], flush=True)
     rows = throughput(measured, options.steps)
-    result = {
+    result: dict[str, Any] = {
         "date": history.today(),
         "processor": processor_name(),
         "measured": measured["date"],
