@@ -30,36 +30,52 @@ class Device:
     """In bytes."""
     bandwidth: float
     """Of the memory, in bytes/s."""
+    link: float
+    """To each of the other devices of its node, in bytes/s and direction."""
     source: str
     """Where the figures are from."""
+    launch_s: float = 4e-6
+    """Seconds that Python and PyTorch take to start an operator. The default is a rough figure: eager
+    layers of transformers then take .7 ms however small they are."""
+    attention: float = 0.5
+    """What attention's products reach of the speed of the others; the default is about what
+    FlashAttention-2 does beside cuBLAS (Dao 2023, arXiv 2307.08691)."""
+    draw_s: float = 3e-9
+    """Seconds per logit that drawing a token takes the processor, to which the transformers engine
+    moves them; the default was measured on one thread of an AMD EPYC (benches/plan.py)."""
     measured: bool = False
-    """Whether they are what is reached, not what the manufacturer says is possible."""
+    """Whether the figures are what is reached, not what the manufacturer says is possible."""
+    waits: bool = False
+    """Whether a kernel is started when the one before is through, as on a CPU; on a GPU kernels are
+    started meanwhile."""
 
 
 _NVIDIA = "NVIDIA's data sheet"
 # The data sheets give Tensor Core figures with 2:4 sparsity, except that of the A100 and the white
-# paper on the RTX 4090, which give both; dense ones are half.
+# paper on the RTX 4090, which give both; dense ones are half. Links are NVLink, of which the sheets add
+# both directions, or 16 lanes of PCIe 4.
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-40gb", 312e12, 19.5e12, 40e9, 1.555e12, f"{_NVIDIA} A100 40GB SXM"),
-        Device("a100-80gb", 312e12, 19.5e12, 80e9, 2.039e12, f"{_NVIDIA} A100 80GB SXM"),
-        Device("h100", 989.5e12, 67e12, 80e9, 3.35e12, f"{_NVIDIA} H100 SXM: 1,979 sparse"),
-        Device("h200", 989.5e12, 67e12, 141e9, 4.8e12, f"{_NVIDIA} H200 SXM: 1,979 sparse"),
-        Device("b200", 2.25e15, 75e12, 180e9, 8e12, f"{_NVIDIA} HGX B200: 8 x 4,500 sparse"),
-        Device("l4", 121e12, 30.3e12, 24e9, 0.3e12, f"{_NVIDIA} L4: 242 sparse"),
-        Device("l40s", 362e12, 91.6e12, 48e9, 0.864e12, f"{_NVIDIA} L40S: 733 sparse, rounded"),
+        Device("a100-40gb", 312e12, 19.5e12, 40e9, 1.555e12, 300e9, f"{_NVIDIA} A100 40GB SXM"),
+        Device("a100-80gb", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, f"{_NVIDIA} A100 80GB SXM"),
+        Device("h100", 989.5e12, 67e12, 80e9, 3.35e12, 450e9, f"{_NVIDIA} H100 SXM"),
+        Device("h200", 989.5e12, 67e12, 141e9, 4.8e12, 450e9, f"{_NVIDIA} H200 SXM"),
+        Device("b200", 2.25e15, 75e12, 180e9, 8e12, 900e9, f"{_NVIDIA} HGX B200"),
+        Device("l4", 121e12, 30.3e12, 24e9, 0.3e12, 32e9, f"{_NVIDIA} L4"),
+        Device("l40s", 362e12, 91.6e12, 48e9, 0.864e12, 32e9, f"{_NVIDIA} L40S"),
         Device(
             "rtx-4090",
             165.2e12,
             82.6e12,
             24e9,
             1.008e12,
+            32e9,
             "NVIDIA's white paper on the Ada architecture, appendix A, fp32 accumulation",
         ),
     )
 }
-"""Graphics processors by name; a FLOP/s figure of `bf16` is that of Tensor Cores without sparsity."""
+"""Graphics processors by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,16 +323,47 @@ def memory(shape: Shape, setup: Setup) -> Memory:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Kernels of one kind, which are as long as their arithmetic or their memory traffic."""
+    """Kernels of one kind, which take as long as their arithmetic or their memory traffic."""
 
     flops: float
     num_bytes: float
+    attends: bool = False
+    """Whether they are attention's products."""
+    launches: float = 0
+    """Operators that start them, and those that are told beside them."""
+    received: float = 0
+    """Bytes from other ranks."""
+    drawn: float = 0
+    """Logits that tokens are drawn from."""
+
+    def times(self, number: float) -> Kernels:
+        """So many times the same."""
+        return Kernels(
+            number * self.flops,
+            number * self.num_bytes,
+            self.attends,
+            number * self.launches,
+            number * self.received,
+            number * self.drawn,
+        )
 
     def seconds(self, setup: Setup, device: Device, efficiency: float) -> float:
         """How long they take, where matrix products reach this share of the device's speed."""
         peak = device.fp32_flops if setup.precision == "fp32" else device.flops
         reached = peak * (1 if device.measured else efficiency)
-        return max(self.flops / reached, self.num_bytes / device.bandwidth)
+        if self.attends:
+            reached *= device.attention
+        took = max(self.flops / reached, self.num_bytes / device.bandwidth)
+        if self.received:
+            took += self.received / device.link
+        return took + self.drawn * device.draw_s
+
+
+def _launches(shape: Shape) -> int:
+    """Operators that the forward pass of a layer starts, views among them, counted in transformers
+    5.23: 159 to 175 in Llama and Gemma, 173 to 191 in Qwen3, by precision, and some ten fewer where a
+    token is added to each completion."""
+    return 180 if shape.heads_normed else 163
 
 
 def forward(shape: Shape, setup: Setup, work: Packed) -> list[Kernels]:
@@ -351,8 +398,9 @@ def forward(shape: Shape, setup: Setup, work: Packed) -> list[Kernels]:
         Kernels(
             4.0 * shape.query * scores * layers,
             a * layers * (2.0 * tokens * shape.query + 2.0 * shape.key * tokens),
+            attends=True,
         ),
-        Kernels(0, layers * elementwise + converted),
+        Kernels(0, layers * elementwise + converted, launches=layers * _launches(shape)),
     ]
 
 
@@ -367,8 +415,9 @@ def backward(shape: Shape, setup: Setup, work: Packed) -> list[Kernels]:
         added += 4.0 * w * shape.vocab * shape.hidden
     found = [
         Kernels(matrices.flops * (1 + trained), matrices.num_bytes * (1 + trained)),
-        Kernels(2 * attention.flops, 2 * attention.num_bytes),
-        Kernels(0, 2 * elementwise.num_bytes + added),
+        Kernels(2 * attention.flops, 2 * attention.num_bytes, attends=True),
+        # 234 to 292 operators a layer, counted as in `_launches`.
+        Kernels(0, 2 * elementwise.num_bytes + added, launches=1.5 * elementwise.launches),
     ]
     return [*found, *forward(shape, setup, work)] if setup.gradient_checkpointing else found
 
@@ -378,9 +427,10 @@ def head_forward(shape: Shape, setup: Setup, rows: int) -> list[Kernels]:
     width = shape.vocab if setup.options is None else setup.options
     chunks = ceil(rows * shape.vocab / setup.chunk_logits)
     weights = width * shape.hidden * setup.compute_bytes * chunks
+    converted = 6.0 * shape.vocab * shape.hidden if setup.precision == "autocast" else 0.0
     return [
         Kernels(2.0 * rows * shape.hidden * width, weights + 4.0 * rows * width),
-        Kernels(0, 9 * 4.0 * rows * width),
+        Kernels(0, 9 * 4.0 * rows * width + converted),
     ]
 
 
@@ -398,7 +448,7 @@ def head_backward(shape: Shape, setup: Setup, rows: int) -> list[Kernels]:
 
 
 def decode(shape: Shape, setup: Setup, *, shared: bool = True) -> list[Kernels]:
-    """All tokens of a rank's completions after their first, one by one; sampling all of them."""
+    """All tokens of a rank's completions after their first, one by one, and the logits of all."""
     prompts, size = setup.own_prompts, setup.group_size
     n, steps, a = prompts * size, setup.completion_tokens - 1, setup.compute_bytes
     width = shape.vocab if setup.options is None else setup.options
@@ -406,24 +456,34 @@ def decode(shape: Shape, setup: Setup, *, shared: bool = True) -> list[Kernels]:
     own = n * steps * (steps + 1) // 2
     read = (prompts if shared else n) * setup.prompt_tokens * steps + own
     one = forward(shape, setup, Packed(0, n, 0, 0, 0, 0))
-    found = [Kernels(steps * part.flops, steps * part.num_bytes) for part in (one[0], one[2])]
+    found = [part.times(steps) for part in (one[0], one[2])]
     scores = n * setup.prompt_tokens * steps + own
     if setup.precision == "autocast":
         # The weights are converted once, with the prompts.
-        found[1] = Kernels(0, found[1].num_bytes - 6.0 * steps * shape.matrices)
+        read_once = 6.0 * steps * shape.matrices
+        found[1] = Kernels(0, found[1].num_bytes - read_once, launches=found[1].launches)
     return [
         *found,
         Kernels(
             4.0 * shape.query * scores * shape.num_layers,
             a * shape.num_layers * (2.0 * shape.key * read + 6.0 * shape.num_heads * scores),
+            attends=True,
         ),
         Kernels(
             2.0 * n * shape.hidden * width * (steps + 1),
             (steps + 1) * width * shape.hidden * a,
         ),
-        # In fp32 divided and normalised, in float64 summed up.
-        Kernels(0, (steps + 1) * n * width * 80.0),
     ]
+
+
+def sampling(shape: Shape, setup: Setup) -> Kernels:
+    """The tokens of all completions of a rank, drawn from their logits."""
+    rows = setup.own_prompts * setup.group_size * setup.completion_tokens
+    drawn = float(rows * (shape.vocab if setup.options is None else setup.options))
+    if setup.engine == "transformers":
+        return Kernels(0, 0, drawn=drawn)
+    # vLLM does it where the logits are: it divides, normalises and draws.
+    return Kernels(0, 24.0 * drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,11 +511,13 @@ def step(
     """
 
     def part(name: str, kernels: Sequence[Kernels]) -> Part:
+        busy = sum(k.seconds(setup, device, efficiency) for k in kernels)
+        started = sum(k.launches for k in kernels) * device.launch_s
         return Part(
             name,
             sum(k.flops for k in kernels),
             sum(k.num_bytes for k in kernels),
-            sum(k.seconds(setup, device, efficiency) for k in kernels),
+            busy + started if device.waits else max(busy, started),
         )
 
     groups = setup.own_prompts
@@ -466,6 +528,7 @@ def step(
     parts = [
         part("prefill", forward(shape, setup, prompts)),
         part("decode", decode(shape, setup, shared=shared)),
+        part("sampling", [sampling(shape, setup)]),
     ]
     whole = [
         kernels
@@ -505,7 +568,22 @@ def step(
     trained = shape.num_trained / setup.shards * (4 if setup.precision != "bf16" else 2)
     parts.append(part("optimizer", [Kernels(0, 11.0 * trained * setup.updates)]))
     moved = 2.0 * shape.num_parameters * setup.compute_bytes
-    parts.append(
-        part("weights to the engine", [Kernels(0, 0 if setup.engine == "transformers" else moved)])
-    )
+    if setup.engine != "transformers":
+        parts.append(part("weights to the engine", [Kernels(0, moved)]))
+    if setup.ranks > 1:
+        parts.append(part("between ranks", [_between_ranks(shape, setup, times, len(works))]))
     return parts
+
+
+def _between_ranks(shape: Shape, setup: Setup, times: int, num_passes: int) -> Kernels:
+    """What a rank receives in a step: all weights in generation, before each kind of log-probabilities,
+    and twice in each pass of an update, whose gradients are added up; over copies of the weights
+    again, in a ring. Nothing of it is hidden behind computation here, as FSDP2 does in part."""
+    others = 1 - 1 / setup.shards
+    w = setup.weight_bytes
+    generated = setup.engine == "transformers"
+    whole = others * shape.num_parameters * w * (generated + times + 2 * num_passes)
+    t = 4 if shape.num_trained < shape.num_parameters else w
+    summed = others * shape.num_trained * t * num_passes
+    copied = 2 * (1 - 1 / setup.replicate) * shape.num_trained * t / setup.shards * num_passes
+    return Kernels(0, 0, received=whole + summed + copied)
