@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from pgrpo.config.sections import LossConfig, ModelConfig, OptimizerConfig
-from pgrpo.experiments.plan import Device, Setup, memory, step
+from pgrpo.experiments.cost import Device, Setup, memory, step
 from pgrpo.model import attention
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.shape import Shape, shape_of

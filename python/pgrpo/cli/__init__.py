@@ -85,6 +85,7 @@ def commands() -> Typer:
     for name in (
         "demo",
         "check",
+        "plan",
         "score",
         "train",
         "compare",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,10 +62,55 @@ class Shape:
     """Elements that adapters read of each token, each in a copy of its own; 0 without adapters."""
     head_trained: bool
     embedding_trained: bool
+    capped: bool
+    """Whether attention's scores are soft-capped."""
+
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma-2b": {
+        "model_type": "gemma",
+        "hidden_size": 2048,
+        "intermediate_size": 16_384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+    },
+    "qwen3-1.7b": {
+        **_QWEN3,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+"""The models of the P-GRPO paper (arXiv 2603.10009) by the last part of their hub names, in lower case:
+the sizes that config.json has on the hub (google/gemma-2b, Qwen/Qwen3-1.7B, Qwen/Qwen3-8B), so that they
+can be planned for where nothing can be downloaded."""
 
 
 def read_shape(config: ModelConfig, vocabulary: Sequence[str] = ()) -> Shape:
-    """The shape of the model that a config names; of a folder, config.json is enough.
+    """The shape of the model that a config names; of a folder, config.json is enough, and of those in
+    `PUBLISHED` the name.
 
     Args:
         config: the section `[model]`.
@@ -76,24 +122,29 @@ def read_shape(config: ModelConfig, vocabulary: Sequence[str] = ()) -> Shape:
     if config.name == "tiny":
         # Its config is made with it, in a moment.
         return shape_of(load_language_model(config, vocabulary=vocabulary).model)
-    folder = model_folder(config.name)
-    extra: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
-    with model_errors(folder):
-        found = AutoConfig.from_pretrained(folder, **extra)
-        # Tensors on the device `meta` have a shape and no memory.
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
-            if config.lora is not None:
-                import peft
+    known = PUBLISHED.get(config.name.rpartition("/")[2].lower())
+    if known is not None and not Path(config.name).exists():
+        folder = config.name
+        found: Any = AutoConfig.for_model(**known)
+    else:
+        folder = model_folder(config.name)
+        extra: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
+        with model_errors(folder):
+            found = AutoConfig.from_pretrained(folder, **extra)
+    # Tensors on the device `meta` have a shape and no memory.
+    with model_errors(folder), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
+        if config.lora is not None:
+            import peft
 
-                model = peft.get_peft_model(
-                    model,
-                    peft.LoraConfig(
-                        r=config.lora.rank,
-                        target_modules=config.lora.targets,
-                        task_type="CAUSAL_LM",
-                    ),
-                )
+            model = peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    r=config.lora.rank,
+                    target_modules=config.lora.targets,
+                    task_type="CAUSAL_LM",
+                ),
+            )
     return shape_of(model)
 
 
@@ -159,4 +210,5 @@ def shape_of(model: Any) -> Shape:
         adapter_inputs=sum(m.in_features for m in adapters),
         head_trained=bool(head.weight.requires_grad),
         embedding_trained=bool(embedding.weight.requires_grad),
+        capped=getattr(config, "attn_logit_softcapping", None) is not None,
     )
