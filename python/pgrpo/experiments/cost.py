@@ -10,7 +10,7 @@ only, attention over the whole square, masked or not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -350,13 +350,11 @@ class Kernels:
 
     def times(self, number: float) -> Kernels:
         """So many times the same."""
-        return Kernels(
-            number * self.flops,
-            number * self.num_bytes,
-            self.attends,
-            number * self.launches,
-            number * self.received,
-            number * self.drawn,
+        return replace(
+            self,
+            flops=number * self.flops,
+            num_bytes=number * self.num_bytes,
+            launches=number * self.launches,
         )
 
     def seconds(self, setup: Setup, device: Device, efficiency: float) -> float:
@@ -463,14 +461,19 @@ def decode(shape: Shape, setup: Setup, *, shared: bool = True) -> list[Kernels]:
     width = shape.vocab if setup.options is None else setup.options
     # Completions have (steps + 1) / 2 tokens of their own on the mean step.
     own = n * steps * (steps + 1) // 2
-    read = (prompts if shared else n) * setup.prompt_tokens * steps + own
+    # vLLM keeps one copy of a prompt's keys and values, which each of its completions reads.
+    once = shared and setup.engine == "transformers"
+    read = (prompts if once else n) * setup.prompt_tokens * steps + own
     one = forward(shape, setup, Packed(0, n, 0, 0, 0, 0))
     found = [part.times(steps) for part in (one[0], one[2])]
     scores = n * setup.prompt_tokens * steps + own
     if setup.precision == "autocast":
         # The weights are converted once, with the prompts.
         read_once = 6.0 * steps * shape.matrices
-        found[1] = Kernels(0, found[1].num_bytes - read_once, launches=found[1].launches)
+        found[1] = replace(found[1], num_bytes=found[1].num_bytes - read_once)
+    if setup.engine != "transformers":
+        # vLLM starts all operators of a token at once, as a CUDA graph.
+        found[1] = replace(found[1], launches=0)
     return [
         *found,
         Kernels(

@@ -104,8 +104,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 """The models of the P-GRPO paper (arXiv 2603.10009) by the last part of their hub names, in lower case:
-the sizes that config.json has on the hub (google/gemma-2b, Qwen/Qwen3-1.7B, Qwen/Qwen3-8B), so that they
-can be planned for where nothing can be downloaded."""
+the sizes that config.json has on the hub (google/gemma-2b, Qwen/Qwen3-1.7B, Qwen/Qwen3-8B), so that
+they can be planned for where nothing can be downloaded."""
 
 
 def read_shape(config: ModelConfig, vocabulary: Sequence[str] = ()) -> Shape:
