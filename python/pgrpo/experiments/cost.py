@@ -226,8 +226,8 @@ class Memory:
     backward: float
     """Gradients of the activations and weights of a layer, before they are added up."""
     generation: float
-    """Keys, values and logits of the transformers engine, and all weights where they are sharded; or
-    what vLLM has while it is awake, where it sleeps else."""
+    """The prompts' pass, keys, values and logits of the transformers engine, and all weights where they
+    are sharded; or what vLLM has while it is awake, where it sleeps else."""
 
     @property
     def held(self) -> float:
@@ -313,6 +313,9 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     prompts, n = setup.own_prompts, setup.own_prompts * setup.group_size
     cached = prompts * setup.prompt_tokens + n * setup.completion_tokens
     generation = 2.0 * shape.key * shape.num_layers * cached * a + 24.0 * n * width
+    # All prompts are one pass, of which a layer's feed-forward network is the widest place.
+    widest = 3.0 * shape.intermediate * a + 2.0 * shape.hidden * setup.stream_bytes
+    generation += prompts * setup.prompt_tokens * widest
     generation += (shape.num_parameters * w - weights) if ranks > 1 else 0.0
     if setup.precision == "autocast":
         generation += 2.0 * shape.matrices
