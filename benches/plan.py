@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from pgrpo.config.sections import LossConfig, ModelConfig, OptimizerConfig
-from pgrpo.experiments.cost import Device, Setup, memory, step
+from pgrpo.experiments.cost import Device, Setup, decode, forward, memory, passes, step
 from pgrpo.model import attention
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.shape import Shape, shape_of
@@ -227,15 +227,21 @@ class Speeds:
         )
         return times * flops * (2 if backward else 1) / took
 
-    def bandwidth(self, rows: int, width: int) -> float:
+    def bandwidth(self, rows: int, width: int, scores: float) -> float:
         """Bytes/s through kernels such as a layer has between its products, in the proportion in which
-        a layer of SmolLM2 has them, for on a CPU they are not equally fast."""
+        a layer of SmolLM2 has them, for on a CPU they are not equally fast.
+
+        Args:
+            rows: of the arrays.
+            width: of the arrays.
+            scores: share of the bytes that are attention's scores.
+        """
         kept = [(torch.randn(rows, width), torch.empty(rows, width)) for _ in range(24)]
         half = [a.to(self.dtype) for a, _ in kept]
         size = self.dtype.itemsize
         places = torch.arange(rows)
-        scores = torch.randn(rows, width)[:, :135].to(self.dtype).contiguous()
-        mask = torch.ones(scores.shape, dtype=torch.bool).tril()
+        square = torch.randn(16, 256, 256).to(self.dtype)
+        mask = torch.ones(square.shape, dtype=torch.bool).tril()
 
         def stream() -> float:
             for a, b in kept * 2:
@@ -258,17 +264,18 @@ class Speeds:
             return 6 * 2.0 * size * rows * width
 
         def weigh() -> float:
-            times = max(1, 3 * width // 135)
-            for _ in range(times):
-                scores.masked_fill(mask, -torch.inf).softmax(-1)
-            return times * 4.0 * size * scores.numel()
+            square.masked_fill(mask, -torch.inf).softmax(-1)
+            return 4.0 * size * square.numel()
 
-        mixed = (stream, convert, gate, gather, weigh)
-        for kernels in mixed:
-            kernels()
-        start = time.process_time()
-        through = sum(kernels() for kernels in mixed)
-        return through / (time.process_time() - start)
+        def speed(*kernels: Callable[[], float]) -> float:
+            for each in kernels:
+                each()
+            start = time.process_time()
+            through = sum(each() for each in kernels)
+            return through / (time.process_time() - start)
+
+        others = speed(stream, convert, gate, gather)
+        return 1 / ((1 - scores) / others + scores / speed(weigh, weigh))
 
     def attention(self, point: tuple[int, int], shape: Shape) -> float:
         """FLOP/s of attention's products in the update: a prompt's, and those of completions."""
@@ -332,7 +339,13 @@ class Speeds:
         return took / (5 * SAMPLED_LAYERS * 3 * 17)
 
     def device(
-        self, rows: int, point: tuple[int, int], shape: Shape, *, backward: bool = False
+        self,
+        rows: int,
+        point: tuple[int, int],
+        shape: Shape,
+        scores: float,
+        *,
+        backward: bool = False,
     ) -> Device:
         """What a part of a step runs on."""
         speed = self.products(rows, backward=backward)
@@ -342,7 +355,7 @@ class Speeds:
             fp32_flops=speed,
             memory=0.0,
             # Of few rows it would tell how long a kernel takes to start.
-            bandwidth=self.bandwidth(max(rows, 256), shape.hidden),
+            bandwidth=self.bandwidth(max(rows, 256), shape.hidden, scores),
             link=0.0,
             source="measured",
             launch_s=self.launch_s(),
@@ -351,6 +364,21 @@ class Speeds:
             measured=True,
             waits=True,
         )
+
+
+def scores_of(shape: Shape, wanted: Setup, part: str) -> float:
+    """Share of attention's scores in the bytes of a part's elementwise kernels."""
+    if part == "decode":
+        others, scores = (k.num_bytes for k in decode(shape, wanted) if not k.flops)
+        return scores / (others + scores)
+    (work,) = passes(wanted, PROMPTS)
+    if part == "prefill":
+        work = replace(work, own_tokens=0, own_scores=0, copied=0)
+    elementwise = [
+        forward(shape, limited, work)[-1].num_bytes
+        for limited in (wanted, replace(wanted, plain_limit=0))
+    ]
+    return 1 - elementwise[1] / elementwise[0]
 
 
 def speeds_of(model: LanguageModel) -> Speeds:
@@ -374,7 +402,7 @@ def measure_gain(model: LanguageModel, point: tuple[int, int], repeats: int) -> 
     planned: list[float] = []
     flops: dict[bool, float] = {}
     for _ in range(repeats):
-        device = speeds.device(tokens, point, shape)
+        device = speeds.device(tokens, point, shape, scores_of(shape, wanted, "update, forward"))
         sums: dict[bool, float] = {}
         for shared, run in runs.items():
             seconds[shared].append(run.timed())
@@ -410,7 +438,13 @@ def measure_time(
 
     def devices() -> dict[str, Device]:
         found = {
-            name: speeds.device(each, point, shape, backward=name == "update, backward")
+            name: speeds.device(
+                each,
+                point,
+                shape,
+                scores_of(shape, wanted, name),
+                backward=name == "update, backward",
+            )
             for name, each in rows.items()
         }
         # Weights and moments are larger than any cache.

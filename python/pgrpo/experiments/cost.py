@@ -477,13 +477,18 @@ def decode(shape: Shape, setup: Setup, *, shared: bool = True) -> list[Kernels]:
     if setup.engine != "transformers":
         # vLLM starts all operators of a token at once, as a CUDA graph.
         found[1] = replace(found[1], launches=0)
+    score_bytes = 6.0 * a * shape.num_layers * shape.num_heads * scores
+    if setup.engine != "transformers":
+        score_bytes = 0.0
     return [
         *found,
         Kernels(
             4.0 * shape.query * scores * shape.num_layers,
-            a * shape.num_layers * (2.0 * shape.key * read + 6.0 * shape.num_heads * scores),
+            a * shape.num_layers * 2.0 * shape.key * read,
             attends=True,
         ),
+        # Scores are put together, masked, normalised and converted, also on a GPU.
+        Kernels(0, score_bytes),
         Kernels(
             2.0 * n * shape.hidden * width * (steps + 1),
             (steps + 1) * width * shape.hidden * a,
