@@ -45,6 +45,7 @@ from pgrpo.model.shape import Shape, shape_of
 from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.runs.metrics import peak_memory_bytes, processor_name
+from pgrpo.train import policy as policy_module
 from pgrpo.train.policy import Policy
 from pgrpo.types import Example, Group, Prompt, Rollout
 
@@ -137,7 +138,7 @@ class Run:
             (self._engine, "_sample"),
             (policy, "_chunk_logprobs"),
             (policy.optimizer, "zero_grad"),
-            (torch.nn.utils, "clip_grad_norm_"),
+            (policy_module, "global_norm"),
             (policy.optimizer, "step"),
         )
         with ExitStack() as stack:
@@ -150,7 +151,7 @@ class Run:
             policy.update(self._groups, 1e-9)
             end = time.process_time()
         forward = inner.seconds["hidden"] + inner.seconds["_chunk_logprobs"]
-        optimizer = sum(inner.seconds[n] for n in ("zero_grad", "clip_grad_norm_", "step"))
+        optimizer = sum(inner.seconds[n] for n in ("zero_grad", "global_norm", "step"))
         # The products with the head count as decoding.
         prefill = inner.seconds["prefill"]
         sampling = inner.seconds["_sample"] - inner.seconds["logits in generation"]
