@@ -23,8 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -59,10 +59,10 @@ SAMPLED_LAYERS = 12
 """Layers whose matrices are multiplied when the machine's speed is measured: more than caches hold."""
 
 
-def setup(point: tuple[int, int], precision: str) -> Setup:
+def setup(point: tuple[int, int], precision: str, num_prompts: int = PROMPTS) -> Setup:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return Setup(
-        prompts=PROMPTS,
+        prompts=num_prompts,
         group_size=GROUP_SIZE,
         prompt_tokens=point[0],
         completion_tokens=point[1],
@@ -71,11 +71,11 @@ def setup(point: tuple[int, int], precision: str) -> Setup:
     )
 
 
-def make_prompts(num_tokens: int) -> list[Prompt]:
+def make_prompts(num_tokens: int, num_prompts: int) -> list[Prompt]:
     numbers = np.random.default_rng(0)
     return [
         Prompt(Example("", "u", {}), 0, tuple(numbers.integers(100, 40_000, num_tokens).tolist()))
-        for _ in range(PROMPTS)
+        for _ in range(num_prompts)
     ]
 
 
@@ -85,16 +85,24 @@ class Run:
     Args:
         model: whose completions never end by themselves.
         point: prompt and completion tokens.
+        num_prompts: of the step.
         shared: whether completions of a prompt are a group, or each of them one.
     """
 
     def __init__(
-        self, model: LanguageModel, point: tuple[int, int], *, shared: bool = True
+        self,
+        model: LanguageModel,
+        point: tuple[int, int],
+        num_prompts: int = PROMPTS,
+        *,
+        shared: bool = True,
     ) -> None:
         prompt_tokens, completion_tokens = point
         model.end_ids = frozenset()
         times, self._group_size = (1, GROUP_SIZE) if shared else (GROUP_SIZE, 1)
-        self._prompts = [each for each in make_prompts(prompt_tokens) for _ in range(times)]
+        self._prompts = [
+            each for each in make_prompts(prompt_tokens, num_prompts) for _ in range(times)
+        ]
         numbers = np.random.default_rng(1)
         advantages = np.linspace(0.1, 1, self._group_size)
         self._groups: list[Group] = []
@@ -125,11 +133,14 @@ class Run:
 
     def step(self) -> None:
         list(self._engine.generate(self._prompts, self._group_size, seed=1))
+        self.update()
+
+    def update(self) -> None:
         self._policy.update(self._groups, 1e-9)
 
-    def timed(self) -> dict[str, float]:
-        """Seconds of each part, by plan's names of them."""
-        inner = Inner()
+    @contextmanager
+    def timing(self, inner: Inner) -> Generator[None]:
+        """Within it the parts of generation and update are timed."""
         model, policy = self._model, self._policy
         around = (
             (model, "hidden"),
@@ -144,11 +155,17 @@ class Run:
         with ExitStack() as stack:
             for owner, name in around:
                 stack.enter_context(inner.of(owner, name))
+            yield
+
+    def timed(self) -> dict[str, float]:
+        """Seconds of each part, by plan's names of them."""
+        inner = Inner()
+        with self.timing(inner):
             start = time.process_time()
             list(self._engine.generate(self._prompts, self._group_size, seed=1))
             generated = time.process_time()
             inner.seconds["logits in generation"] = inner.seconds["logits"]
-            policy.update(self._groups, 1e-9)
+            self.update()
             end = time.process_time()
         forward = inner.seconds["hidden"] + inner.seconds["_chunk_logprobs"]
         optimizer = sum(inner.seconds[n] for n in ("zero_grad", "global_norm", "step"))
@@ -166,19 +183,24 @@ class Run:
 
 
 class Inner:
-    """Seconds spent within methods, by their names."""
+    """Seconds spent within methods, by their names.
 
-    def __init__(self) -> None:
+    Args:
+        clock: what is measured by.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
         self.seconds: dict[str, float] = {}
+        self._clock = clock
 
     def of(self, owner: object, name: str) -> Any:
         """A context in which calls of a method count."""
         method = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
+            start = self._clock()
             result = method(*args, **kwargs)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
             return result
 
         return patch.object(owner, name, timed)

@@ -58,7 +58,6 @@ STEPS, OBSERVED = 64, 16
 """Steps of the error's run, and how many of its last are looked at."""
 COMPACTED = 8
 """Steps after which the observed node's deltas are made one file, which saves memory."""
-GRID_COLOR = "#ddd"
 Process = Generator[float | tuple[float] | Callable[[], bool], None, None]
 """What goes on in a node, and waits: for seconds to pass, for work of (seconds,) on a core of the
 node, or until something is so."""
@@ -407,80 +406,13 @@ def error(kind: str, nodes: int, calls: int, num_clusters: int) -> dict[str, Any
     }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A chart with logarithmic axes, as parts of an SVG."""
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Both results as a picture."""
+    import matplotlib.pyplot as plt
 
-    left: float
-    title: str
-    x_title: str
-    x_powers: tuple[int, int]
-    """The axis goes from 10 to the first to 10 to the second power."""
-    y_powers: tuple[int, int]
-    top: float = 64
-    width: float = 400
-    height: float = 300
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies."""
-        (x_low, x_high), (y_low, y_high) = self.x_powers, self.y_powers
-        return (
-            self.left + self.width * (math.log10(x) - x_low) / (x_high - x_low),
-            self.top + self.height * (y_high - math.log10(y)) / (y_high - y_low),
-        )
-
-    def axes(self) -> list[str]:
-        """Title, grid and numbers."""
-        parts = [
-            text(self.left - 36, self.top - 24, self.title, weight="bold"),
-            text(self.left + self.width / 2, self.top + self.height + 42, self.x_title, "middle"),
-        ]
-        for power in range(self.x_powers[0], self.x_powers[1] + 1):
-            x, y = self.place(10**power, 10 ** self.y_powers[0])
-            parts += [stroke([(x, y), (x, self.top)], GRID_COLOR, 1)]
-            parts += [text(x, y + 20, power_of_ten(power), "middle")]
-        for power in range(self.y_powers[0], self.y_powers[1] + 1):
-            x, y = self.place(10 ** self.x_powers[0], 10**power)
-            parts += [stroke([(x, y), (x + self.width, y)], GRID_COLOR, 1)]
-            parts += [text(x - 8, y + 4, power_of_ten(power), "end")]
-        return parts
-
-    def curve(self, points: list[tuple[float, float]], color: str, dashes: str = "") -> str:
-        """A line through points."""
-        return stroke([self.place(*point) for point in points], color, 2, dashes)
-
-
-def power_of_ten(power: int) -> str:
-    """A number of an axis."""
-    return f"10^{power}" if abs(power) > 3 else f"{10.0**power:,g}"
-
-
-def stroke(places: list[tuple[float, float]], color: str, width: float, dashes: str = "") -> str:
-    """A line of an SVG."""
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return (
-        f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" '
-        f'stroke-dasharray="{dashes}"/>'
-    )
-
-
-def text(x: float, y: float, words: str, anchor: str = "start", weight: str = "normal") -> str:
-    """Words of an SVG; `^` raises the rest."""
-    plain, _, raised = words.partition("^")
-    if raised:
-        plain += f'<tspan dy="-5" font-size="9">{raised}</tspan>'
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}">{plain}</text>'
-
-
-def picture(result: dict[str, Any]) -> str:
-    """Both results as an SVG."""
-    error_panel = Panel(
-        64, "Error of the advantage, in its deviations", "rewards of the cluster", (0, 6), (-4, 0)
-    )
-    parts = error_panel.axes()
-    legend: list[tuple[float, str, str, str]] = []
+    figure, (error_axes, rate_axes) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     for lag, color in zip(LAGS, ARM_COLORS, strict=False):
-        for kind, dashes in (("steady", ""), ("rising", "7 4")):
+        for kind, dashes in (("steady", "-"), ("rising", "--")):
             (found,) = (entry for entry in result["error"] if entry["kind"] == kind)
             rows = [
                 row
@@ -488,29 +420,19 @@ def picture(result: dict[str, Any]) -> str:
                 if row["lag_steps"] == lag and row["rewards_per_cluster"] is not None
             ]
             at = [row["mean_rewards_per_cluster"] for row in rows]
-            parts.append(
-                error_panel.curve(
-                    [(x, row["error"]) for x, row in zip(at, rows, strict=True)], color, dashes
-                )
-            )
+            late = "once sealed" if lag == 0 else f"{lag} {'step' if lag == 1 else 'steps'} late"
+            label = f"deltas merged {late}" if kind == "steady" else None
+            error_axes.plot(at, [row["error"] for row in rows], dashes, color=color, label=label)
             if kind == "steady":
-                parts += [
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="none" stroke="{color}"/>'
-                    for x, y in (error_panel.place(row["mean_rewards_per_cluster"], row["theory"])
-                                 for row in rows)
-                ]  # fmt: skip
-        late = f"{lag} steps late" if lag != 1 else "1 step late"
-        legend.append(
-            (64, color, "", "deltas merged once sealed" if lag == 0 else f"deltas merged {late}")
-        )
-    legend += [(64, "#555", "7 4", "the same, where rewards rise by one deviation in 64 steps")]
-    rate_panel = Panel(
-        600, "Rewards a second of all workers, 10⁶ clusters", "reward workers", (0, 3), (2, 7)
+                theory = [row["theory"] for row in rows]
+                error_axes.plot(at, theory, "o", color=color, fillstyle="none")
+    error_axes.plot(
+        [], [], "k--", label="the same, where rewards rise by one deviation in 64 steps"
     )
-    parts += rate_panel.axes()
-    workers = sorted({row["workers"] for row in result["throughput"]})
-    goal = [(1.0, 1e6), (1e3, 1e6)]
-    parts.append(rate_panel.curve(goal, "#555", "2 4"))
+    error_axes.plot([], [], "ko", fillstyle="none", label="theory for steady rewards")
+    error_axes.set(
+        title="Error of the advantage, in its deviations", xlabel="rewards of the cluster"
+    )
     for (rate, calls, ahead), color, words in zip(
         ((None, 16, 0), (None, 1, 0), (1000.0, 16, 1), (1000.0, 16, 0), (100.0, 16, 0)),
         ARM_COLORS,
@@ -531,27 +453,17 @@ def picture(result: dict[str, Any]) -> str:
             and row["ahead"] == ahead
             and row["rewards_per_step"] == row["workers"] * calls * CALL
         ]
-        assert [row["workers"] for row in rows] == workers
-        parts.append(
-            rate_panel.curve([(row["workers"], row["rewards_per_second"]) for row in rows], color)
-        )
-        legend.append((600, color, "", words))
-    legend.append((600, "#555", "2 4", "10⁶ rewards a second"))
-    lines: dict[float, int] = {}
-    for left, color, dashes, words in legend:
-        y = 432 + 20 * lines.setdefault(left, 0)
-        lines[left] += 1
-        parts += [
-            stroke([(left, y), (left + 34, y)], color, 2, dashes),
-            text(left + 44, y + 4, words),
-        ]
-    parts += ['<circle cx="81" cy="532" r="4" fill="none" stroke="#555"/>']
-    parts += [text(108, 536, "theory for steady rewards")]
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="1040" height="560" viewBox="0 0 1040 560" '
-        'font-family="sans-serif" font-size="12" fill="#222">\n'
-        '<rect width="1040" height="560" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+        assert rows
+        rates = [row["rewards_per_second"] for row in rows]
+        rate_axes.plot([row["workers"] for row in rows], rates, color=color, label=words)
+    rate_axes.axhline(1e6, linestyle=":", color="k", label="10⁶ rewards a second")
+    rate_axes.set(title="Rewards a second of all workers, 10⁶ clusters", xlabel="reward workers")
+    for axes in (error_axes, rate_axes):
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        # Below, for the curves fill the whole of the axes.
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize="small", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -584,7 +496,7 @@ def main() -> None:
     if options.out:
         history.write(options.out, "scale_simulation", result, ratios)
     if options.figure:
-        options.figure.write_text(picture(result), "utf-8")
+        draw(result, options.figure)
 
 
 if __name__ == "__main__":
