@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        _quiet_libraries()
+        quiet_libraries()
         with interrupts():
             return _run(arguments)
     except InterruptedRunError as error:
@@ -125,7 +125,7 @@ def _tell(sentence: str) -> None:
         print("pgrpo:", printable(" ".join(sentence.splitlines())), file=sys.stderr, flush=True)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Other libraries' progress bars and notices would tear our own display."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

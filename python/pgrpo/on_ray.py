@@ -1,0 +1,82 @@
+"""The border to Ray, which places processes on the machines of a cluster.
+
+In come names of Ray's modules; out go the modules, without types, for most of Ray has none. Nobody
+imports Ray by itself, for it takes seconds and is not everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from pgrpo.errors import ConfigError, ParallelError
+
+_STORE_BYTES = 200 * 2**20
+"""What a Ray of our own has for objects between its processes, which are small here; left to itself it
+takes a third of the memory."""
+
+
+def ray(module: str = "ray") -> Any:
+    """One of Ray's modules.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    # It is read when Ray is imported. Nobody is told of what runs here.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Ray needs {error.name}; install it with pip install 'pgrpo[ray]'"
+        ) from error
+
+
+@contextmanager
+def connected(address: str | None, num_cpus: int = 1) -> Generator[None]:
+    """Within it this process is one of Ray's, unless it is one already.
+
+    Args:
+        address: of a cluster that this machine belongs to (`10.0.0.1:6379`); "auto" for the one that
+            runs here; "local" for one of our own, which ends with this; None for whichever Ray finds by
+            itself (the environment's RAY_ADDRESS, then "auto", then "local").
+        num_cpus: how many processors one of our own has at least.
+
+    Raises:
+        ParallelError: there is no such cluster.
+    """
+    module = ray()
+    if module.is_initialized():
+        yield
+        return
+    try:
+        if address is not None or "RAY_ADDRESS" in os.environ:
+            _join(address, num_cpus)
+        else:
+            try:
+                _join("auto", num_cpus)
+            except ConnectionError:
+                _join("local", num_cpus)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ParallelError(f"there is no Ray to join at {address!r}: {reason[:300]}") from error
+    try:
+        yield
+    finally:
+        module.shutdown()
+
+
+def _join(address: str | None, num_cpus: int) -> None:
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {
+            "num_cpus": max(num_cpus, os.cpu_count() or 1),
+            "object_store_memory": _STORE_BYTES,
+            "include_dashboard": False,
+        }
+    # What its processes say in its logs is for those who look after it.
+    ray().init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
