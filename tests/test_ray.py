@@ -24,28 +24,38 @@ import os, signal
 from pathlib import Path
 from pgrpo.plugins import hookimpl
 
-killed = Path(__file__).with_name("killed")
-
-def deadly(rollouts):
-    '''In step 4 the second process is killed, once.'''
-    if rollouts[0].policy_version == 3 and os.environ.get("RANK") == "1" and not killed.exists():
+def die_once(name):
+    killed = Path(__file__).with_name(name)
+    if not killed.exists():
         killed.touch()
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+def deadly(rollouts):
+    if rollouts[0].policy_version == 3 and os.environ.get("RANK") == "1":
+        die_once("killed training")
     return [float(len(r.completion)) for r in rollouts]
+
+def mortal(rollouts):
+    if rollouts[0].policy_version == 1:
+        die_once("killed reward")
+    return [float(r.completion.count("a")) for r in rollouts]
 
 @hookimpl
 def pgrpo_register_rewards(register):
     register("deadly", deadly)
+    register("mortal", mortal)
 """
 
 
 @needs_ray
-def test_a_process_that_is_killed_changes_nothing(
+def test_processes_that_are_killed_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In step 2 one that answers for a reward, in step 4 one that trains."""
     site = tmp_path / "site"
     install_plugin(site, DEADLY)
-    changes = {**UNEVEN, "rewards": [{"name": "deadly"}]}
+    mortal: dict[str, object] = {"name": "mortal", "workers": "ray", "num_workers": 1}
+    changes = {**UNEVEN, "rewards": [{"name": "deadly"}, mortal]}
     config, run = write_config(tmp_path, changes), tmp_path / "run"
     command = [
         *(sys.executable, "-m", "pgrpo", "train", config, "--out", run),
@@ -59,7 +69,9 @@ def test_a_process_that_is_killed_changes_nothing(
     assert driver.returncode == 0, driver.stderr
     assert "continuing after step 3" in driver.stdout, "it was killed, and went on"
     assert driver.stdout.count("step 4/4") == 1, "one process tells"
-    assert (site / "killed").exists()
+    assert (site / "killed training").exists()
+    assert (site / "killed reward").exists()
+    mortal["workers"] = "threads"
     monkeypatch.syspath_prepend(str(site))
     unbroken = train_on(2, tmp_path / "unbroken", changes)
     assert trace(run) == trace(unbroken), "to the last bit"

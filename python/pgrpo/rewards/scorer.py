@@ -217,7 +217,7 @@ class Scorer:
     ) -> None:
         """Raise, or note that some rollouts go without."""
         index, cause = next(iter(failures.items()))
-        rollout, extent = _rollout_met_by(cause) or rollouts[index], ""
+        rollout, extent = rollout_met_by(cause) or rollouts[index], ""
         if len(failures) == len(rollouts) > 1:
             extent = f", in a batch of {len(rollouts)} rollouts"
         message = _failed(worker, rollout, cause, extent)
@@ -426,7 +426,7 @@ def _all_failed(num_rollouts: int, cause: BaseException) -> _Answer:
     return _Answer(np.full(num_rollouts, math.nan), dict.fromkeys(range(num_rollouts), cause))
 
 
-def _rollout_met_by(error: BaseException) -> Rollout | None:
+def rollout_met_by(error: BaseException) -> Rollout | None:
     """The rollout a plugin was at when it raised, read off the variables of the innermost frame
     that holds one; a batch cannot be repeated piecewise to find it, for it may cost money."""
     found: Rollout | None = None
