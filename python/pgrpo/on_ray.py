@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
@@ -78,5 +80,9 @@ def _join(address: str | None, num_cpus: int) -> None:
             "object_store_memory": _STORE_BYTES,
             "include_dashboard": False,
         }
+    ends = signal.getsignal(signal.SIGTERM)
     # What its processes say in its logs is for those who look after it.
     ray().init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    if threading.current_thread() is threading.main_thread():
+        # Ray would end this process at once.
+        signal.signal(signal.SIGTERM, ends)
