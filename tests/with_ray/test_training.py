@@ -60,16 +60,53 @@ def driver(address: str, config: Path, run: Path, *arguments: str) -> subprocess
     )
 
 
-def named(title: str) -> list[int]:
-    """Process ids of Ray's actors of a class; Ray gives processes such names."""
-    found: list[int] = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_text().startswith(f"ray::{title}"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
+def actors(cluster: Any, title: str) -> list[int]:
+    """Process ids of the cluster's actors of a class: Ray gives processes such names, and raylets start
+    them."""
+    raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
+    children = [
+        child
+        for raylet in raylets
+        for task in Path(f"/proc/{raylet}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    name = f"ray::{title}"
+    return [
+        int(child)
+        for child in children
+        if Path(f"/proc/{child}/cmdline").read_text().startswith(name)
+    ]
+
+
+def test_one_sentence_tells_of_a_process_that_is_lost(cluster: Any, tmp_path: Path) -> None:
+    """Where none may be."""
+    changes = {**UNEVEN, "run.num_steps": 20000, "run.eval_every": 0}
+    run = tmp_path / "run"
+    with driver(cluster.address, write_config(tmp_path, changes), run) as process:
+        while not newest(run):
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.kill(actors(cluster, "RayTrainWorker")[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    (sentence,) = err.splitlines()
+    assert sentence.startswith("pgrpo: the run was given up after --max-failures 0: rank ")
+
+
+def test_a_cluster_with_too_little_is_waited_for(cluster: Any, tmp_path: Path) -> None:
+    """And not any more after an interrupt."""
+    config, run = write_config(tmp_path, UNEVEN), tmp_path / "run"
+    with driver(cluster.address, config, run, "--set", "run.num_threads=8") as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line == "pgrpo: Ray has 2 processors, and the run waits for 16\n"
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 143
+    assert err == "pgrpo: interrupted\n"
+    assert not run.exists()
 
 
 def test_one_sentence_tells_of_an_error(cluster: Any, tmp_path: Path) -> None:
@@ -135,7 +172,7 @@ def test_kills_in_turn_change_nothing(cluster: Any, tmp_path: Path) -> None:
                     time.sleep(0.01)
                 time.sleep(chance.uniform(0, 0.5))
                 title = ("RayTrainWorker", "_Actor")[number % 2]
-                victim = chance.choice(named(title))
+                victim = chance.choice(actors(cluster, title))
                 os.kill(victim, signal.SIGKILL)
                 print(f"kill {number + 1}, of a {title}: behind step {newest(run)}", flush=True)
             _, err = process.communicate(timeout=TIMEOUT_S)
@@ -143,6 +180,23 @@ def test_kills_in_turn_change_nothing(cluster: Any, tmp_path: Path) -> None:
         finally:
             process.kill()
     reward["workers"] = "threads"
+    assert trace(run) == trace(train_on(2, tmp_path / "unbroken", changes)), "to the last bit"
+
+
+def test_a_machine_that_is_lost_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    """The processes go on where there is a place for them."""
+    changes = {**UNEVEN, "run.num_steps": 40, "run.checkpoint_every": 1, "run.eval_every": 20}
+    config, run = write_config(tmp_path, changes), tmp_path / "run"
+    with driver(cluster.address, config, run, "--max-failures", "1") as process:
+        while newest(run) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        # Its processor is one of the two that the run has.
+        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert "continuing after step" in out
     assert trace(run) == trace(train_on(2, tmp_path / "unbroken", changes)), "to the last bit"
 
 

@@ -8,7 +8,7 @@ import pickle
 import traceback
 from collections.abc import Awaitable, Sequence
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import PluginError, RemoteError
@@ -42,6 +42,7 @@ class RewardOnRay:
     def __init__(self, section: RewardConfig, seed: int) -> None:
         self._section = section
         self._seed = seed
+        self._is_closed = False
         self._ray = ray()
         self._actor = self._ray.remote(
             # No processors of their own, so that they find a place beside a run that has taken all.
@@ -58,10 +59,14 @@ class RewardOnRay:
                 [actor.build.remote() for actor in self._actors], timeout=_START_S
             ):
                 _made(outcome, ())
-        except BaseException as error:
+        except self._ray.exceptions.RayError as error:
             self.close()
-            if isinstance(error, self._ray.exceptions.RayError):
-                raise PluginError(self._say("could not be built on Ray", error)) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise PluginError(
+                f"reward {section.name!r} could not be built on Ray: {reason}"
+            ) from error
+        except BaseException:
+            self.close()
             raise
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
@@ -76,7 +81,8 @@ class RewardOnRay:
         try:
             outcome = self._ray.get(actor.score.remote(rollouts), timeout=self._section.timeout_s)
         except BaseException:
-            actor = self._replaced(actor)
+            if not self._is_closed:
+                actor = self._replaced(actor)
             raise
         finally:
             self._free.put(actor)
@@ -90,12 +96,9 @@ class RewardOnRay:
         )
         return new
 
-    def _say(self, what: str, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:300]
-        return f"reward {self._section.name!r} {what}: {type(error).__name__}: {reason}"
-
     def close(self) -> None:
         """End the processes."""
+        self._is_closed = True
         for actor in self._actors:
             self._ray.kill(actor)
 
@@ -164,10 +167,12 @@ def _failed(error: BaseException, rollouts: Sequence[Rollout]) -> _Outcome:
 
 def _made(outcome: _Outcome, rollouts: Sequence[Rollout]) -> Any:
     """What was made, or its error raised anew."""
-    if outcome.error is None:
-        return outcome.made
-    outcome.error.__cause__ = RemoteError(outcome.traceback)
-    if outcome.place is not None:
-        # The scorer finds it among the variables of where an error was raised.
-        rollout = rollouts[outcome.place]  # noqa: F841
-    raise outcome.error
+    if outcome.error is not None:
+        outcome.error.__cause__ = RemoteError(outcome.traceback)
+        _raise(outcome.error, None if outcome.place is None else rollouts[outcome.place])
+    return outcome.made
+
+
+def _raise(error: BaseException, rollout: Rollout | None) -> NoReturn:
+    """Raise an error that was met at a rollout, which the scorer finds among the variables here."""
+    raise error

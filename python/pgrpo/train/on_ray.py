@@ -24,6 +24,8 @@ from pgrpo.runs.terminal import InterruptedRunError, discard_output, interrupt
 
 T = TypeVar("T")
 
+_log = logging.getLogger("pgrpo")
+
 
 def run_on_ray(
     work: Callable[[], T], *, num_workers: int, num_cpus: int, max_failures: int, timeout_s: float
@@ -50,6 +52,9 @@ def run_on_ray(
     # Ray Train would print what the processes say once more, and have each in a folder of its own.
     os.environ |= {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     module, train, torch = ray(), ray("ray.train"), ray("ray.train.torch")
+    wanted, found = num_workers * num_cpus, module.cluster_resources().get("CPU", 0)
+    if found < wanted:
+        _log.warning("Ray has %d processors, and the run waits for %d", found, wanted)
     on_gpus = module.cluster_resources().get("GPU", 0) >= num_workers
     # The desk is as safe as the driver on whose machine it is.
     here = ray("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy(
@@ -103,6 +108,7 @@ class _Desk:
         self._taken = 0
         self._news = asyncio.Condition()
         self._interrupted = asyncio.Event()
+        self._any_started = False
 
     async def say(self, text: str, on_stderr: bool) -> None:
         """Note what a process says."""
@@ -121,12 +127,14 @@ class _Desk:
                 self._taken = start
             return list(self._said)
 
-    async def interrupt(self) -> None:
-        """Have all processes interrupted."""
+    async def interrupt(self) -> bool:
+        """Have all processes interrupted; whether any has started yet."""
         self._interrupted.set()
+        return self._any_started
 
     async def interrupted(self) -> None:
         """Return once they are to be."""
+        self._any_started = True
         await self._interrupted.wait()
 
 
@@ -176,7 +184,7 @@ def _take_part(work: Callable[[], Any], desk: Any, folder: Path) -> _Outcome:
         redirect_stderr(cast(TextIO, _Voice(desk, on_stderr=True))),
     ):
         # Ray Train has the root's handlers write to its own logs.
-        logging.getLogger("pgrpo").addHandler(handler := logging.StreamHandler())
+        _log.addHandler(handler := logging.StreamHandler())
         handler.setFormatter(logging.Formatter("pgrpo: %(message)s"))
         try:
             return _Outcome(work(), None)
@@ -208,10 +216,10 @@ def _attend(desk: Any, ending: Future[Any]) -> None:
             if ended:
                 return
         except KeyboardInterrupt:
-            if interrupted:
+            # A cluster without a place for the processes would be waited for.
+            if interrupted or not ray().get(desk.interrupt.remote()):
                 raise
             interrupted = True
-            desk.interrupt.remote()
 
 
 def _print(text: str, stream: TextIO) -> None:
