@@ -17,6 +17,8 @@ from typing import Any
 
 from pgrpo.errors import ConfigError, ParallelError
 
+_log = logging.getLogger("pgrpo")
+
 _STORE_BYTES = 200 * 2**20
 """What a Ray of our own has for objects between its processes, which are small here; left to itself it
 takes a third of the memory."""
@@ -80,9 +82,16 @@ def _join(address: str | None, num_cpus: int) -> None:
             "object_store_memory": _STORE_BYTES,
             "include_dashboard": False,
         }
+    # Lost processes would be told of on standard output, which is for what a command makes.
+    ray("ray._private.worker").print_to_stdstream = _note
     ends = signal.getsignal(signal.SIGTERM)
     # What its processes say in its logs is for those who look after it.
     ray().init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     if threading.current_thread() is threading.main_thread():
         # Ray would end this process at once.
         signal.signal(signal.SIGTERM, ends)
+
+
+def _note(said: dict[str, Any], **_: object) -> None:
+    """What Ray says of its processes, for whoever wants to know more."""
+    _log.info("Ray: %s", " ".join(said["lines"]))

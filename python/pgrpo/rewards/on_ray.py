@@ -70,7 +70,11 @@ class RewardOnRay:
             raise
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
-        """Score them on whichever process is free."""
+        """Score them on whichever process is free.
+
+        Raises:
+            TimeoutError: no answer came within `timeout_s`, which begins when the reward is there.
+        """
         try:
             return self._call(rollouts)
         except self._ray.exceptions.RayActorError:
@@ -78,11 +82,15 @@ class RewardOnRay:
 
     def _call(self, rollouts: Sequence[Rollout]) -> Rewards:
         actor = self._free.get()
+        timeout_s = self._section.timeout_s
         try:
-            outcome = self._ray.get(actor.score.remote(rollouts), timeout=self._section.timeout_s)
-        except BaseException:
+            _made(self._ray.get(actor.build.remote(), timeout=_START_S), ())
+            outcome = self._ray.get(actor.score.remote(rollouts), timeout=timeout_s)
+        except self._ray.exceptions.RayError as error:
             if not self._is_closed:
                 actor = self._replaced(actor)
+            if isinstance(error, self._ray.exceptions.GetTimeoutError):
+                raise TimeoutError(f"no answer within timeout_s = {timeout_s:g}") from error
             raise
         finally:
             self._free.put(actor)
@@ -134,10 +142,7 @@ class _Actor:
         return _Outcome(None)
 
     def score(self, rollouts: Sequence[Rollout]) -> _Outcome:
-        """Call it; an async one, in an event loop that lives as long as the process."""
-        built = self.build()
-        if built.error is not None:
-            return built
+        """Call what was built; an async one, in an event loop that lives as long as the process."""
         try:
             made: Any = self._reward(rollouts)
             if inspect.isawaitable(made):

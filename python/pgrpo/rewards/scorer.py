@@ -304,7 +304,8 @@ class _Worker:
 
     async def call(self, rollouts: Sequence[Rollout], places: asyncio.Semaphore) -> _Answer:
         """Call the reward when there is a place, and wait for its answer until its time is over."""
-        timeout_s = self.section.timeout_s
+        # On Ray it begins when a process is ready, which may have to be started again.
+        timeout_s = self.section.timeout_s if self.section.workers == "threads" else None
         async with places:
             if self._loop is None:
                 future = _run_in_thread(self._reward, rollouts)
@@ -313,7 +314,7 @@ class _Worker:
             try:
                 answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
             except asyncio.TimeoutError:
-                cause = TimeoutError(f"no answer within timeout_s = {timeout_s:g}")
+                cause = TimeoutError(f"no answer within timeout_s = {self.section.timeout_s:g}")
                 answer = _all_failed(len(rollouts), cause)
             self._failed |= bool(answer.failures)
             return answer
