@@ -100,6 +100,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
         patch.syspath_prepend(str(site))
         # What raylets start inherits it, as what a user installs on every machine is there.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+        # Ray kills what it has started when others take the machine's memory.
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         yield site
 
 

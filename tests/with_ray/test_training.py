@@ -31,6 +31,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
         patch.syspath_prepend(str(site))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(site), *sys.path]))
         patch.setenv("OMP_NUM_THREADS", "1")
+        # Ray kills what it has started when others take the machine's memory.
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         yield site
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import threading
@@ -30,8 +31,8 @@ _log = logging.getLogger("pgrpo")
 def run_on_ray(
     work: Callable[[], T], *, num_workers: int, num_cpus: int, max_failures: int, timeout_s: float
 ) -> T:
-    """Do the same on several processes of Ray's, which torch.distributed connects; while one of them is
-    lost, on new ones, from the start of `work`.
+    """Do the same on several processes of Ray's, which torch.distributed connects; where one of them is
+    lost, once more on new ones.
 
     Args:
         work: what each process does, in the driver's working directory.
@@ -71,7 +72,8 @@ def run_on_ray(
         trainer = torch.TorchTrainer(
             part,
             torch_config=torch.TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_s=int(timeout_s)
+                backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+                timeout_s=math.ceil(timeout_s),
             ),
             scaling_config=train.ScalingConfig(
                 num_workers=num_workers, use_gpu=on_gpus, resources_per_worker={"CPU": num_cpus}
@@ -85,7 +87,7 @@ def run_on_ray(
         _attend(desk, ending)
         try:
             outcome = cast(_Outcome, ending.result().return_value)
-        except train.TrainingFailedError as error:
+        except (train.TrainingFailedError, module.exceptions.RayError) as error:
             raise _told(error, max_failures) from error
     if outcome.error is not None:
         raise outcome.error
