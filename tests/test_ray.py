@@ -4,6 +4,7 @@ tests/with_ray."""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_processes_that_are_killed_change_nothing(
     ]
     path = os.pathsep.join([str(site), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    # Ray kills what it has started when others take the machine's memory.
+    environment["RAY_memory_monitor_refresh_ms"] = "0"
     driver = subprocess.run(
         command, env=environment, capture_output=True, encoding="utf-8", timeout=2 * TIMEOUT_S
     )
@@ -95,4 +98,35 @@ def test_what_cannot_be_is_told_at_once(
     config = str(write_config(tmp_path))
     assert main(["train", config, "--out", str(tmp_path / "run"), *arguments]) == 2
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--num-servers", "2"), "--num-servers has no effect without --ray"),
+        (("--ray", "local", "--port", "81"), "--host and --port have no effect with --ray"),
+        (("--ray", "local"), "Ray needs ray; install it with pip install 'pgrpo[ray]'"),
+    ],
+)
+def test_what_cannot_be_served_is_told_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", str(write_config(tmp_path)), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@needs_ray
+def test_a_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        config = str(write_config(tmp_path))
+        assert main(["train", config, "--out", str(tmp_path / "run"), "--ray", address]) == 2
+    assert f"pgrpo: there is no Ray to join at '{address}': " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ _log = logging.getLogger("pgrpo")
 _STORE_BYTES = 200 * 2**20
 """What a Ray of our own has for objects between its processes, which are small here; left to itself it
 takes a third of the memory."""
+_KNOCK_S = 10.0
+"""How long an address of a cluster may take to answer."""
 
 
 def ray(module: str = "ray") -> Any:
@@ -58,14 +61,15 @@ def connected(address: str | None, num_cpus: int = 1) -> Generator[None]:
         yield
         return
     try:
-        if address is not None or "RAY_ADDRESS" in os.environ:
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is not None:
             _join(address, num_cpus)
         else:
             try:
                 _join("auto", num_cpus)
             except ConnectionError:
                 _join("local", num_cpus)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ParallelError(f"there is no Ray to join at {address!r}: {reason[:300]}") from error
     try:
@@ -74,7 +78,11 @@ def connected(address: str | None, num_cpus: int = 1) -> Generator[None]:
         module.shutdown()
 
 
-def _join(address: str | None, num_cpus: int) -> None:
+def _join(address: str, num_cpus: int) -> None:
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        # Ray itself would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     own: dict[str, Any] = {}
     if address == "local":
         own = {
