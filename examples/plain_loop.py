@@ -9,6 +9,7 @@ answers on a scale of its own: what delights one of them is a tenth of a point t
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -69,4 +70,7 @@ if rank == 0:
     for kind, history in normalizer.snapshot().items():
         print(f"{kind}: {history.count:.0f} rewards, {history.mean:.2f} ± {history.std:.2f}")
 if ranked:
+    # The threads of gloo must have ended before Python does, and the model's cycles keep them.
+    del model
+    gc.collect()
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from pgrpo import ClusterNormalizer, ConfigError
-from pgrpo.normalizer.collectives import all_reduce
+from pgrpo.normalizer.collectives import all_reduce, exchange
+from pgrpo.normalizer.nodes import NodeHistories
 
 Stats = dict[Any, tuple[float, float, float]]
 
@@ -160,3 +162,32 @@ def untracked(rank: int, size: int) -> None:
 
 def test_deltas_have_to_be_tracked(tmp_path: Path) -> None:
     run(untracked, 2, tmp_path)
+
+
+def exchanged(rank: int, size: int, folder: str) -> Stats:
+    """Every rank is a node; a step is done again and exchanged again, as by one that was killed."""
+    path = Path(folder, f"node {rank}")
+    for step in (0, 1, 1):
+        node = NodeHistories(path, f"node-{rank}", "shrinkage", capacity=64)
+        node.rewind()
+        node.update(step, *shard(rank, step))
+        exchange(node, step)
+    return stats(node.histories)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no shared tables")
+@pytest.mark.parametrize("size", [2, 3])
+def test_nodes_hold_what_one_stream_would(size: int, tmp_path: Path) -> None:
+    for found in run(partial(exchanged, folder=str(tmp_path)), size, tmp_path):
+        assert_same(found, single_stream(size, 1, 2))
+
+
+def twice_the_same(rank: int, size: int, folder: str) -> None:
+    node = NodeHistories(folder, "node", capacity=64)
+    with pytest.raises(ConfigError, match="two ranks are of node 'node'; expected one rank"):
+        exchange(node, 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no shared tables")
+def test_two_ranks_of_a_node_do_not_exchange(tmp_path: Path) -> None:
+    run(partial(twice_the_same, folder=str(tmp_path / "node")), 2, tmp_path)

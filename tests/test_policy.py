@@ -21,7 +21,7 @@ from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.train import packing
 from pgrpo.train.loss import entropies, token_loss
 from pgrpo.train.packing import num_trained_tokens
-from pgrpo.train.policy import Policy
+from pgrpo.train.policy import Policy, global_norm
 from pgrpo.types import Example, Prompt, Rollout
 
 TEMPERATURE = 0.7
@@ -237,12 +237,38 @@ def test_loss_and_gradients_equal_the_naive_ones(
     policy = make_policy(model, token_budget=token_budget, **settings)
     stats = policy.update(grouped(rollouts, advantages), learning_rate=0.0)
     got = gradients(model)
-    # clip_grad_norm_ with a bound of 1e9 leaves the gradient as it was.
+    # A bound of 1e9 leaves the gradient as it was.
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
         assert error < 1e-5, f"{name}: {error}"
+
+
+def test_gradients_are_scaled_down_to_the_bound() -> None:
+    model, rollouts = tiny_model("smollm2"), make_rollouts()
+    advantages = np.random.default_rng(0).normal(size=len(rollouts))
+    norms: list[float] = []
+    directions: list[torch.Tensor] = []
+    for bound in (1e9, 0.01):
+        model.model.zero_grad()
+        policy = make_policy(model, max_grad_norm=bound)
+        norms.append(policy.update(grouped(rollouts, advantages), learning_rate=0.0).grad_norm)
+        directions.append(torch.cat([g.flatten() for g in gradients(model).values()]).double())
+    free, scaled = directions
+    assert norms == pytest.approx([float(free.norm())] * 2, rel=1e-6)
+    assert float(scaled.norm()) == pytest.approx(0.01, rel=1e-6)
+    assert torch.allclose(scaled, free * 0.01 / norms[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_many_gradients_is_exact(dtype: torch.dtype) -> None:
+    """In float32 alone it would be off by 2e-6 here."""
+    torch.manual_seed(0)
+    parts = [torch.randn(40_000, 576), torch.randn(576), torch.zeros(0, 576), torch.randn(9, 3, 4)]
+    gradients = [part.to(dtype) for part in parts]
+    expected = np.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert global_norm(gradients) == pytest.approx(expected, rel=3e-8)
 
 
 def test_kl_penalty_equals_the_naive_one() -> None:

@@ -257,6 +257,33 @@ def test_groups_of_one_process_without_reward(
     assert_same(run, train(tmp_path / "one", changes))
 
 
+TORN = """
+import os
+from pgrpo.plugins import hookimpl
+
+class Torn:
+    def fit(self, users, features, examples): self.rank = int(os.environ.get("RANK", "0"))
+    def assign(self, users, features): return [(i + self.rank) % 3 for i in range(len(users))]
+    def state_dict(self): return {"rank": self.rank}
+    def load_state_dict(self, state): self.rank = state["rank"]
+
+@hookimpl
+def pgrpo_register_clusterers(register):
+    register("torn", Torn)
+"""
+
+
+def test_all_processes_have_the_clusters_that_one_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would find others here, as a library may on another machine."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", TORN)
+    changes = {**UNEVEN, "clustering": {"name": "torn"}}
+    run = train_on(2, tmp_path / "several", changes)
+    assert_same(run, train(tmp_path / "one", changes))
+
+
 def test_a_signal_to_one_ends_all_between_two_steps(tmp_path: Path) -> None:
     changes = {**UNEVEN, "run.num_steps": 2000, "run.checkpoint_every": 2000, "run.eval_every": 0}
     run = tmp_path / "run"
@@ -325,7 +352,11 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     ("changes", "out", "sentence"),
     [
         ({"parallel.replicate": 3}, True, "parallel.replicate is 3, and there are 2 processes"),
-        ({"generation.engine": "vllm"}, True, "generation.engine is 'vllm'"),
+        (
+            {"generation": {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}},
+            True,
+            "generation.vllm.tensor_parallel_size is 2, and each of 2 processes",
+        ),
         ({}, False, "train on several processes needs --out"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -442,6 +444,51 @@ def test_a_signal_while_moments_are_written_is_no_refusal_of_the_disk(
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
     assert main(["train", str(write_config(tmp_path, LONG)), "--out", str(run)]) == 130
     assert RunFolder(run).info().status == "interrupted"
+    resume(run)
+    assert trace(run) == trace(long_unbroken[0])
+
+
+class Plaintive:
+    """What only the garbage collector frees, and not in silence."""
+
+    def __init__(self) -> None:
+        self.myself = self
+
+    def __del__(self) -> None:
+        raise ValueError
+
+
+def test_what_a_signal_leaves_half_made_is_not_worth_a_word(
+    long_unbroken: tuple[Path, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An event loop that was interrupted before it had its sockets complains when it is freed, and
+    that is as late as its traceback is."""
+    run = tmp_path / "run"
+    make, seen = socket.socketpair, []
+
+    def interrupted() -> Any:
+        seen.append(None)
+        if len(seen) == 3:
+            gc.disable()
+            Plaintive()
+            signal.raise_signal(signal.SIGTERM)
+        return make()
+
+    complaints: list[Any] = []
+    monkeypatch.setattr(socket, "socketpair", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    assert main(["train", str(write_config(tmp_path, LONG)), "--out", str(run)]) == 143
+    gc.enable()
+    gc.collect()
+    assert complaints == []
+    steps = num_lines(run / "metrics.jsonl")
+    assert capsys.readouterr().err == (
+        f"pgrpo: interrupted; step {steps} is saved, and pgrpo train --resume {run} goes on from "
+        "there\n"
+    )
     resume(run)
     assert trace(run) == trace(long_unbroken[0])
 

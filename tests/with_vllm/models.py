@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.rollout.engines.vllm.engine import VllmEngine
 from pgrpo.runs.config import Config, parse_config
+from pgrpo.train.parallel import SINGLE
 
 # vLLM has the garbage collector run nine times for each engine that comes and goes, half a second each,
 # for it looks through all that was ever imported. So that is put out of its sight for good: vLLM would
@@ -144,7 +145,7 @@ def write(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
 def running(config: Config) -> Iterator[tuple[LanguageModel, VllmEngine]]:
     """A policy's model and its engine."""
     model = load_language_model(config.model)
-    engine = VllmEngine(config.generation, model, config.model)
+    engine = VllmEngine(config.generation, model, config.model, SINGLE)
     try:
         yield model, engine
     finally:

@@ -22,6 +22,7 @@ from pgrpo.rollout.engines.vllm.backend import Request
 from pgrpo.rollout.engines.vllm.server import Server, Unavailable
 from pgrpo.rollout.engines.vllm.servers import Servers
 from pgrpo.rollout.engines.vllm.settings import VllmConfig
+from pgrpo.train.parallel import SINGLE
 
 pytest_plugins = ["serving"]
 
@@ -192,7 +193,7 @@ def test_a_server_that_hangs_is_found(
 
 def servers_at(url: str, **settings: Any) -> Servers:
     config = config_of(small_model(), {"generation.vllm": {"servers": [url], **settings}})
-    return Servers(config.generation, load_language_model(config.model), config.model)
+    return Servers(config.generation, load_language_model(config.model), config.model, SINGLE)
 
 
 def test_retry_s_begins_with_the_first_failure() -> None:

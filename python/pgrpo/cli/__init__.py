@@ -43,24 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Signs that a terminal or a pipe cannot show must not end a run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    try:
-        quiet_libraries()
-        with interrupts():
+    # What the commands raise ends within, for what an interrupt left half made hangs on it.
+    with interrupts():
+        try:
+            quiet_libraries()
             return _run(arguments)
-    except InterruptedRunError as error:
-        return _interrupted(error.rest)
-    except KeyboardInterrupt:
-        return _interrupted()
-    except BrokenPipeError:
-        discard_output()
-        return 141  # 128 and the number of SIGPIPE, as shells have it
-    except PgrpoError as error:
-        _log.debug("where the error comes from:", exc_info=True)
-        sentence = str(error)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] == "pgrpo":
-            raise
-        sentence = f"this command needs {error.name}; install it with pip install 'pgrpo[train]'"
+        except InterruptedRunError as error:
+            return _interrupted(error.rest)
+        except KeyboardInterrupt:
+            return _interrupted()
+        except BrokenPipeError:
+            discard_output()
+            return 141  # 128 and the number of SIGPIPE, as shells have it
+        except PgrpoError as error:
+            _log.debug("where the error comes from:", exc_info=True)
+            sentence = str(error)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.partition(".")[0] == "pgrpo":
+                raise
+            sentence = (
+                f"this command needs {error.name}; install it with pip install 'pgrpo[train]'"
+            )
     # What a plugin or a library said may have line breaks of its own. Of several processes one tells.
     if sentence:
         _tell(sentence)
@@ -82,6 +85,7 @@ def commands() -> Typer:
     for name in (
         "demo",
         "check",
+        "plan",
         "score",
         "train",
         "compare",

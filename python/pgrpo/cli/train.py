@@ -95,10 +95,11 @@ def train(
             f"--resume continues the run in {resume} with the config that lies there; {config} has "
             "no effect"
         )
-    if size > 1 and settings.generation.engine == "vllm":
+    vllm = settings.generation.vllm if settings.generation.engine == "vllm" else None
+    if vllm and size > 1 and vllm.tensor_parallel_size > 1 and not vllm.servers:
         raise ConfigError(
-            "generation.engine is 'vllm', which one process alone uses so far; expected "
-            f"'transformers' on {size} processes"
+            f"generation.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, and each of "
+            f"{size} processes has a vLLM of its own; expected 1, or servers"
         )
     work = partial(_take_part, settings, folder.path, quiet=quiet, as_json=as_json)
     if ray is None:

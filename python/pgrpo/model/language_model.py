@@ -125,6 +125,16 @@ class LanguageModel:
                 module.set_reshard_after_forward(module is not self.bare, recurse=False)
                 module.reshard()
 
+    @contextmanager
+    def in_step(self) -> Generator[None]:
+        """Meanwhile all processes make the same passes at the same time, without gradients; no process
+        keeps what it has got of the others' weights for them."""
+        try:
+            yield
+        finally:
+            for module in self._shards:
+                module.reshard()
+
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write weights (or adapters) and tokenizer as transformers (or peft) loads them.
 
@@ -149,6 +159,11 @@ class LanguageModel:
         )
         state: Any = get_model_state_dict(cast(Any, self.model), options=options)
         return state
+
+    def adapters(self) -> dict[str, Tensor]:
+        """The trained weights of adapters by their names in peft, put together on every process."""
+        named = self.model.named_parameters()
+        return {name: whole_tensor(p).cpu() for name, p in named if p.requires_grad}
 
     def adapters_disabled(self) -> AbstractContextManager[Any]:
         """The model as it was before its adapters."""
@@ -217,6 +232,13 @@ class LanguageModel:
     def _decode(self, ids: Tensor, positions: Tensor, groups: SharedPrefix | PrefixCache) -> Tensor:
         out = self._run(input_ids=ids, position_ids=positions, use_cache=False, groups=groups)
         return out.last_hidden_state[0]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A weight without its history; one that is split over processes, which all have to ask for, is put
+    together."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
 
 
 def _end_ids(told_by: Any) -> set[int]:

@@ -6,6 +6,7 @@ no torch, no settings files, nothing of the trainer. `_core` is the compiled Rus
 
 from pgrpo.normalizer.cluster_normalizer import ClusterNormalizer
 from pgrpo.normalizer.diagnostics import ClusterDiagnostics, Diagnostics
+from pgrpo.normalizer.nodes import Delta, NodeHistories
 from pgrpo.normalizer.options import RULES, Options
 from pgrpo.normalizer.state import ClusterStats
 
@@ -14,6 +15,8 @@ __all__ = [
     "ClusterDiagnostics",
     "ClusterNormalizer",
     "ClusterStats",
+    "Delta",
     "Diagnostics",
+    "NodeHistories",
     "Options",
 ]

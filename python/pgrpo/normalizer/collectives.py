@@ -1,11 +1,12 @@
-"""One set of histories for all ranks of a torch.distributed job."""
+"""One set of histories for all ranks, or all nodes, of a torch.distributed job."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.errors import ConfigError
-from pgrpo.normalizer import ClusterNormalizer
+from pgrpo.normalizer import ClusterNormalizer, NodeHistories
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,18 +35,56 @@ def all_reduce(normalizer: ClusterNormalizer, group: ProcessGroup | None = None)
 
     Raises:
         ConfigError: the normalizer does not track deltas, its table is shared (ranks of one machine
-            would hand each other what they have already), or this rank is not of the group.
+            would hand each other what they have already; `exchange` is for those), or this rank is
+            not of the group.
     """
     import torch.distributed as dist
 
     if normalizer.is_shared:
         raise ConfigError(f"{normalizer!r} is shared; expected histories of this rank's own")
 
-    own = dist.get_rank(group)
-    if own < 0:
-        raise ConfigError(f"rank {dist.get_rank()} is not of the group; expected one that is")
+    own = _own_rank(group)
     deltas: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(deltas, normalizer.delta(), group=group)
     for rank, delta in enumerate(deltas):
         if rank != own:
             normalizer.merge(delta)
+
+
+def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) -> None:
+    """Seal a step on every node, and give each node what the others folded in it.
+
+    It is a collective call of one rank of each node, made once all calls of the step have returned in
+    all processes of the node. If a rank is lost in it, it may be made again, by those as well that were
+    done with it: a delta is counted once. A node whose processes were killed in the step calls `rewind`
+    first.
+
+    Args:
+        node: this node's histories.
+        step: the step to be sealed.
+        group: one rank of each node; by default all ranks.
+
+    Raises:
+        ConfigError: two ranks are of the same node, or this rank is not of the group.
+    """
+    import torch.distributed as dist
+
+    _own_rank(group)
+    deltas: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(deltas, node.seal(step), group=group)
+    names = sorted(delta.node for delta in deltas)
+    for name, other in pairwise(names):
+        if name == other:
+            raise ConfigError(f"two ranks are of node {name!r}; expected one rank of each node")
+    for delta in deltas:
+        node.merge(delta)
+
+
+def _own_rank(group: ProcessGroup | None) -> int:
+    """This rank in the group."""
+    import torch.distributed as dist
+
+    own = dist.get_rank(group)
+    if own < 0:
+        raise ConfigError(f"rank {dist.get_rank()} is not of the group; expected one that is")
+    return own

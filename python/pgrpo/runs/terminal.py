@@ -7,6 +7,7 @@ thread is, or at the end of what may not be cut short.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -50,7 +51,9 @@ _state = _State()
 @contextmanager
 def interrupts() -> Generator[None]:
     """Within it signals raise KeyboardInterrupt. Those that the process was told to ignore, as `nohup`
-    does, stay ignored; outside the main thread nothing changes, for Python allows no handlers there."""
+    does, stay ignored; outside the main thread nothing changes, for Python allows no handlers there.
+    At its end what an interrupt left half made is freed in silence, if the exception is over by then.
+    """
     _state.holds, _state.received, _state.waiting = 0, None, False
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,6 +66,8 @@ def interrupts() -> Generator[None]:
     try:
         yield
     finally:
+        if _state.received is not None:
+            gc.collect()
         sys.unraisablehook = hook
         for number, handler in before.items():
             # One that was not installed from Python cannot be installed again from there.

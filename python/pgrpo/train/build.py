@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
@@ -30,7 +30,7 @@ from pgrpo.runs.config import Config
 from pgrpo.train.checkpoint import Checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
-from pgrpo.types import Dataset, Example
+from pgrpo.types import Dataset, Example, Json
 
 
 class Assembly:
@@ -101,9 +101,17 @@ class Assembly:
 
     @cached_property
     def members(self) -> Membership:
-        """Every user's cluster."""
+        """Every user's cluster. One process fits, and the others take over what it has found."""
         clusterer = self.registry.clusterer(self.config.clustering)
-        return Membership(clusterer, self.dataset, self.state and self.state["clusterer"])
+        saved = self.state and self.state["clusterer"]
+        fitted: list[Membership] = []
+
+        def fit() -> Mapping[str, Json]:
+            fitted.append(Membership(clusterer, self.dataset, saved))
+            return fitted[0].state_dict()
+
+        found = self.ranks.first(fit)
+        return fitted[0] if fitted else Membership(clusterer, self.dataset, found)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -160,6 +168,7 @@ class Assembly:
             config.generation,
             self.model,
             config.model,
+            self.ranks,
             may_sleep=config.run.pipeline == "synchronous",
         )
         return self._open.enter_context(closing(engine))

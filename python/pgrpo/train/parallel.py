@@ -24,23 +24,19 @@ from torch.distributed.rendezvous import rendezvous
 from pgrpo.config.sections import ParallelConfig
 from pgrpo.errors import ConfigError, ParallelError, PgrpoError, RemoteError
 from pgrpo.model.language_model import LanguageModel
+from pgrpo.rollout.engines import Peers
 from pgrpo.runs.launch import num_processes, num_restarts
 from pgrpo.runs.terminal import held, take_interrupt
 
 T = TypeVar("T")
 
 
-class Ranks(Protocol):
+class Ranks(Peers, Protocol):
     """The processes of a run.
 
     All of them make the same calls in the same order. What fails on one of them fails on all, so that
     they stop or go on together.
     """
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes and prints."""
-        ...
 
     def share(self, costs: Sequence[float]) -> range:
         """Which of these things are this process's: consecutive ones, of about the same cost as any
@@ -49,10 +45,6 @@ class Ranks(Protocol):
 
     def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
         """What all processes make, in the order of ranks."""
-        ...
-
-    def first(self, make: Callable[[], T]) -> T:
-        """What the one that writes makes; the others are told."""
         ...
 
     def alone(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
@@ -79,6 +71,7 @@ class Ranks(Protocol):
 class Single:
     """A run of one process."""
 
+    size = 1
     leads = True
 
     def share(self, costs: Sequence[float]) -> range:
@@ -90,7 +83,7 @@ class Single:
         return list(make())
 
     def first(self, make: Callable[[], T]) -> T:
-        """See `Ranks.first`."""
+        """See `Peers.first`."""
         return make()
 
     def alone(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
@@ -126,7 +119,7 @@ class Sharded:
     def __init__(self, config: ParallelConfig, agreed: list[BaseException] | None = None) -> None:
         self._config = config
         self._timeout = timedelta(seconds=config.timeout_s)
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._rank, self.size = dist.get_rank(), dist.get_world_size()
         # What is told is told through the processors, whatever carries gradients.
         self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
         self._agreed: list[BaseException] = [] if agreed is None else agreed
@@ -135,21 +128,21 @@ class Sharded:
     def share(self, costs: Sequence[float]) -> range:
         """See `Ranks.share`."""
         ends = np.cumsum([0.0, *costs])
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(self._size + 1) / self._size)
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(self.size + 1) / self.size)
         # Things without cost at the end belong to the last.
         cuts[-1] = len(costs)
         return range(int(cuts[self._rank]), int(cuts[self._rank + 1]))
 
     def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
         """See `Ranks.gather`."""
-        outcomes: list[Any] = [None] * self._size
+        outcomes: list[Any] = [None] * self.size
         mine = _outcome(make)
         dist.all_gather_object(outcomes, mine.told(), group=self._group)
         self._raise_together(mine, outcomes)
         return [thing for made, _ in outcomes for thing in made]
 
     def first(self, make: Callable[[], T]) -> T:
-        """See `Ranks.first`."""
+        """See `Peers.first`."""
         mine = _outcome(make) if self.leads else _Outcome(None, None)
         told = [mine.told()]
         dist.broadcast_object_list(told, src=0, group=self._group)
@@ -189,7 +182,7 @@ class Sharded:
         from torch.distributed.device_mesh import init_device_mesh
 
         replicate = self._config.replicate
-        shape = (replicate, self._size // replicate)
+        shape = (replicate, self.size // replicate)
         mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replicate", "shard"))
         model.shard(mesh)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -239,13 +239,15 @@ class Policy:
         told = self._ranks.gather(lambda: added)
         sums = np.sum([np.zeros(5), *(part for part, _ in told)], axis=0)
         differences = [values for _, seen in told for values in seen]
-        norm = _norm(
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._config.max_grad_norm)
-        )
+        gradients = [cast(Tensor, parameter.grad) for parameter in self.parameters.values()]
+        norm = global_norm(gradients)
         if not (np.isfinite(norm) and np.isfinite(sums[0])):
             raise ModelError(
                 f"the loss is {sums[0]:g} and its gradient's norm {norm:g}; expected finite values"
             )
+        if norm > self._config.max_grad_norm:
+            for gradient in gradients:
+                _local(gradient).mul_(self._config.max_grad_norm / norm)
         self.optimizer.step()
         return sums, norm, differences
 
@@ -382,10 +384,34 @@ class Policy:
             return self.logprobs(groups)
 
 
-def _norm(found: Tensor) -> float:
-    """A norm as a number; of split weights it is split itself."""
-    whole: Any = found
-    return float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
+def global_norm(gradients: Sequence[Tensor]) -> float:
+    """L2 norm of all gradients together, which may be split over processes: all ask for it then.
+
+    The squares of a row are summed as wide as the gradient is, those of rows in float64. In float32
+    alone the sum of SmolLM2's 28 million embedding gradients is off by 1e-5, and by another 1e-5 on
+    another number of processes.
+    """
+    first: Any = gradients[0]
+    squares = torch.zeros((), dtype=torch.float64, device=first.device)
+    for gradient in gradients:
+        local = _local(gradient)
+        # A process may have no row of a small one.
+        if local.numel():
+            width = torch.promote_types(local.dtype, torch.float32)
+            rows = torch.linalg.vector_norm(local, dim=-1, dtype=width)
+            squares += rows.double().square().sum()
+    if hasattr(first, "full_tensor"):
+        from torch.distributed.tensor import DTensor, Partial
+
+        split = [Partial() if each.is_shard() else each for each in first.placements]
+        squares = DTensor.from_local(squares, first.device_mesh, split).full_tensor()
+    return float(squares.sqrt())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may be split."""
+    split: Any = tensor
+    return split.to_local() if hasattr(split, "to_local") else split
 
 
 def _without_truncated(groups: Sequence[Group]) -> list[Group]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pgrpo.types import Group, Prompt
 
@@ -13,6 +13,26 @@ if TYPE_CHECKING:
     from pgrpo.config.sections import ModelConfig
     from pgrpo.model.language_model import LanguageModel
     from pgrpo.rollout.settings import GenerationConfig
+
+T = TypeVar("T")
+
+
+class Peers(Protocol):
+    """The processes of a run, each of which has an engine."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        ...
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the one that writes makes; the others are told, also of an error."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +80,7 @@ class Engine(Protocol):
 
     def sync(self, policy_version: int) -> SyncStats | None:
         """Take over the policy's weights as they are after this many updates; None where there is
-        nothing to move.
+        nothing to move. All processes of a run call it at the same time.
 
         Raises:
             EngineError: they did not arrive, or the engine computes something else with them.
@@ -82,7 +102,12 @@ class Engine(Protocol):
 
 
 def make_engine(
-    config: GenerationConfig, model: LanguageModel, source: ModelConfig, *, may_sleep: bool = False
+    config: GenerationConfig,
+    model: LanguageModel,
+    source: ModelConfig,
+    peers: Peers,
+    *,
+    may_sleep: bool = False,
 ) -> Engine:
     """The engine that `generation.engine` names.
 
@@ -90,6 +115,7 @@ def make_engine(
         config: the section `[generation]`.
         model: the policy's model.
         source: the section `[model]`, where it came from.
+        peers: the processes of the run.
         may_sleep: nobody generates while the policy is updated.
     """
     match config.engine:
@@ -100,4 +126,4 @@ def make_engine(
         case "vllm":
             from pgrpo.rollout.engines.vllm.engine import VllmEngine
 
-            return VllmEngine(config, model, source, may_sleep=may_sleep)
+            return VllmEngine(config, model, source, peers, may_sleep=may_sleep)

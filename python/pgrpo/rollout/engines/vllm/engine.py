@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgrpo.errors import EngineError
-from pgrpo.rollout.engines import SyncStats
+from pgrpo.rollout.engines import Peers, SyncStats
 from pgrpo.rollout.engines.sampling import levels
 from pgrpo.rollout.engines.vllm.backend import Backend, Completion, Request
 from pgrpo.rollout.engines.vllm.groups import ChoiceGroup, FreeGroup, RequestedGroup
@@ -45,6 +45,7 @@ class VllmEngine:
         config: the section `[generation]`.
         model: the policy's model, whose weights `sync` hands over.
         source: the section `[model]`, where it came from.
+        peers: the processes of the run, each of which has such an engine.
         may_sleep: nobody generates while the policy is updated.
     """
 
@@ -53,6 +54,7 @@ class VllmEngine:
         config: GenerationConfig,
         model: LanguageModel,
         source: ModelConfig,
+        peers: Peers,
         *,
         may_sleep: bool = False,
     ) -> None:
@@ -65,11 +67,13 @@ class VllmEngine:
         if options.servers:
             from pgrpo.rollout.engines.vllm.servers import Servers
 
-            self._backend: Backend = Servers(config, model, source)
+            self._backend: Backend = Servers(config, model, source, peers)
         else:
             from pgrpo.rollout.engines.vllm.local import Local
 
-            self._backend = Local(config, model, source, may_sleep=may_sleep)
+            self._backend = Local(
+                config, model, source, may_sleep=may_sleep, num_processes=peers.size
+            )
         exact = model.precision == engine_precision(options, model.precision) == "fp32"
         self._tolerance = options.probe_tolerance or (1e-3 if exact else 0.2)
 

@@ -15,6 +15,8 @@ from pgrpo.errors import ConfigError, EngineError
 from pgrpo.model.gguf import model_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pgrpo.config.sections import ModelConfig
     from pgrpo.model.language_model import LanguageModel
     from pgrpo.rollout.engines.vllm.settings import VllmConfig
@@ -203,16 +205,17 @@ def folder_of(options: VllmConfig) -> Path | None:
 def save_config(model: LanguageModel, folder: Path, *, with_tokenizer: bool) -> str:
     """Write what vLLM builds the model from, without weights; returns the folder."""
     bare = model.bare
-    # A model that was made from a config, and not loaded, does not name its class there.
-    bare.config.architectures = [type(bare).__name__]
+    # A model that was made from a config, and not loaded, does not name its class there; and FSDP puts
+    # itself before the name.
+    bare.config.architectures = [type(bare).__name__.removeprefix("FSDP")]
     bare.config.save_pretrained(folder)
     if with_tokenizer:
         model.tokenizer.save_pretrained(str(folder))
     return str(folder)
 
 
-def save_adapter(model: LanguageModel, folder: Path) -> int:
-    """Write the adapters as peft does; returns their bytes."""
+def save_adapter(model: LanguageModel, weights: dict[str, Tensor], folder: Path) -> int:
+    """Write the adapters, which `LanguageModel.adapters` gave, as peft does; returns their bytes."""
     whole: Any = model.model
-    whole.save_pretrained(str(folder))
+    whole.save_pretrained(str(folder), state_dict=weights)
     return sum(path.stat().st_size for path in folder.glob("adapter_model*"))

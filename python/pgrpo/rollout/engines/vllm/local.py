@@ -39,6 +39,7 @@ class Local:
         model: the policy's model.
         source: the section `[model]`, where it came from.
         may_sleep: nobody generates while the policy is updated.
+        num_processes: of the run; each has a vLLM of its own.
 
     Raises:
         EngineError: vLLM is not installed, or does not start with this model and these settings.
@@ -54,9 +55,11 @@ class Local:
         source: ModelConfig,
         *,
         may_sleep: bool,
+        num_processes: int,
     ) -> None:
         self._options = config.vllm
         self._model = model
+        self._is_alone = num_processes == 1
         self._folder = tempfile.TemporaryDirectory(prefix="pgrpo-vllm-")
         self._has_adapters = source.lora is not None
         self._lora: Any = None
@@ -99,6 +102,10 @@ class Local:
                         "weight_transfer_config": {"backend": "pgrpo"},
                         "enable_sleep_mode": self._may_sleep,
                         "disable_log_stats": True,
+                        # torch.distributed is there already, and vLLM must take it as it is.
+                        "distributed_executor_backend": (
+                            None if self._is_alone else "external_launcher"
+                        ),
                         **arguments,
                     }
                 )
@@ -186,7 +193,7 @@ class Local:
 
     def _load_adapter(self, version: int) -> int:
         folder = Path(self._folder.name) / "adapter"
-        num_bytes = save_adapter(self._model, folder)
+        num_bytes = save_adapter(self._model, self._model.adapters(), folder)
         make_request: Any = self._vllm.lora.request.LoRARequest
         if not self._engine.add_lora(make_request(LORA_NAME, 1, str(folder), load_inplace=True)):
             raise EngineError(f"vLLM does not load the adapters in {folder}")
@@ -208,8 +215,14 @@ class Local:
         """See `Backend.close`."""
         if self._sender is not None:
             self._sender.close()
-        self._engine.engine_core.shutdown()
-        del self._llm, self._engine, self._sender
+        client = self._engine.engine_core
+        if self._is_alone:
+            client.shutdown()
+        else:
+            # With itself vLLM shuts down torch.distributed, also when it is freed; the processes of the
+            # run still need it.
+            client._finalizer.detach()
+        del client, self._llm, self._engine, self._sender
         # They hold each other, and the memory of weights, keys and values.
         gc.collect()
         self._folder.cleanup()

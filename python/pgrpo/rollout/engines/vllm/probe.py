@@ -70,7 +70,7 @@ def _logprobs(rollouts: Sequence[Rollout], model: LanguageModel, temperature: fl
     prompt, completions = rollouts[0].prompt, [rollout.completion_ids for rollout in rollouts]
     layout = SharedPrefix([prompt.token_ids], [[c[:-1] for c in completions]], model.device)
     values: list[FloatArray] = []
-    with model.autocast():
+    with model.autocast(), model.in_step():
         hidden = model.hidden(layout)
         for completion, start in zip(completions, layout.completion_rows, strict=True):
             rows = [len(prompt.token_ids) - 1, *range(start, start + len(completion) - 1)]

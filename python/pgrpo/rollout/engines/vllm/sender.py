@@ -32,6 +32,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from pgrpo.errors import EngineError, engine_errors
+from pgrpo.model.language_model import whole_tensor
 from pgrpo.rollout.engines.vllm.clients import AllClients, SyncClient
 
 Transfer = Literal["direct", "file", "nccl", "ipc"]
@@ -65,7 +66,7 @@ class WeightSender:
         # vLLM raises a ValueError where the name is known.
         with contextlib.suppress(ValueError):
             WeightTransferTrainerFactory.register_engine("pgrpo", _TrainerEngine)
-        source = _Parameters(model, dtype)
+        self._source = _Parameters(model, dtype)
         self._num_bytes = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
         self._clients = AllClients(clients)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -78,7 +79,7 @@ class WeightSender:
         try:
             with engine_errors("vLLM cannot be set up to receive weights"):
                 self._engine: Any = WeightTransferTrainerFactory.trainer_init(
-                    self._init_info(transfer), client=self._clients, source=source
+                    self._init_info(transfer), client=self._clients, source=self._source
                 )
         except EngineError:
             self.close()
@@ -101,6 +102,11 @@ class WeightSender:
             master_port=get_open_port(),
             world_size=1 + self._clients.world_size(),
         )
+
+    def gather(self) -> None:
+        """Put together, for the next `send`, weights that are split over processes; the others call
+        `take_part` meanwhile."""
+        self._source.gather()
 
     def send(self, version: int | str) -> int:
         """Bring the weights, as they are now, to vLLM. Returns their bytes.
@@ -126,6 +132,12 @@ class WeightSender:
             self._folder.cleanup()
 
 
+def take_part(model: nn.Module) -> None:
+    """Give the process that sends them what this one has of the weights."""
+    for _ in _Parameters(model, None):
+        pass
+
+
 def _memory_folder(num_bytes: int) -> str | None:
     """A folder whose files are kept in memory, if the system has one with room for so many bytes."""
     memory = Path("/dev/shm")  # noqa: S108
@@ -144,6 +156,11 @@ class _Parameters(WeightSource):
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self._model = model
         self._dtype = dtype
+        self._gathered: dict[str, Tensor] | None = None
+
+    def gather(self) -> None:
+        """Put all weights together, to be iterated over once."""
+        self._gathered = {name: tensor.cpu() for name, tensor in self}
 
     def _named(self) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
@@ -159,8 +176,12 @@ class _Parameters(WeightSource):
         return [ParamMeta(n, self._sent_dtype(t), tuple(t.shape)) for n, t in self._named().items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if self._gathered is not None:
+            gathered, self._gathered = self._gathered, None
+            yield from gathered.items()
+            return
         for name, tensor in self._named().items():
-            yield name, tensor.to(self._sent_dtype(tensor))
+            yield name, whole_tensor(tensor).to(self._sent_dtype(tensor))
 
 
 @dataclass

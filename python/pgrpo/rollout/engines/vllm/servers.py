@@ -39,6 +39,7 @@ from pgrpo.rollout.engines.vllm.server import Server, ServerClient, Unavailable
 if TYPE_CHECKING:
     from pgrpo.config.sections import ModelConfig
     from pgrpo.model.language_model import LanguageModel
+    from pgrpo.rollout.engines import Peers
     from pgrpo.rollout.settings import GenerationConfig
 
 _log = logging.getLogger("pgrpo")
@@ -58,14 +59,19 @@ class Servers:
         config: the section `[generation]`.
         model: the policy's model.
         source: the section `[model]`, where it came from.
+        peers: the processes of the run, which use the servers together; one of them drives the
+            transfer of weights, and tells the others what came of it.
     """
 
-    def __init__(self, config: GenerationConfig, model: LanguageModel, source: ModelConfig) -> None:
+    def __init__(
+        self, config: GenerationConfig, model: LanguageModel, source: ModelConfig, peers: Peers
+    ) -> None:
         self._options = config.vllm
         self._longest = longest_sequence(config, model.num_positions)
         self._servers = [Server(url, self._options) for url in self._options.servers]
         self.capacity = _REQUESTS_PER_SERVER * len(self._servers)
         self._model = model
+        self._peers = peers
         self._has_adapters = source.lora is not None
         self._run = uuid4().hex[:8]
         """Begins every version, so that the weights of another run cannot pass for ours."""
@@ -79,6 +85,8 @@ class Servers:
         self._adapters = tempfile.TemporaryDirectory(
             prefix="pgrpo-adapters-", dir=folder_of(self._options)
         )
+        self._adapter = ""
+        """Folder of the newest adapters, which one process has written for all."""
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._results: queue.Queue[tuple[threading.Event, int, list[Completion] | BaseException]]
@@ -109,12 +117,13 @@ class Servers:
         raise EngineError("the requests were abandoned")
 
     def abandon(self) -> None:
-        """See `Backend.abandon`; returns when no server that answers works on them any more."""
+        """See `Backend.abandon`; returns when no server that answers works on them any more, or soon:
+        a server that is told to abort them aborts those of other processes too."""
         self.interrupt()
         self._abandoned = threading.Event()
         if not any(thread.is_alive() for thread in self._threads):
             return
-        for server in self._servers:
+        for server in self._servers if self._peers.size == 1 else ():
             if server.version is not None:
                 with contextlib.suppress(Unavailable, EngineError):
                     server.post("/abort_requests", {}, is_control=True)
@@ -133,23 +142,54 @@ class Servers:
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
         no other."""
-        previous, self._wanted = self._wanted, f"{self._run}-{version}"
+        peers, previous = self._peers, self._wanted
+        self._wanted = peers.first(lambda: f"{self._run}-{version}")
         try:
-            if self._has_adapters:
-                num_bytes = save_adapter(self._model, Path(self._adapters.name) / self._wanted)
-            elif self._transfer == "file":
-                num_bytes = self._make_sender().send(self._wanted)
-            else:
-                # A send would wait for ever for a server that is not there, or has left the group.
-                self._persist(lambda: self._check_group(previous))
-                num_bytes = self._make_sender().send(self._wanted)
+            num_bytes = self._send_adapters() if self._has_adapters else self._send(previous)
         except OSError as error:
             raise EngineError(f"weights cannot be written for the servers: {error}") from error
-        self._persist(self._renew_all)
+        renewed = peers.first(lambda: self._persist(self._renew_all))
+        for server in self._servers:
+            if server.url in renewed:
+                server.version = server.clean = self._wanted
         for old in Path(self._adapters.name).iterdir():
             if old.name != self._wanted:
                 shutil.rmtree(old, ignore_errors=True)
         return num_bytes
+
+    def _send_adapters(self) -> int:
+        weights = self._model.adapters()
+        folder = Path(self._adapters.name) / self._wanted
+        num_bytes = self._peers.first(lambda: save_adapter(self._model, weights, folder))
+        self._adapter = self._peers.first(lambda: str(folder))
+        return num_bytes
+
+    def _send(self, previous: str) -> int:
+        """Send full weights; only the process that leads knows how many bytes they were."""
+        peers = self._peers
+        peers.first(lambda: self._prepare(previous))
+        num_bytes = 0
+        if not peers.leads:
+            from pgrpo.rollout.engines.vllm.sender import take_part
+
+            take_part(self._model.bare)
+        elif self._transfer != "file":
+            num_bytes = self._sender.send(self._wanted)
+        elif peers.size > 1:
+            # Before anything is written: a disk that refuses one process must not leave the others
+            # waiting in the midst of the weights.
+            self._sender.gather()
+        if self._transfer == "file":
+            num_bytes = peers.first(lambda: self._sender.send(self._wanted))
+            self._update = peers.first(lambda: self._update)
+        return num_bytes
+
+    def _prepare(self, previous: str) -> None:
+        if self._transfer != "file":
+            # A send would wait for ever for a server that is not there, or has left the group.
+            self._persist(lambda: self._check_group(previous))
+        if self._sender is None:
+            self._sender = self._make_sender()
 
     def sleep(self) -> None:
         """Nothing, for the memory belongs to other processes."""
@@ -209,26 +249,24 @@ class Servers:
             )
 
     def _make_sender(self) -> Any:
-        if self._sender is None:
-            try:
-                from pgrpo.rollout.engines.vllm.sender import WeightSender
-            except ImportError as error:
-                raise EngineError(
-                    f"full weights are sent by vLLM's own means, which cannot be imported ({error}); "
-                    "install them with pip install 'pgrpo[vllm]'"
-                ) from error
-            precision = engine_precision(self._options, self._model.precision)
-            clients = (
-                [self._update] if self._transfer == "file" else [*map(ServerClient, self._servers)]
-            )
-            self._sender = WeightSender(
-                self._transfer,
-                self._model.bare,
-                clients,
-                dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-                folder=folder_of(self._options),
-            )
-        return self._sender
+        try:
+            from pgrpo.rollout.engines.vllm.sender import WeightSender
+        except ImportError as error:
+            raise EngineError(
+                f"full weights are sent by vLLM's own means, which cannot be imported ({error}); "
+                "install them with pip install 'pgrpo[vllm]'"
+            ) from error
+        precision = engine_precision(self._options, self._model.precision)
+        clients = (
+            [self._update] if self._transfer == "file" else [*map(ServerClient, self._servers)]
+        )
+        return WeightSender(
+            self._transfer,
+            self._model.bare,
+            clients,
+            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+            folder=folder_of(self._options),
+        )
 
     def _check_group(self, previous: str) -> None:
         """See that all servers answer, and that none has lost what was sent to it by nccl or ipc."""
@@ -244,8 +282,8 @@ class Servers:
             "it again; continue the run with --resume"
         )
 
-    def _renew_all(self) -> None:
-        """Have all servers that answer use the wanted weights.
+    def _renew_all(self) -> set[str]:
+        """Have all servers that answer use the wanted weights; returns their addresses.
 
         Raises:
             Unavailable: none answers.
@@ -254,6 +292,7 @@ class Servers:
             failures = [f for f in threads.map(self._try_renew, self._servers) if f]
         if len(failures) == len(self._servers):
             raise failures[0]
+        return {server.url for server in self._servers if server.version == self._wanted}
 
     def _try_renew(self, server: Server) -> Unavailable | None:
         try:
@@ -287,8 +326,8 @@ class Servers:
             # Under a new number, for one that is loaded in place is read again with every token.
             with contextlib.suppress(EngineError):
                 server.post("/v1/unload_lora_adapter", {"lora_name": LORA_NAME})
-            folder = str(Path(self._adapters.name) / self._wanted)
-            server.post("/v1/load_lora_adapter", {"lora_name": LORA_NAME, "lora_path": folder})
+            loaded = {"lora_name": LORA_NAME, "lora_path": self._adapter}
+            server.post("/v1/load_lora_adapter", loaded)
             server.post("/update_weight_version", {"new_version": self._wanted})
         elif self._transfer == "file":
             self._update.replay(ServerClient(server), self._wanted)
