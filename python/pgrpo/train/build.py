@@ -17,7 +17,10 @@ from pgrpo.data import DataPluginConfig, load_dataset
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.tokenizer import load_tokenizer
+from pgrpo.on_ray import connected
+from pgrpo.plugins.hookspecs import Reward
 from pgrpo.plugins.registry import Registry, load_registry
+from pgrpo.rewards.on_ray import RewardOnRay
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.rollout.engines import Engine, make_engine
@@ -188,9 +191,16 @@ class Assembly:
 
     def _scorer(self, sections: Sequence[RewardConfig]) -> Scorer:
         _check_clusters(sections, self.members.about)
-        seed = self.config.run.seed
-        rewards = [(section, self.registry.reward(section, seed)) for section in sections]
+        rewards = [(section, self._reward(section)) for section in sections]
         return self._open.enter_context(Scorer(rewards))
+
+    def _reward(self, section: RewardConfig) -> Reward:
+        seed = self.config.run.seed
+        if section.workers == "threads":
+            return self.registry.reward(section, seed)
+        self._note(f"starting reward {section.name} on Ray")
+        self._open.enter_context(connected(None))
+        return self._open.enter_context(closing(RewardOnRay(section, seed)))
 
     def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
         model = load_language_model(

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pgrpo.config.sections import ParallelConfig
-from pgrpo.errors import ConfigError, ParallelError, PgrpoError
+from pgrpo.errors import ConfigError, ParallelError, PgrpoError, RemoteError
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.rollout.engines import Peers
 from pgrpo.runs.launch import num_processes, num_restarts
@@ -194,19 +194,12 @@ class Sharded:
         error = mine.error
         if rank != self._rank or error is None:
             error = said.kind(f"rank {rank}: {said.sentence}")
-            error.__cause__ = _RemoteError(said.traceback)
+            error.__cause__ = RemoteError(said.traceback)
         if not self.leads and isinstance(error, PgrpoError):
             # The process that leads tells of it.
             error = ParallelError("")
         self._agreed.append(error)
         raise error
-
-
-class _RemoteError(Exception):
-    """What another process says of where an error came from."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 class _Said(NamedTuple):
@@ -258,7 +251,8 @@ def _lost(what: str) -> Generator[None]:
 @contextmanager
 def connect(config: ParallelConfig) -> Generator[Ranks]:
     """The processes of this run: those that torchrun started (or whoever sets RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT as it does), or this one alone.
+    MASTER_ADDR and MASTER_PORT as it does), those that are connected already, as Ray Train's are, or
+    this one alone.
 
     Raises:
         ConfigError: there are not as many processes as the config's copies of the weights need.
@@ -273,6 +267,19 @@ def connect(config: ParallelConfig) -> Generator[Ranks]:
             f"parallel.replicate is {config.replicate}, and there are {size} processes; expected a "
             "multiple of it"
         )
+    is_connected = dist.is_initialized()
+    if not is_connected:
+        _initialize(config)
+    # A signal is heard between two steps, by all at once: one that left in the middle of a step would
+    # leave the others waiting.
+    with held(), _lost("another process of the run is lost"):
+        yield Sharded(config)
+    if not is_connected:
+        dist.destroy_process_group()
+
+
+def _initialize(config: ParallelConfig) -> None:
+    """Connect the processes as their environment says."""
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -283,8 +290,3 @@ def connect(config: ParallelConfig) -> Generator[Ranks]:
         # torchrun may keep the store when it starts processes again, and it holds the old addresses.
         store = PrefixStore(f"attempt {num_restarts()}", found)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    # A signal is heard between two steps, by all at once: one that left in the middle of a step would
-    # leave the others waiting.
-    with held(), _lost("another process of the run is lost"):
-        yield Sharded(config)
-    dist.destroy_process_group()
