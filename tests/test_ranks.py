@@ -24,8 +24,10 @@ from conftest import install_plugin, processes, trace, train, write_config
 from safetensors.torch import load_file
 
 from pgrpo.cli import main
+from pgrpo.errors import EngineError, ParallelError
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.checkpoint import latest_checkpoint, list_checkpoints
+from pgrpo.train.parallel import Sharded, _Outcome
 
 TIMEOUT_S = 120
 
@@ -245,6 +247,18 @@ def test_a_disk_that_refuses_one_ends_all(tmp_path: Path) -> None:
     told, silent = said_by(tmp_path, 2)
     assert "cannot be written" in told.strip().splitlines()[-1]
     assert silent == ""
+
+
+def test_a_sentence_is_told_before_what_another_process_lost() -> None:
+    ranks = Sharded.__new__(Sharded)
+    ranks._rank, ranks.leads, ranks._agreed = 0, True, []
+    mine = _Outcome(None, RuntimeError("timed out"))
+    theirs = _Outcome(None, EngineError("no server answers"))
+    with pytest.raises(EngineError, match=r"^rank 1: no server answers$") as caught:
+        ranks._raise_together(mine, [mine.told(), theirs.told()])
+    assert ranks.agrees(caught.value)
+    with pytest.raises(RuntimeError, match=r"^timed out$"):
+        ranks._raise_together(mine, [mine.told(), _Outcome(None, ParallelError("")).told()])
 
 
 def test_groups_of_one_process_without_reward(

@@ -18,6 +18,7 @@ from pgrpo.cli import main
 
 pytest_plugins = ["serving"]
 
+ADAPTERS: Tree = {"model.lora": {"rank": 4, "alpha": 64}}
 LONGER: Tree = {
     **SMALL,
     "run.num_steps": 6,
@@ -73,13 +74,17 @@ def test_each_process_has_a_vllm(tmp_path: Path, alone: Path) -> None:
     assert_same(train_on_two(tmp_path, LONGER), alone)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
 def test_processes_share_a_server_that_is_killed(
-    tmp_path: Path, alone: Path, serve: Callable[..., Served]
+    tmp_path: Path, serve: Callable[..., Served], adapters: bool
 ) -> None:
     """Whichever process meets the new server first gives it the weights again."""
-    server = serve(SMALL)
+    changes: Tree = {**LONGER, **(ADAPTERS if adapters else {})}
+    server = serve(changes)
     server.wait()
-    remote = {**LONGER, "generation.vllm": {"servers": [server.url], "retry_s": START_S}}
+    remote = {**changes, "generation.vllm": {"servers": [server.url], "retry_s": START_S}}
+    one, config = tmp_path / "one", write(tmp_path / "one", remote)
+    assert main(["train", str(config), "--out", str(one / "run")]) == 0
     log = tmp_path / "run" / "metrics.jsonl"
 
     def restart() -> None:
@@ -92,21 +97,11 @@ def test_processes_share_a_server_that_is_killed(
     restarted.start()
     run = train_on_two(tmp_path, remote, says="trying again")
     restarted.join(START_S)
-    assert_same(run, alone)
-
-
-def test_processes_share_adapters_on_a_server(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    changes = {**SMALL, "model.lora": {"rank": 4, "alpha": 64}, "run.num_steps": 2}
-    server = serve(changes)
-    server.wait()
-    remote = {**changes, "generation.vllm": {"servers": [server.url]}}
-    one, config = tmp_path / "one", write(tmp_path / "one", remote)
-    assert main(["train", str(config), "--out", str(one / "run")]) == 0
-    assert_same(train_on_two(tmp_path / "two", remote), one / "run")
+    assert_same(run, one / "run")
 
 
 def test_adapters_of_each_process_s_vllm(tmp_path: Path) -> None:
-    changes = {**SMALL, "model.lora": {"rank": 4, "alpha": 64}, "run.num_steps": 2}
+    changes = {**SMALL, **ADAPTERS, "run.num_steps": 2}
     records = metrics(train_on_two(tmp_path, changes))
     assert len(records) == 2
     for record in records:

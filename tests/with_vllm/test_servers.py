@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,51 @@ def test_requests_to_a_server_that_hangs_can_be_abandoned(
     assert time.monotonic() - start < 10
     assert str(errors[0]) == "the requests were abandoned"
     assert len(caplog.records) == 1, "one server's outage is told once"
+
+
+def test_a_version_is_announced_when_nothing_of_other_weights_is_cached() -> None:
+    """A server that restarted unnoticed has answered requests with weights of its own, and is at work on
+    others when it gets ours: its cache cannot be reset then."""
+    asked: list[str] = []
+    known = {"/weight_info": {"weight_version": "default"}, "/v1/models": {"data": []}}
+    resets = [False, True]
+
+    class Restarted(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+            asked.append(self.path)
+            if self.path == "/update_weight_version":
+                known["/weight_info"]["weight_version"] = body["new_version"]
+            self._answer({"success": resets.pop(0)} if "reset" in self.path else {})
+
+        def do_GET(self) -> None:
+            self._answer(known[self.path])
+
+        def _answer(self, found: object) -> None:
+            said = json.dumps(found).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Restarted) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        servers = servers_at(f"http://127.0.0.1:{listener.server_port}")
+        (server,) = servers._servers
+        # As the last sync left it, before the server restarted and a request met other weights.
+        servers._wanted = server.clean = "run-1"
+        server.version = None
+        with pytest.raises(Unavailable, match="cannot reset its prefix cache"):
+            servers._renew(server)
+        assert known["/weight_info"]["weight_version"] == "default", "nobody takes it for ready"
+        servers._renew(server)
+        assert known["/weight_info"]["weight_version"] == "run-1"
+        assert asked[-2:] == ["/reset_prefix_cache", "/update_weight_version"]
+        servers.close()
+        listener.shutdown()
 
 
 @pytest.mark.parametrize(("key", "sent"), [("k-123\n", "Bearer k-123"), ("", None)])

@@ -43,10 +43,6 @@ class Ranks(Peers, Protocol):
         other process's."""
         ...
 
-    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
-        """What all processes make, in the order of ranks."""
-        ...
-
     def alone(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
         """A context that only the one that writes enters. What the others get must not be used."""
         ...
@@ -79,7 +75,7 @@ class Single:
         return range(len(costs))
 
     def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
-        """See `Ranks.gather`."""
+        """See `Peers.gather`."""
         return list(make())
 
     def first(self, make: Callable[[], T]) -> T:
@@ -134,7 +130,7 @@ class Sharded:
         return range(int(cuts[self._rank]), int(cuts[self._rank + 1]))
 
     def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
-        """See `Ranks.gather`."""
+        """See `Peers.gather`."""
         outcomes: list[Any] = [None] * self.size
         mine = _outcome(make)
         dist.all_gather_object(outcomes, mine.told(), group=self._group)
@@ -187,10 +183,13 @@ class Sharded:
         model.shard(mesh)
 
     def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
-        """Raise an error on every rank if there is one on any: that of the first rank that has one."""
-        rank, said = next(((n, said) for n, (_, said) in enumerate(told) if said), (0, None))
-        if said is None:
+        """Raise an error on every rank if there is one on any: that of the first rank that has a
+        sentence, or else any."""
+        found = [(n, said) for n, (_, said) in enumerate(told) if said is not None]
+        if not found:
             return
+        # Whoever only lost the others, or did not understand an error, has less to tell.
+        rank, said = min(found, key=lambda each: (not each[1].is_sentence, each[0]))
         error = mine.error
         if rank != self._rank or error is None:
             error = said.kind(f"rank {rank}: {said.sentence}")
@@ -208,6 +207,11 @@ class _Said(NamedTuple):
     kind: type[Exception]
     sentence: str
     traceback: str
+
+    @property
+    def is_sentence(self) -> bool:
+        """Whether it is one of ours, and not of a lost process."""
+        return issubclass(self.kind, PgrpoError) and not issubclass(self.kind, ParallelError)
 
 
 class _Outcome:

@@ -30,6 +30,10 @@ class Peers(Protocol):
         """Whether this process is the one that writes and prints."""
         ...
 
+    def gather(self, make: Callable[[], Sequence[T]]) -> list[T]:
+        """What all processes make, in the order of ranks."""
+        ...
+
     def first(self, make: Callable[[], T]) -> T:
         """What the one that writes makes; the others are told, also of an error."""
         ...

@@ -113,10 +113,10 @@ class RecordedUpdate:
     def world_size(self) -> int:
         return 1
 
-    def replay(self, client: SyncClient, version: str) -> None:
-        """Give the update to another client, whose outputs carry this version from then on."""
+    def replay(self, client: SyncClient) -> None:
+        """Give the update to another client, whose outputs carry the version that they had."""
         client.init_weight_transfer_engine(self._init)
         start_update(client)
         for update in self._updates:
             client.update_weights(update)
-        client.finish_weight_update(version)
+        client.finish_weight_update()

@@ -60,6 +60,7 @@ class VllmEngine:
     ) -> None:
         self._config = config
         self._model = model
+        self._peers = peers
         self._version = -1
         self._num_syncs = 0
         self._last_probe = 0
@@ -71,9 +72,7 @@ class VllmEngine:
         else:
             from pgrpo.rollout.engines.vllm.local import Local
 
-            self._backend = Local(
-                config, model, source, may_sleep=may_sleep, num_processes=peers.size
-            )
+            self._backend = Local(config, model, source, peers, may_sleep=may_sleep)
         exact = model.precision == engine_precision(options, model.precision) == "fp32"
         self._tolerance = options.probe_tolerance or (1e-3 if exact else 0.2)
 
@@ -238,5 +237,13 @@ class VllmEngine:
                 "stop": [],
             }
         )
-        (group,) = self._generate([prompt], PROBE_SAMPLES, 0, 0, False, whole)
-        return check_probe(group.rollouts, self._model, self._config.temperature, self._tolerance)
+        mine: list[Rollout] = []
+
+        def sample() -> list[Rollout]:
+            (group,) = self._generate([prompt], PROBE_SAMPLES, 0, 0, False, whole)
+            mine.extend(group.rollouts)
+            return []
+
+        # An error of one process is told before the trainer's pass, which all make together.
+        self._peers.gather(sample)
+        return check_probe(mine, self._model, self._config.temperature, self._tolerance)

@@ -28,6 +28,7 @@ from pgrpo.rollout.engines.vllm.launch import (
 if TYPE_CHECKING:
     from pgrpo.config.sections import ModelConfig
     from pgrpo.model.language_model import LanguageModel
+    from pgrpo.rollout.engines import Peers
     from pgrpo.rollout.settings import GenerationConfig
 
 
@@ -38,8 +39,8 @@ class Local:
         config: the section `[generation]`.
         model: the policy's model.
         source: the section `[model]`, where it came from.
+        peers: the processes of the run, each of which has a vLLM of its own.
         may_sleep: nobody generates while the policy is updated.
-        num_processes: of the run; each has a vLLM of its own.
 
     Raises:
         EngineError: vLLM is not installed, or does not start with this model and these settings.
@@ -53,13 +54,14 @@ class Local:
         config: GenerationConfig,
         model: LanguageModel,
         source: ModelConfig,
+        peers: Peers,
         *,
         may_sleep: bool,
-        num_processes: int,
     ) -> None:
         self._options = config.vllm
         self._model = model
-        self._is_alone = num_processes == 1
+        self._peers = peers
+        self._is_alone = peers.size == 1
         self._folder = tempfile.TemporaryDirectory(prefix="pgrpo-vllm-")
         self._has_adapters = source.lora is not None
         self._lora: Any = None
@@ -174,9 +176,9 @@ class Local:
 
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`."""
+        # An error of one process is told before the weights, which all put together.
+        self._peers.gather(self._wake)
         with engine_errors(f"vLLM does not take over the weights of version {version}"):
-            if self._asleep:
-                self._llm.wake_up(tags=["weights"])
             if self._has_adapters:
                 num_bytes = self._load_adapter(version)
             else:
@@ -190,6 +192,12 @@ class Local:
                     "vLLM's prefix cache cannot be reset: some of its blocks are still in use"
                 )
         return num_bytes
+
+    def _wake(self) -> list[None]:
+        if self._asleep:
+            with engine_errors("vLLM does not wake up"):
+                self._llm.wake_up(tags=["weights"])
+        return []
 
     def _load_adapter(self, version: int) -> int:
         folder = Path(self._folder.name) / "adapter"

@@ -142,12 +142,14 @@ class Servers:
     def send_weights(self, version: int) -> int:
         """See `Backend.send_weights`. A server that cannot be reached gets them later, unless there is
         no other."""
-        peers, previous = self._peers, self._wanted
-        self._wanted = peers.first(lambda: f"{self._run}-{version}")
+        peers = self._peers
+        wanted = peers.first(lambda: f"{self._run}-{version}")
         try:
-            num_bytes = self._send_adapters() if self._has_adapters else self._send(previous)
+            num_bytes = self._send_adapters(wanted) if self._has_adapters else self._send(wanted)
         except OSError as error:
             raise EngineError(f"weights cannot be written for the servers: {error}") from error
+        # Only now: until here there was nothing that could be given to a server under this version.
+        self._wanted = wanted
         renewed = peers.first(lambda: self._persist(self._renew_all))
         for server in self._servers:
             if server.url in renewed:
@@ -157,37 +159,37 @@ class Servers:
                 shutil.rmtree(old, ignore_errors=True)
         return num_bytes
 
-    def _send_adapters(self) -> int:
+    def _send_adapters(self, wanted: str) -> int:
         weights = self._model.adapters()
-        folder = Path(self._adapters.name) / self._wanted
+        folder = Path(self._adapters.name) / wanted
         num_bytes = self._peers.first(lambda: save_adapter(self._model, weights, folder))
         self._adapter = self._peers.first(lambda: str(folder))
         return num_bytes
 
-    def _send(self, previous: str) -> int:
+    def _send(self, wanted: str) -> int:
         """Send full weights; only the process that leads knows how many bytes they were."""
         peers = self._peers
-        peers.first(lambda: self._prepare(previous))
+        peers.first(self._prepare)
         num_bytes = 0
         if not peers.leads:
             from pgrpo.rollout.engines.vllm.sender import take_part
 
             take_part(self._model.bare)
         elif self._transfer != "file":
-            num_bytes = self._sender.send(self._wanted)
+            num_bytes = self._sender.send(wanted)
         elif peers.size > 1:
             # Before anything is written: a disk that refuses one process must not leave the others
             # waiting in the midst of the weights.
             self._sender.gather()
         if self._transfer == "file":
-            num_bytes = peers.first(lambda: self._sender.send(self._wanted))
+            num_bytes = peers.first(lambda: self._sender.send(wanted))
             self._update = peers.first(lambda: self._update)
         return num_bytes
 
-    def _prepare(self, previous: str) -> None:
+    def _prepare(self) -> None:
         if self._transfer != "file":
             # A send would wait for ever for a server that is not there, or has left the group.
-            self._persist(lambda: self._check_group(previous))
+            self._persist(self._check_group)
         if self._sender is None:
             self._sender = self._make_sender()
 
@@ -268,12 +270,12 @@ class Servers:
             folder=folder_of(self._options),
         )
 
-    def _check_group(self, previous: str) -> None:
+    def _check_group(self) -> None:
         """See that all servers answer, and that none has lost what was sent to it by nccl or ipc."""
         for server in self._servers:
             self._check_model(server)
             known = server.ask("/weight_info", "weight_version")
-            if previous and known != previous:
+            if self._wanted and known != self._wanted:
                 raise self._lost(server)
 
     def _lost(self, server: Server) -> EngineError:
@@ -318,6 +320,10 @@ class Servers:
                     self._give_weights(server)
                 if not server.ask("/reset_prefix_cache", "success", method="POST"):
                     raise Unavailable(f"{server.url} cannot reset its prefix cache: it is in use")
+                if not has_them:
+                    # Last, for from now on other processes take it for one that has the weights, and
+                    # nothing cached of others.
+                    server.post("/update_weight_version", {"new_version": self._wanted})
             server.version = server.clean = self._wanted
             server.is_reported = False
 
@@ -327,10 +333,15 @@ class Servers:
             with contextlib.suppress(EngineError):
                 server.post("/v1/unload_lora_adapter", {"lora_name": LORA_NAME})
             loaded = {"lora_name": LORA_NAME, "lora_path": self._adapter}
-            server.post("/v1/load_lora_adapter", loaded)
-            server.post("/update_weight_version", {"new_version": self._wanted})
+            try:
+                server.post("/v1/load_lora_adapter", loaded)
+            except EngineError as error:
+                if self._peers.size == 1:
+                    raise
+                # Another process may have loaded them in between.
+                raise Unavailable(str(error)) from error
         elif self._transfer == "file":
-            self._update.replay(ServerClient(server), self._wanted)
+            self._update.replay(ServerClient(server))
         else:
             raise self._lost(server)
 
