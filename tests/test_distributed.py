@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from pgrpo import ClusterNormalizer, ConfigError
+from pgrpo import CheckpointError, ClusterNormalizer, ConfigError
 from pgrpo.normalizer.collectives import all_reduce, exchange
 from pgrpo.normalizer.nodes import NodeHistories
 
@@ -191,3 +191,28 @@ def twice_the_same(rank: int, size: int, folder: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no shared tables")
 def test_two_ranks_of_a_node_do_not_exchange(tmp_path: Path) -> None:
     run(partial(twice_the_same, folder=str(tmp_path / "node")), 2, tmp_path)
+
+
+def unsealed(rank: int, size: int, folder: str) -> Stats:
+    """The first node cannot seal a step; the next one is exchanged as if nothing had been."""
+    node = NodeHistories(Path(folder, f"node {rank}"), f"node-{rank}", "shrinkage", capacity=64)
+    node.update(0, *shard(rank, 0))
+    if rank == 0:
+        node.seal(0)
+        node.compact(0)
+    named = "^" if rank == 0 else "^node 'node-0' cannot seal step 0: CheckpointError: "
+    with pytest.raises(CheckpointError, match=f"{named}step 0 of 'node-0' was compacted"):
+        exchange(node, 0)
+    node.update(1, *shard(rank, 1))
+    exchange(node, 1)
+    return stats(node.histories)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no shared tables")
+def test_a_node_that_cannot_seal_tells_the_others(tmp_path: Path) -> None:
+    for rank, found in enumerate(run(partial(unsealed, folder=str(tmp_path)), 3, tmp_path)):
+        one = ClusterNormalizer("shrinkage")
+        one.update(*shard(rank, 0))
+        for other in range(3):
+            one.update(*shard(other, 1))
+        assert_same(found, stats(one))

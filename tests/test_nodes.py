@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import pytest
 
 from pgrpo import ClusterNormalizer
 from pgrpo.errors import CheckpointError, ConfigError, DataError
+from pgrpo.normalizer import nodes as nodes_module
 from pgrpo.normalizer.nodes import Delta, NodeHistories
+from pgrpo.normalizer.state import write_file
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there are no shared tables")
 
@@ -224,6 +227,96 @@ def test_a_merge_that_is_killed_has_happened_or_not(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # Some were killed within a merge, or this shows nothing.
     assert int(done.stdout) >= 1
+
+
+class Killed(BaseException):
+    """No handler of errors sees it, as none sees a SIGKILL."""
+
+
+def raises(error: BaseException) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_merge_that_found_no_space_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    east, west = open_node(tmp_path, "east"), open_node(tmp_path, "west")
+    deltas: list[Delta] = []
+    for step in range(2):
+        fold(west, step)
+        deltas.append(west.seal(step))
+    full = CheckpointError("cannot write: no space left on device")
+    for step, delta in enumerate(deltas):
+        fold(east, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(nodes_module, "write_file", raises(full))
+            with pytest.raises(CheckpointError, match="no space left"):
+                east.merge(delta)
+        if step == 0:
+            # It is made good by the first call that can, be it this one or the merge.
+            east.seal(step)
+            assert_holds(east.histories, batches("east", 0))
+        assert [east.merge(delta), east.merge(delta)] == [True, False]
+        folded = [one for at in range(step + 1) for n in NODES[:2] for one in batches(n, at)]
+        assert_holds(east.histories, folded)
+
+
+def test_a_merge_that_is_killed_is_made_again_by_a_process_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    west = open_node(tmp_path, "west")
+    deltas: list[Delta] = []
+    for step in range(2):
+        fold(west, step)
+        deltas.append(west.seal(step))
+    killed, other, third = (open_node(tmp_path, "east") for _ in range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes_module, "write_file", raises(Killed()))
+        with pytest.raises(Killed):
+            killed.merge(deltas[0])
+    assert [other.merge(deltas[0]), other.merge(deltas[0])] == [True, False]
+    assert_holds(other.histories, batches("west", 0))
+    # Who has the old table mapped is told so, and leaves the new one to those who have that.
+    with pytest.raises(DataError, match="became shorter"):
+        third.merge(deltas[1])
+    third = open_node(tmp_path, "east")
+    assert other.merge(deltas[1])
+    assert_holds(third.histories, [*batches("west", 0), *batches("west", 1)])
+
+
+def test_a_late_call_beside_a_merge_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    west = open_node(tmp_path, "west")
+    fold(west, 0)
+    late, node = open_node(tmp_path, "east"), open_node(tmp_path, "east")
+    fold(late, 0)
+    node.seal(0)
+    refused: list[DataError] = []
+
+    def call() -> None:
+        try:
+            late.update(0, [1.0], [5000])
+        except DataError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=call)
+
+    def write_beside_it(path: Path, content: bytes) -> None:
+        thread.start()
+        # It ends when the merge has.
+        thread.join(0.5)
+        write_file(path, content)
+
+    monkeypatch.setattr(nodes_module, "write_file", write_beside_it)
+    assert node.merge(west.seal(0))
+    thread.join()
+    assert len(refused) == 1
+    histories = open_node(tmp_path, "east").histories
+    assert_holds(histories, [*batches("east", 0), *batches("west", 0)])
 
 
 def test_a_sealed_step_is_done_again_without_being_folded(tmp_path: Path) -> None:

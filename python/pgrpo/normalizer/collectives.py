@@ -5,11 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pgrpo.errors import ConfigError
+from pgrpo.errors import CheckpointError, ConfigError
 from pgrpo.normalizer import ClusterNormalizer, NodeHistories
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from pgrpo.normalizer.nodes import Delta
 
 
 def all_reduce(normalizer: ClusterNormalizer, group: ProcessGroup | None = None) -> None:
@@ -56,7 +58,8 @@ def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) 
 
     It is a collective call of one rank of each node, made once all calls of the step have returned in
     all processes of the node. If a rank is lost in it, it may be made again, by those as well that were
-    done with it: a delta is counted once. A node whose processes were killed in the step calls `rewind`
+    done with it: a delta is counted once. So it may if a node cannot seal the step, which all ranks are
+    told of, before anything is merged. A node whose processes were killed in the step calls `rewind`
     first.
 
     Args:
@@ -66,12 +69,28 @@ def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) 
 
     Raises:
         ConfigError: two ranks are of the same node, or this rank is not of the group.
+        CheckpointError: another node, which is named, cannot seal the step. The rank of that node
+            raises what its `seal` did.
     """
     import torch.distributed as dist
 
     _own_rank(group)
-    deltas: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(deltas, node.seal(step), group=group)
+    sealed: Delta | str
+    error: Exception | None = None
+    try:
+        sealed = node.seal(step)
+    except Exception as raised:
+        # Whatever it is, the others wait for this rank: they are told of it first.
+        error, sealed = raised, f"{type(raised).__name__}: {raised}"
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, (node.node, sealed), group=group)
+    if error is not None:
+        raise error
+    deltas: list[Delta] = []
+    for name, delta in told:
+        if isinstance(delta, str):
+            raise CheckpointError(f"node {name!r} cannot seal step {step}: {delta}")
+        deltas.append(delta)
     names = sorted(delta.node for delta in deltas)
     for name, other in pairwise(names):
         if name == other:

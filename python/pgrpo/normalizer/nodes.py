@@ -3,7 +3,7 @@
 A node's processes fold into shared tables of its own. What they folded in one step is the node's
 delta of that step, which every other node merges once, however often it comes: a delta is known by
 its step and its node. What a node holds is the deltas in its folder; its table of all histories is
-made of them, and made again where a process was killed within a merge.
+made of them, and made again where a merge failed or was killed.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class NodeHistories:
 
     **Killed.** The deltas of the folder are what counts, and each is there as a whole or not at all.
     A process that is killed within `seal` has sealed or not; within `merge`, the delta is counted or
-    has to come again, and who opens the folder next makes the table of all histories anew: processes
-    that still have the old one mapped meet a DataError in their next call, and open the folder again.
+    has to come again, as where it fails, and who next opens the folder, seals or merges makes the
+    table of all histories anew: processes that still have the old one mapped meet a DataError in
+    their next call, and open the folder again.
     A call that is killed may have folded some of its clusters, as `ClusterNormalizer.shared` tells:
     after it, `rewind` drops what was not sealed, and the step is done again. Steps that were sealed
     before a `rewind` may be done again too; their rewards are in the histories, and are not folded
@@ -130,10 +131,10 @@ class NodeHistories:
         for of in (self._deltas_folder, self._steps_folder):
             of.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            # Whoever merges holds the lock, so a mark that is there now was left by a killed process.
-            if self._mark.exists() or not self._table.exists():
+            if self._table.exists() and not self._mark.exists():
+                self._histories = self._open(self._table)
+            else:
                 self._make_again()
-            self._histories = self._open(self._table)
 
     @property
     def histories(self) -> ClusterNormalizer:
@@ -193,8 +194,10 @@ class NodeHistories:
 
         Raises:
             CheckpointError: the delta cannot be written, or was compacted away.
+            ConfigError: the histories have to be made again, and there is no room for it.
         """
         with self._locked():
+            self._mend()
             path = self._file_of(step, self.node)
             if step <= self._compacted():
                 raise CheckpointError(
@@ -213,10 +216,13 @@ class NodeHistories:
             Whether it was new. If not, nothing was changed.
 
         Raises:
-            CheckpointError: it is damaged; nothing was merged then, and it may come again.
+            CheckpointError: it is damaged, or cannot be written; it is not counted then, and may come
+                again.
+            ConfigError: the histories have to be made again, and there is no room for it.
             DataError: the histories were made again meanwhile: open the folder anew.
         """
         with self._locked():
+            self._mend()
             if self._holds(delta.step, delta.node):
                 return False
             if delta.node == self.node and self._step_file(delta.step).exists():
@@ -224,6 +230,8 @@ class NodeHistories:
                     f"step {delta.step} of this node {self.node!r} comes from elsewhere, and was begun "
                     "here; expected rewind() before it"
                 )
+            # Where another process has made them again, this raises: theirs need no mark.
+            _ = self._histories.num_nonfinite
             self._mark.touch()
             try:
                 self._histories.merge(delta.histories)
@@ -266,7 +274,6 @@ class NodeHistories:
                     path.unlink()
             self._current = None
             self._make_again()
-            self._histories = self._open(self._table)
 
     def compact(self, step: int) -> None:
         """Make one file of all deltas up to a step, all of which must be there, as at a checkpoint.
@@ -295,8 +302,10 @@ class NodeHistories:
         try:
             table.update(rewards, clusters, groups, **columns)
         except DataError:
-            # The step was sealed meanwhile: all histories hold what no delta will.
-            self._mark.touch()
+            # The step was sealed meanwhile: all histories hold what no delta will. Without the lock,
+            # a merge under way would take the mark away with its own.
+            with self._locked():
+                self._mark.touch()
             raise
 
     def _open(self, path: Path) -> ClusterNormalizer:
@@ -373,6 +382,15 @@ class NodeHistories:
             if at > base and (step is None or at <= step):
                 yield path
 
+    def _mend(self) -> None:
+        """Make the table of all histories again if it is marked.
+
+        Whoever merges holds the lock, so a mark that is there now was left by a call that failed, was
+        killed, or came too late.
+        """
+        if self._mark.exists():
+            self._make_again()
+
     def _make_again(self) -> None:
         """Make the table of all histories of what the folder holds, unsealed steps included."""
         self._mark.touch()
@@ -388,6 +406,7 @@ class NodeHistories:
         del table
         self._drop(self._table)
         new.replace(self._table)
+        self._histories = self._open(self._table)
         self._mark.unlink()
 
     def _sweep(self) -> None:
