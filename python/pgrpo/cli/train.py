@@ -95,12 +95,7 @@ def train(
             f"--resume continues the run in {resume} with the config that lies there; {config} has "
             "no effect"
         )
-    vllm = settings.generation.vllm if settings.generation.engine == "vllm" else None
-    if vllm and size > 1 and vllm.tensor_parallel_size > 1 and not vllm.servers:
-        raise ConfigError(
-            f"generation.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, and each of "
-            f"{size} processes has a vLLM of its own; expected 1, or servers"
-        )
+    settings.check_processes(size)
     work = partial(_take_part, settings, folder.path, quiet=quiet, as_json=as_json)
     if ray is None:
         verdict = work()

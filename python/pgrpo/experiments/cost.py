@@ -587,8 +587,12 @@ def step(
     # set to 0, measured, and scaled.
     trained = shape.num_trained / setup.shards * (4 if setup.precision != "bf16" else 2)
     parts.append(part("optimizer", [Kernels(0, 11.0 * trained * setup.updates)]))
-    moved = 2.0 * shape.num_parameters * setup.compute_bytes
     if setup.engine != "transformers":
+        # Read and written; of adapters, which are in fp32, their base is there already.
+        if shape.num_trained < shape.num_parameters:
+            moved = 2.0 * shape.num_trained * 4
+        else:
+            moved = 2.0 * shape.num_parameters * setup.compute_bytes
         parts.append(part("weights to the engine", [Kernels(0, moved)]))
     if setup.ranks > 1:
         parts.append(part("between ranks", [_between_ranks(shape, setup, times, len(works))]))
@@ -596,14 +600,20 @@ def step(
 
 
 def _between_ranks(shape: Shape, setup: Setup, times: int, num_passes: int) -> Kernels:
-    """What a rank receives in a step: all weights in generation, before each kind of log-probabilities,
-    and twice in each pass of an update, whose gradients are added up; over copies of the weights
-    again, in a ring. Nothing of it is hidden behind computation here, as FSDP2 does in part."""
+    """What a rank receives in a step: all weights in generation or when they go to vLLM (of adapters
+    themselves alone), before each kind of log-probabilities, and twice in each pass of an update, whose
+    gradients are added up; over copies of the weights again, in a ring. Nothing of it is hidden behind
+    computation here, as FSDP2 does in part."""
     others = 1 - 1 / setup.shards
     w = setup.weight_bytes
-    generated = setup.engine == "transformers"
-    whole = others * shape.num_parameters * w * (generated + times + 2 * num_passes)
-    t = 4 if shape.num_trained < shape.num_parameters else w
+    adapters = shape.num_trained < shape.num_parameters
+    t = 4 if adapters else w
+    whole = others * shape.num_parameters * w * (times + 2 * num_passes)
+    # All ranks put the weights together, one after another, whoever sends them to vLLM.
+    if adapters and setup.engine != "transformers":
+        whole += others * shape.num_trained * t
+    else:
+        whole += others * shape.num_parameters * w
     summed = others * shape.num_trained * t * num_passes
     copied = 2 * (1 - 1 / setup.replicate) * shape.num_trained * t / setup.shards * num_passes
     return Kernels(0, 0, received=whole + summed + copied)

@@ -71,8 +71,10 @@ def setup_of(config: Config, num_devices: int) -> Setup:
     """What of a config memory and time depend on: prompts as long as they may be, completions too.
 
     Raises:
-        ConfigError: the processes cannot hold as many copies of the weights as the config says.
+        ConfigError: the processes cannot hold as many copies of the weights as the config says, or
+            each would have a vLLM over several GPUs.
     """
+    config.check_processes(num_devices)
     copies = config.parallel.replicate
     if num_devices % copies:
         raise ConfigError(
@@ -127,7 +129,7 @@ def plan(
         group_sizes: the same of groups; without any, the config's alone.
 
     Raises:
-        ConfigError: the processes cannot hold the copies, or a length is below 1.
+        ConfigError: the processes cannot do what the config says, or a length is below 1.
         ModelError: the model's config cannot be had, or it is of a kind that is not known here.
     """
     wanted = setup_of(config, num_devices)

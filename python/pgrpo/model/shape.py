@@ -152,22 +152,44 @@ def shape_of(model: Any) -> Shape:
     """The shape of a model of transformers, with adapters of peft or without.
 
     Raises:
-        ModelError: its layers do not multiply by matrices alone, as mixtures of experts.
+        ModelError: its layers do not multiply by matrices alone, as mixtures of experts, or differ
+            from each other, or compress keys and values, or its config lacks a size.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(bare).__name__
     config: Any = bare.config.get_text_config()
     head, embedding = bare.get_output_embeddings(), bare.get_input_embeddings()
     blocks: set[str] = set(bare._no_split_modules or ())
     layers = [module for module in bare.modules() if type(module).__name__ in blocks]
     if not layers:
-        raise ModelError(f"{type(bare).__name__} does not tell which of its modules are layers")
-    for name, parameter in layers[0].named_parameters():
-        if parameter.ndim > 2:
+        raise ModelError(f"{name} does not tell which of its modules are layers")
+    for layer in layers:
+        for weight, parameter in layer.named_parameters():
+            if parameter.ndim > 2:
+                raise ModelError(
+                    f"{name} has weights of {parameter.ndim} axes ({weight}), whose cost is not "
+                    "known here"
+                )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ModelError(
+            f"{name} compresses keys and values (kv_lora_rank is {config.kv_lora_rank}), and the cost "
+            "of that is not known here"
+        )
+    for size in ("num_key_value_heads", "intermediate_size"):
+        # Some configs have a list, a number for each layer.
+        if not isinstance(getattr(config, size, None), int):
             raise ModelError(
-                f"{type(bare).__name__} has weights of {parameter.ndim} axes ({name}), as a mixture "
-                "of experts has, whose cost is not known here"
+                f"the config of {name} has no single {size}, without which its cost is not known here"
             )
+    if any(_weights(layer) != _weights(layers[0]) for layer in layers):
+        raise ModelError(
+            f"{name} has layers whose weights differ in shape, and the cost of such is not known here"
+        )
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ModelError(
+            f"{name} has no torch.nn.Linear in its layers, and the cost of others is not known here"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query = config.num_attention_heads * head_dim
     key = config.num_key_value_heads * head_dim
@@ -212,3 +234,12 @@ def shape_of(model: Any) -> Shape:
         embedding_trained=bool(embedding.weight.requires_grad),
         capped=getattr(config, "attn_logit_softcapping", None) is not None,
     )
+
+
+def _weights(layer: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of a layer's own weights; adapters, which need not be on all layers, are none of them."""
+    return {
+        name.replace(".base_layer.", "."): parameter.shape
+        for name, parameter in layer.named_parameters()
+        if ".lora_" not in name
+    }

@@ -57,6 +57,20 @@ class Config(Section):
         is_corrected = differs and self.loss.old_logprobs == "recomputed"
         return self.loss.model_copy(update={"importance": "token" if is_corrected else "off"})
 
+    def check_processes(self, size: int) -> None:
+        """Refuse what so many processes cannot do.
+
+        Raises:
+            ConfigError: each would have a vLLM of its own, over several GPUs.
+        """
+        vllm = self.generation.vllm
+        within = self.generation.engine == "vllm" and not vllm.servers
+        if within and size > 1 and vllm.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"generation.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, and each of "
+                f"{size} processes has a vLLM of its own; expected 1, or servers"
+            )
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         groups, batches = self.run.prompts_per_step, self.optimizer.minibatches
