@@ -48,9 +48,9 @@ def connected(address: str | None, num_cpus: int = 1) -> Generator[None]:
     """Within it this process is one of Ray's, unless it is one already.
 
     Args:
-        address: of a cluster that this machine belongs to (`10.0.0.1:6379`); "auto" for the one that
-            runs here; "local" for one of our own, which ends with this; None for whichever Ray finds by
-            itself (the environment's RAY_ADDRESS, then "auto", then "local").
+        address: of a cluster that this machine belongs to (`10.0.0.1:6379`); "auto" for the
+            environment's RAY_ADDRESS, else one that runs here; "local" for one of our own, which ends
+            with this; None for RAY_ADDRESS, else what `ray start` has left here, else "local".
         num_cpus: how many processors one of our own has at least.
 
     Raises:
@@ -62,12 +62,14 @@ def connected(address: str | None, num_cpus: int = 1) -> Generator[None]:
         return
     try:
         address = address or os.environ.get("RAY_ADDRESS")
-        if address is not None:
+        if address:
             _join(address, num_cpus)
         else:
+            # "auto" would also take another run's own, which ends with that run.
             try:
-                _join("auto", num_cpus)
-            except ConnectionError:
+                _join(ray("ray._private.utils").read_ray_address() or "local", num_cpus)
+            except OSError:
+                # What was left is no longer there.
                 _join("local", num_cpus)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
