@@ -14,6 +14,7 @@ from conftest import install_plugin
 from pgrpo.config.sections import RewardConfig
 from pgrpo.errors import PgrpoError, PluginError
 from pgrpo.on_ray import connected, ray
+from pgrpo.rewards import on_ray
 from pgrpo.rewards.on_ray import RewardOnRay
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import Example, Group, Prompt, Rollout
@@ -83,12 +84,21 @@ class Unbuilt:
     def __call__(self, rollouts):
         return [0.0 for _ in rollouts]
 
+class Slow:
+    def __init__(self):
+        if (here / "slow").exists():
+            time.sleep(600)
+        (here / "slow").touch()
+    def __call__(self, rollouts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 @hookimpl
 def pgrpo_register_rewards(register):
     for reward in (length, in_loop, mortal, deadly, hanging, raising):
         register(reward.__name__, reward)
     register("told", Told)
     register("unbuilt", Unbuilt)
+    register("slow", Slow)
 """
 
 
@@ -192,6 +202,28 @@ def test_a_call_that_hangs_ends_with_its_process() -> None:
     expected = np.array(lengths(4))
     expected[3:6] = np.nan
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_reward_that_is_not_there_in_time_is_told_from_an_answer_that_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When its process is replaced."""
+    reward = RewardOnRay(section("slow", num_workers=1), seed=0)
+    monkeypatch.setattr(on_ray, "_START_S", 5.0)
+    try:
+        with pytest.raises(TimeoutError, match="a new process did not have the reward within 5 s"):
+            reward(groups(1)[0].rollouts)
+    finally:
+        reward.close()
+
+
+def test_gpus_that_are_waited_for_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(on_ray, "_START_S", 1.0)
+    with pytest.raises(PluginError, match="reward 'length' could not be built on Ray"):
+        RewardOnRay(section("length", num_workers=3, num_gpus=0.5), seed=0)
+    assert caplog.messages == ["Ray has 0 GPUs free, and reward length waits for 1.5"]
 
 
 def test_an_error_names_its_rollout() -> None:

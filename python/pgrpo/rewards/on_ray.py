@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import pickle
 import traceback
 from collections.abc import Awaitable, Sequence
@@ -16,6 +17,8 @@ from pgrpo.on_ray import ray
 from pgrpo.plugins.hookspecs import Rewards
 from pgrpo.rewards.scorer import rollout_met_by
 from pgrpo.types import Rollout
+
+_log = logging.getLogger("pgrpo")
 
 _START_S = 600.0
 """How long a process may take until its reward is there, which may load a large model, or wait for a
@@ -44,6 +47,12 @@ class RewardOnRay:
         self._seed = seed
         self._is_closed = False
         self._ray = ray()
+        wanted = section.num_workers * section.num_gpus
+        free = self._ray.available_resources().get("GPU", 0)
+        if free < wanted:
+            _log.warning(
+                "Ray has %g GPUs free, and reward %s waits for %g", free, section.name, wanted
+            )
         self._actor = self._ray.remote(
             # No processors of their own, so that they find a place beside a run that has taken all.
             num_cpus=0,
@@ -73,7 +82,8 @@ class RewardOnRay:
         """Score them on whichever process is free.
 
         Raises:
-            TimeoutError: no answer came within `timeout_s`, which begins when the reward is there.
+            TimeoutError: no answer came within `timeout_s`, which begins when the reward is there; or a
+                process that replaces another did not have it within ten minutes.
         """
         try:
             return self._call(rollouts)
@@ -83,14 +93,16 @@ class RewardOnRay:
     def _call(self, rollouts: Sequence[Rollout]) -> Rewards:
         actor = self._free.get()
         timeout_s = self._section.timeout_s
+        late = f"a new process did not have the reward within {_START_S:g} s"
         try:
             _made(self._ray.get(actor.build.remote(), timeout=_START_S), ())
+            late = f"no answer within timeout_s = {timeout_s:g}"
             outcome = self._ray.get(actor.score.remote(rollouts), timeout=timeout_s)
         except self._ray.exceptions.RayError as error:
             if not self._is_closed:
                 actor = self._replaced(actor)
             if isinstance(error, self._ray.exceptions.GetTimeoutError):
-                raise TimeoutError(f"no answer within timeout_s = {timeout_s:g}") from error
+                raise TimeoutError(late) from error
             raise
         finally:
             self._free.put(actor)
