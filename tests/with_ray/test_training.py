@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,51 @@ def actors(cluster: Any, title: str) -> list[int]:
         child
         for raylet in raylets
         for task in Path(f"/proc/{raylet}/task").iterdir()
-        for child in (task / "children").read_text().split()
+        for child in read(task / "children").split()
     ]
     name = f"ray::{title}"
     return [
-        int(child)
-        for child in children
-        if Path(f"/proc/{child}/cmdline").read_text().startswith(name)
+        int(child) for child in children if read(Path(f"/proc/{child}/cmdline")).startswith(name)
     ]
 
 
-def test_one_sentence_tells_of_a_process_that_is_lost(cluster: Any, tmp_path: Path) -> None:
-    """Where none may be."""
+def read(about: Path) -> str:
+    """What the system says of a process or thread; nothing where that has ended meanwhile."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return about.read_text()
+    return ""
+
+
+def kill_one(cluster: Any, title: str, chance: random.Random) -> None:
+    """Kill one of the actors of a class, as soon as there is one: they may be about to be started."""
+    until = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until:
+        if found := actors(cluster, title):
+            with suppress(ProcessLookupError):
+                os.kill(chance.choice(found), signal.SIGKILL)
+                return
+        time.sleep(0.01)
+    raise TimeoutError(f"no {title} within {TIMEOUT_S} s")
+
+
+@pytest.mark.parametrize(
+    ("title", "cause"), [("RayTrainWorker", "rank "), ("_Desk", "ActorDiedError: ")]
+)
+def test_one_sentence_tells_of_a_process_that_is_lost(
+    cluster: Any, tmp_path: Path, title: str, cause: str
+) -> None:
+    """Where none may be: one that trains, or the one by which the driver hears of the others."""
     changes = {**UNEVEN, "run.num_steps": 20000, "run.eval_every": 0}
     run = tmp_path / "run"
     with driver(cluster.address, write_config(tmp_path, changes), run) as process:
         while not newest(run):
             assert process.poll() is None
             time.sleep(0.1)
-        os.kill(actors(cluster, "RayTrainWorker")[0], signal.SIGKILL)
+        kill_one(cluster, title, random.Random(0))
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     (sentence,) = err.splitlines()
-    assert sentence.startswith("pgrpo: the run was given up after --max-failures 0: rank ")
+    assert sentence.startswith("pgrpo: the run was given up after --max-failures 0: " + cause)
 
 
 def test_a_cluster_with_too_little_is_waited_for(cluster: Any, tmp_path: Path) -> None:
@@ -174,8 +197,7 @@ def test_kills_in_turn_change_nothing(cluster: Any, tmp_path: Path) -> None:
                     time.sleep(0.01)
                 time.sleep(chance.uniform(0, 0.5))
                 title = ("RayTrainWorker", "_Actor")[number % 2]
-                victim = chance.choice(actors(cluster, title))
-                os.kill(victim, signal.SIGKILL)
+                kill_one(cluster, title, chance)
                 print(f"kill {number + 1}, of a {title}: behind step {newest(run)}", flush=True)
             _, err = process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == 0, err

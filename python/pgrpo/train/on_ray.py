@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger("pgrpo")
 
+_LAST_S = 10.0
+"""How long is waited for the end of a run that nothing is heard of any more."""
+
 
 def run_on_ray(
     work: Callable[[], T], *, num_workers: int, num_cpus: int, max_failures: int, timeout_s: float
@@ -84,8 +87,13 @@ def run_on_ray(
         )
         # Elsewhere than in the main thread, where Ray Train would take Ctrl-C over.
         ending = _in_thread(trainer.fit)
-        _attend(desk, ending)
         try:
+            try:
+                _attend(desk, ending)
+            except module.exceptions.RayError:
+                # What took the desk may have ended the run, whose own error says more.
+                if not wait([ending], timeout=_LAST_S).done:
+                    raise
             outcome = cast(_Outcome, ending.result().return_value)
         except (train.TrainingFailedError, module.exceptions.RayError) as error:
             raise _told(error, max_failures) from error
