@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pgrpo.config.checks import api_key
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
     from pgrpo.rollout.settings import GenerationConfig
 
 _ATTEMPTS = 3
-"""How often a server may die before it answers: the one before it may hold its memory for a while."""
+"""How often in a row a server may die before it has kept up: the one before it may hold its memory
+for a while."""
+_KEPT_UP_S = 60.0
+"""How long a server answers until it counts as one that keeps up."""
 _POLL_S = 0.5
 _FREE_S = 60.0
 """How long the port of a server that was lost may be taken by what is left of it."""
+
+_AT_ONCE = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks a server without the proxy of the environment, which is for addresses elsewhere."""
 
 _WATCHER = """
 import contextlib, os, signal, sys
@@ -58,7 +65,7 @@ def serve_on_ray(
             wherever it has changed.
 
     Raises:
-        PgrpoError: a server cannot be started, or keeps dying before it answers.
+        PgrpoError: a server cannot be started, or keeps dying within a minute after it answers.
     """
     servers = [_Server(generation, model, say) for _ in range(num_servers)]
     told: list[str] = []
@@ -98,6 +105,7 @@ class _Server:
         """Reference to what comes next of it: that it answers, then that it ends."""
         self.is_up = False
         """Whether it answers."""
+        self._up_since = 0.0
         self._start()
 
     @property
@@ -110,29 +118,31 @@ class _Server:
         """Take notice of what has come.
 
         Raises:
-            PgrpoError: it cannot be started, or keeps dying before it answers.
+            PgrpoError: it cannot be started, or keeps dying within a minute after it answers.
         """
         module = ray()
         if self.is_up:
-            self._say(f"{self.url} {self._how_it_ended()}; starting it again")
-            self._start()
-            return
-        try:
-            place: _Place | None = module.get(self.next)
-        except module.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except module.exceptions.RayError:
-            place = None
-        if place is not None:
-            self._place, self._attempts = place, 0
-            self.next, self.is_up = self._end, True
-        elif self._attempts < _ATTEMPTS:
-            self._start()
+            if time.monotonic() - self._up_since >= _KEPT_UP_S:
+                self._attempts = 0
         else:
+            try:
+                place: _Place | None = module.get(self.next)
+            except module.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except module.exceptions.RayError:
+                place = None
+            if place is not None:
+                self._place, self._up_since = place, time.monotonic()
+                self.next, self.is_up = self._end, True
+                return
+        if self._attempts == _ATTEMPTS:
             raise EngineError(
-                f"a vLLM server {self._how_it_ended()} before it answered, {_ATTEMPTS} times in a row; "
-                "the logs of Ray's _Process say why"
+                f"a vLLM server {self._how_it_ended()} before it had answered for {_KEPT_UP_S:g} s, "
+                f"{_ATTEMPTS} times in a row; the logs of Ray's _Process say why"
             )
+        if self.is_up:
+            self._say(f"{self.url} {self._how_it_ended()}; starting it again")
+        self._start()
 
     def _start(self) -> None:
         """Start it, where it was if it was anywhere."""
@@ -197,11 +207,9 @@ class _Process:
         self._watcher = subprocess.Popen(watcher, stdin=subprocess.PIPE, start_new_session=True)
         while self._server.poll() is None:
             try:
-                with urllib.request.urlopen(
-                    f"http://{place.address}:{place.port}/health", timeout=5
-                ):
+                with _AT_ONCE.open(f"http://{place.address}:{place.port}/health", timeout=5):
                     return place
-            except OSError:
+            except (OSError, HTTPException):
                 time.sleep(_POLL_S)
         return None
 
