@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,24 @@ def servers(cluster: Any) -> list[tuple[int, int]]:
         (actor, child)
         for raylet in raylets
         for actor in children(raylet)
-        if b"ray::_Process" in Path(f"/proc/{actor}/cmdline").read_bytes()
+        if "ray::_Process" in read(Path(f"/proc/{actor}/cmdline"))
         for child in children(actor)
-        if b"vllm.entrypoints" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if "vllm.entrypoints" in read(Path(f"/proc/{child}/cmdline"))
     )
 
 
 def children(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    with suppress(FileNotFoundError):
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        return [int(child) for task in tasks for child in read(task / "children").split()]
+    return []
+
+
+def read(about: Path) -> str:
+    """What the system says of a process or thread; nothing where that has ended meanwhile."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return about.read_text()
+    return ""
 
 
 def test_servers_and_their_actors_are_killed_in_mid_run(cluster: Any, tmp_path: Path) -> None:
