@@ -10,15 +10,16 @@ from pgrpo.cli.arguments import ConfigFile, Overrides
 from pgrpo.errors import ConfigError
 
 REACH = (
-    "address to listen on; whoever reaches it can replace the weights, for vLLM asks for its API key "
-    "only where it generates"
+    "whoever reaches it can replace the weights, for vLLM asks for its API key "
+    "(generation.vllm.api_key_env) only where it generates"
 )
 
 
 def serve(
     config: ConfigFile,
     host: Annotated[
-        str | None, Option(help=f"{REACH}  [default: 127.0.0.1]", show_default=False)
+        str | None,
+        Option(help=f"address to listen on; {REACH}  [default: 127.0.0.1]", show_default=False),
     ] = None,
     port: Annotated[
         int | None, Option(help="port to listen on  [default: 8000]", show_default=False)
@@ -27,8 +28,9 @@ def serve(
         str | None,
         Option(
             metavar="ADDRESS",
-            help="start servers on a Ray cluster, at addresses of its machines, and again when they "
-            "die: HOST:PORT, auto (the one that runs here) or local (one of its own)",
+            help="start servers on a Ray cluster, and again when they die: HOST:PORT, auto (the one of "
+            "RAY_ADDRESS, or that runs here) or local (one of its own); each listens at the address of "
+            f"its machine: {REACH}",
         ),
     ] = None,
     num_servers: Annotated[

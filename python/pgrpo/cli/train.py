@@ -34,8 +34,8 @@ def train(
         str | None,
         Option(
             metavar="ADDRESS",
-            help="train on processes of a Ray cluster: HOST:PORT, auto (the one that runs here) or "
-            "local (one of its own)",
+            help="train on processes of a Ray cluster: HOST:PORT, auto (the one of RAY_ADDRESS, or "
+            "that runs here) or local (one of its own)",
         ),
     ] = None,
     num_workers: Annotated[
