@@ -1,7 +1,7 @@
-"""The plain attention formula against torch's fused kernel, forward and backward, on this processor.
+"""Attention of the update in blocks against torch's fused kernel, on this processor.
 
-Shapes are those of one SmolLM2-135M layer: completions of 8 groups of 8 over prompts of 137 tokens.
-The limits in `pgrpo/model/attention.py` come from here.
+Shapes are those of one SmolLM2-135M layer: groups of 8 completions behind their prompts, forward and
+backward. The limits in `pgrpo/model/attention.py` come from here.
 
     python benches/attention.py
 """
@@ -14,40 +14,49 @@ import time
 import torch
 
 from pgrpo.model import attention
-from pgrpo.model.attention import AttentionOptions
+from pgrpo.model.attention import AttentionOptions, SharedPrefix
 from pgrpo.runs.metrics import processor_name
 
-HEADS, KV_HEADS, HEAD_DIM, PROMPT = 9, 3, 64, 137
+HEADS, KV_HEADS, HEAD_DIM, GROUP_SIZE = 9, 3, 64, 8
 OPTIONS = AttentionOptions(scaling=HEAD_DIM**-0.5, window=None, softcap=None)
+POINTS = ((8, 128, 7), (8, 512, 7), (8, 137, 31), (8, 137, 63), (4, 137, 255))
+"""(prompts, their tokens, tokens of completions)."""
 
 
-def seconds(rollouts: int, tokens: int, dtype: torch.dtype, limit: int) -> float:
-    """Median time of one forward and backward pass with the plain formula up to `limit` scores."""
-    shapes = [(HEADS, tokens), (KV_HEADS, PROMPT + tokens), (KV_HEADS, PROMPT + tokens)]
-    q, k, v = (
-        torch.randn(rollouts, heads, length, HEAD_DIM, dtype=dtype, requires_grad=True)
-        for heads, length in shapes
+def seconds(point: tuple[int, int, int], dtype: torch.dtype, limit: int) -> float:
+    """Median time of one forward and backward pass, in blocks up to `limit` scores."""
+    prompts, length, own = point
+    layout = SharedPrefix(
+        [[0] * length] * prompts, [[[0] * own] * GROUP_SIZE] * prompts, torch.device("cpu")
     )
-    mask = torch.ones(rollouts, 1, tokens, PROMPT + tokens, dtype=torch.bool).tril(PROMPT)
+    tokens = layout.input_ids.shape[1]
+    q, k, v = (
+        torch.randn(tokens, heads, HEAD_DIM, dtype=dtype, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    gradient = torch.randn(tokens, HEADS, HEAD_DIM, dtype=dtype)
     times: list[float] = []
-    attention._PLAIN_LIMIT = {dtype: limit}
+    attention.PLAIN_LIMIT = {dtype: limit}
     for _ in range(7):
         start = time.perf_counter()
-        attention._attend(q, k, v, mask, OPTIONS).sum().backward()
+        layout.attend(0, q, k, v, OPTIONS).backward(gradient)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
 def main() -> None:
-    """Print a line per precision and completion length."""
+    """Print a line per precision and shape."""
     print(processor_name(), torch.get_num_threads(), "threads")
     for dtype in (torch.float32, torch.bfloat16):
-        for tokens in (8, 32, 64, 128):
-            plain, fused = (seconds(64, tokens, dtype, limit) for limit in (2**62, 0))
-            scores = 64 * HEADS * tokens * (PROMPT + tokens)
+        for point in POINTS:
+            blocks, fused = (seconds(point, dtype, limit) for limit in (2**62, 0))
+            prompts, length, own = point
+            both = length**2, GROUP_SIZE * own * (length + own)
+            scores = ", ".join(f"2^{(prompts * HEADS * n).bit_length() - 1}" for n in both)
             print(
-                f"{dtype}: {tokens:4} tokens, 2^{scores.bit_length() - 1} scores: plain "
-                f"{plain * 1e3:6.1f} ms, fused {fused * 1e3:6.1f} ms, ratio {plain / fused:.2f}"
+                f"{dtype}: {prompts} x {length} tokens x 8 completions of {own}, scores {scores}: "
+                f"blocks {blocks * 1e3:6.1f} ms, fused {fused * 1e3:6.1f} ms, "
+                f"ratio {blocks / fused:.2f}"
             )
 
 

@@ -67,7 +67,7 @@ def setup(point: tuple[int, int], precision: str, num_prompts: int = PROMPTS) ->
         prompt_tokens=point[0],
         completion_tokens=point[1],
         precision=precision,
-        plain_limit=attention._PLAIN_LIMIT[dtype],
+        plain_limit=attention.PLAIN_LIMIT[dtype],
     )
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from pgrpo.cli import main
 from pgrpo.config.sections import LoraConfig, LossConfig, ModelConfig, OptimizerConfig
 from pgrpo.errors import ModelError
+from pgrpo.experiments import cost
 from pgrpo.experiments.cost import (
     DEVICES,
     Device,
@@ -265,16 +266,20 @@ def saved_bytes(model: LanguageModel, setup: Setup) -> int:
 @pytest.mark.parametrize("family", ["smollm2", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize("lengths", [(4, 4, 64, 4), (2, 4, 16, 16)])
-@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("attends", ["in one block", "in blocks", "by a kernel"])
 def test_a_layer_keeps_as_many_bytes_as_torch_saves(
     monkeypatch: pytest.MonkeyPatch,
     family: str,
     precision: str,
     lengths: tuple[int, int, int, int],
-    written: bool,
+    attends: str,
 ) -> None:
-    limit = 2.0**40 if written else 0.0
-    monkeypatch.setattr(attention, "_PLAIN_LIMIT", dict.fromkeys(attention._PLAIN_LIMIT, limit))
+    limit = 2.0**40 if attends != "by a kernel" else 0.0
+    monkeypatch.setattr(attention, "PLAIN_LIMIT", dict.fromkeys(attention.PLAIN_LIMIT, limit))
+    if attends == "in blocks":
+        for module in (attention, cost):
+            monkeypatch.setattr(module, "BLOCK_ROWS", 3)
+            monkeypatch.setattr(module, "BLOCK_SCORES", 100)
     setup = replace(tiny_setup(*lengths), precision=precision, plain_limit=limit)
     (work,) = passes(setup, setup.prompts)
     saved: list[int] = []

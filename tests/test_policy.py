@@ -668,14 +668,20 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (gradient - grads[1][name]).norm() < 1e-5 * gradient.norm()
 
 
-def test_the_fused_kernel_gives_the_gradients_of_the_plain_formula(
-    monkeypatch: pytest.MonkeyPatch, model: LanguageModel
+@pytest.mark.parametrize("way", ["blocks", "kernel"])
+def test_attention_in_blocks_and_by_a_kernel_has_the_gradients_of_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, model: LanguageModel, way: str
 ) -> None:
     rollouts = make_rollouts()
     advantages = np.random.default_rng(0).normal(size=len(rollouts))
     make_policy(model).update(grouped(rollouts, advantages), 0.0)
     plain = gradients(model)
-    monkeypatch.setattr(attention, "_PLAIN_LIMIT", {})
+    if way == "kernel":
+        monkeypatch.setattr(attention, "PLAIN_LIMIT", {})
+    else:
+        # Of two rows each, of one completion of those that are longer.
+        monkeypatch.setattr(attention, "BLOCK_ROWS", 2)
+        monkeypatch.setattr(attention, "BLOCK_SCORES", 100)
     make_policy(model).update(grouped(rollouts, advantages), 0.0)
     for name, gradient in gradients(model).items():
         assert (gradient - plain[name]).norm() < 1e-5 * plain[name].norm()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from pgrpo.model.attention import BLOCK_ROWS, BLOCK_SCORES
 from pgrpo.model.shape import Shape
 
 
@@ -111,7 +112,8 @@ class Setup:
     engine_sleeps: bool = False
     """Whether vLLM gives its memory to the update."""
     plain_limit: float = 0
-    """Attention of up to so many scores a layer writes them down; of more, it makes them in tiles."""
+    """Attention of up to so many scores a layer is matrix products; of more, a kernel makes them in
+    tiles."""
     chunk_logits: int = 2**24
     """Logits that are held at a time."""
 
@@ -241,41 +243,45 @@ class Memory:
         return self.held + max(update, self.generation)
 
 
-def _written(shape: Shape, setup: Setup, scores: float) -> bool:
-    """Whether attention writes its scores down; capped ones it cannot make in tiles."""
+def _in_blocks(shape: Shape, setup: Setup, scores: float) -> bool:
+    """Whether attention is matrix products and a softmax between them; no kernel caps scores."""
     return shape.capped or scores * shape.num_heads <= setup.plain_limit
+
+
+def _scores_kept(shape: Shape, scores: float, rows: int) -> float:
+    """Of attention in blocks: all where they are one block, else none, for they are computed again."""
+    alone = scores * shape.num_heads <= BLOCK_SCORES and rows <= BLOCK_ROWS
+    return scores * shape.num_heads * alone
 
 
 def layer_activations(shape: Shape, setup: Setup, work: Packed) -> float:
     """Bytes that one layer keeps of a pass for the backward pass.
 
-    A norm keeps its input, that divided by its length, and its output where matrices read it; the
-    feed-forward network its gate before and after the activation, the other branch and the product;
-    attention its padded queries, keys and values, the completions' copies of their prompt's keys and
-    values, and its weights where they are written down (else its output, and a mask as numbers).
+    A norm keeps its input, and its output where matrices read it; the feed-forward network its gate
+    before and after the activation, the other branch and the product; attention its queries, keys and
+    values, and where a kernel makes the scores in tiles its output, a mask as numbers, and a copy of
+    their prompt's keys and values for each completion.
     """
     a = setup.compute_bytes
+    per_token = float(setup.stream_bytes * (shape.normed + shape.heads_normed))
     if setup.precision == "autocast":
-        # In fp32, and each of the five matrices that read a norm has a copy of its own in bf16.
-        per_token = 8.0 * (shape.normed + shape.heads_normed) + 10.0 * shape.hidden
-    elif setup.precision == "fp32":
-        per_token = 12.0 * shape.normed + 8.0 * shape.heads_normed
+        # Each of the five matrices that read a norm has a copy of its own in bf16.
+        per_token += 10.0 * shape.hidden
     else:
-        per_token = 8.0 * shape.normed + 6.0 * shape.heads_normed
+        per_token += a * shape.normed
     per_token += a * (shape.query + 4 * shape.intermediate)
     # Adapters are in fp32, and so are the copies that they read.
     per_token += 4.0 * bool(a == 2) * shape.adapter_inputs / shape.num_layers
-    attended = float(work.tokens * shape.query + 2 * shape.key * (work.prompt_tokens + work.copied))
-    for tokens, scores in (
-        (work.prompt_tokens, work.prompt_scores),
-        (work.own_tokens, work.own_scores),
-    ):
-        if _written(shape, setup, scores):
-            attended += scores * shape.num_heads
-        else:
-            attended += tokens * shape.query
-    if not _written(shape, setup, work.own_scores):
-        attended += work.own_scores
+    attended = float(work.tokens * shape.query + 2 * shape.key * work.prompt_tokens)
+    if _in_blocks(shape, setup, work.prompt_scores):
+        attended += _scores_kept(shape, work.prompt_scores, setup.prompt_tokens)
+    else:
+        attended += work.prompt_tokens * shape.query
+    if _in_blocks(shape, setup, work.own_scores):
+        attended += _scores_kept(shape, work.own_scores, setup.completion_tokens - 1)
+        attended += 2 * shape.key * work.own_tokens
+    else:
+        attended += work.own_tokens * shape.query + work.own_scores + 2 * shape.key * work.copied
     return work.tokens * per_token + a * attended
 
 
@@ -384,7 +390,7 @@ def forward(shape: Shape, setup: Setup, work: Packed) -> list[Kernels]:
     a, s, tokens = setup.compute_bytes, setup.stream_bytes, work.tokens
     scores, heads = work.prompt_scores + work.own_scores, shape.num_heads
     both = (work.prompt_scores, work.own_scores)
-    plain = sum(found for found in both if _written(shape, setup, found))
+    plain = sum(found for found in both if _in_blocks(shape, setup, found))
     layers = shape.num_layers
     # Every kernel reads and writes its operands: seven times in a norm, in fp32; five in the gated
     # activation; ten in the rotary embedding; six in two residual sums; some eight where attention
@@ -398,7 +404,8 @@ def forward(shape: Shape, setup: Setup, work: Packed) -> list[Kernels]:
     )
     if setup.precision == "autocast":
         elementwise += tokens * 6.0 * 5 * shape.hidden
-    elementwise += a * (4.0 * shape.key * work.copied + 6.0 * heads * plain)
+    copied = 0 if _in_blocks(shape, setup, work.own_scores) else work.copied
+    elementwise += a * (4.0 * shape.key * copied + 6.0 * heads * plain)
     converted = 6.0 * shape.matrices if setup.precision == "autocast" else 0.0
     return [
         Kernels(

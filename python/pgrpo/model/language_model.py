@@ -27,6 +27,7 @@ from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import ModelError
 from pgrpo.model.attention import ATTENTION, PrefixCache, SharedPrefix
 from pgrpo.model.gguf import model_folder
+from pgrpo.model.operators import replace_norms
 from pgrpo.model.tokenizer import model_errors, pretrained_tokenizer, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class LanguageModel:
         whole: Any = model
         bare = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         self.bare: Any = bare
+        replace_norms(bare)
         self.decoder: Any = bare.get_decoder()
         self._shards: list[Any] = []
         self._run: Any = self.decoder

@@ -19,6 +19,7 @@ from pgrpo.config.sections import LossConfig, OptimizerConfig
 from pgrpo.errors import ModelError
 from pgrpo.model.attention import SharedPrefix
 from pgrpo.model.language_model import LanguageModel
+from pgrpo.model.operators import token_logprobs
 from pgrpo.train.loss import (
     Mismatch,
     entropies,
@@ -222,11 +223,7 @@ class Policy:
     ) -> tuple[FloatArray, float, list[FloatArray]]:
         """Accumulate the gradient of one minibatch and step: sums of (loss, kl, clipped, entropy,
         tokens), gradient norm, and what `_backward` returns of each rollout."""
-        # Gradients stay allocated: momentum must also move weights that got no gradient this time.
-        self.optimizer.zero_grad(set_to_none=False)
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.zero_grad()
         with_gradient = [[t for t in group if self._has_gradient(t)] for group in groups]
         own = self._own([group for group in with_gradient if group])
         todo = list(portions(own, self._config.token_budget))
@@ -239,6 +236,10 @@ class Policy:
         told = self._ranks.gather(lambda: added)
         sums = np.sum([np.zeros(5), *(part for part, _ in told)], axis=0)
         differences = [values for _, seen in told for values in seen]
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                # Momentum must also move weights that got no gradient this time.
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [cast(Tensor, parameter.grad) for parameter in self.parameters.values()]
         norm = global_norm(gradients)
         if not (np.isfinite(norm) and np.isfinite(sums[0])):
@@ -366,9 +367,8 @@ class Policy:
             ids = torch.tensor([column[token] for _, token, _ in chunk.targets], device=device)
         else:
             logits = model.logits(hidden)
-        logits = logits / self._temperature
-        entropy = entropies(logits)[rows] if with_entropy else None
-        return logits[rows, ids] - logits.logsumexp(-1)[rows], entropy
+        entropy = entropies(logits / self._temperature)[rows] if with_entropy else None
+        return token_logprobs(logits, rows, ids, self._temperature), entropy
 
     def _has_gradient(self, trained: TrainedRollout) -> bool:
         """Whether it moves the policy: a choice of one has no probability to change."""
