@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_config
+from conftest import build_and_install, write_config
 
 from pgrpo.cli import main
 from pgrpo.config.sections import ClusteringConfig, RewardConfig
@@ -164,30 +163,58 @@ def test_a_misspelt_plugin_gets_a_suggestion():
         registry.clusterer(ClusteringConfig(name="zzz"))
 
 
-def test_a_name_taken_twice_names_both_distributions(environment):
+def test_a_name_taken_twice_is_nobodys_and_takes_nothing_else_down(environment, monkeypatch):
     environment.install("one", COUNTING)
-    environment.install("other", COUNTING, version="2.0")
+    environment.install("other", COUNTING.replace('"plain"', '"own"'), version="2.0")
+    registry = load_registry()
+    assert {"plain", "own", "choice"} <= registry.rewards.keys()
+    assert "counting" not in registry.rewards and "halves" not in registry.clusterers
+    said = [(b.owner, b.kind, b.name) for b in registry.broken]
+    assert ("one 1.5, entry point 'entry'", "reward", "counting") in said
+    assert ("other 2.0, entry point 'entry'", "clusterer", "halves") in said
+    assert len(said) == 4
     with pytest.raises(PluginError) as caught:
-        load_registry()
-    assert all(word in str(caught.value) for word in ("one 1.5", "other 2.0", "registered by both"))
+        registry.reward(RewardConfig(name="counting"))
+    assert "there is no reward 'counting'" in str(caught.value)
+    assert "registered by both one 1.5 and other 2.0" in str(caught.value)
+    with pytest.raises(PluginError) as caught:
+        registry.reward(RewardConfig(name="something"))
+    assert "registered by both" not in str(caught.value), "that is about another name"
+
+    monkeypatch.setenv("PGRPO_LOAD_PLUGINS", "other")
+    registry = load_registry()
+    assert registry.rewards["counting"].distribution == "other 2.0" and not registry.broken
 
 
 def test_a_builtin_name_cannot_be_taken(environment):
     environment.install("thief", COUNTING.replace('"counting"', '"choice"'))
-    with pytest.raises(PluginError, match="'choice' is registered by both"):
-        load_registry()
+    registry = load_registry()
+    assert registry.rewards["choice"].distribution == f"pgrpo {metadata.version('pgrpo')}"
+    assert registry.rewards["plain"].distribution == "thief 1.5", "its other names are its own"
+    (broken,) = registry.broken
+    assert (broken.distribution, broken.kind, broken.name) == ("thief 1.5", "reward", "choice")
+    assert broken.error == "reward 'choice' has a name that pgrpo itself uses"
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         ("import module_that_is_not_there", ["bad 1.5", "ModuleNotFoundError", "not_there"]),
+        ("raise SystemExit('no GPU')", ["bad 1.5", "SystemExit: no GPU"]),
         ("@hookimpl\ndef pgrpo_register_reward(register): pass", ["bad 1.5", "unknown hook"]),
         ("def pgrpo_register_rewards(register): pass", ["bad 1.5", "no hook marked"]),
         ("@hookimpl\ndef pgrpo_register_rewards(regster): pass", ["bad 1.5", "regster"]),
         ("@hookimpl\ndef pgrpo_register_rewards(register): 1 / 0", ["bad 1.5", "ZeroDivision"]),
         ("@hookimpl\ndef pgrpo_register_rewards(register): register('x', 3)", ["'x'", "is a int"]),
         ("@hookimpl\ndef pgrpo_register_rewards(register): register('', print)", ["needs a name"]),
+        (
+            "PGRPO_HOOKS = 2\n@hookimpl\ndef pgrpo_register_something_new(register): pass",
+            ["bad 1.5", "written for version 2 of the hooks", "pgrpo 0.", "knows version 1"],
+        ),
+        (
+            "PGRPO_HOOKS = '1'\n@hookimpl\ndef pgrpo_register_rewards(register): pass",
+            ["bad 1.5", "PGRPO_HOOKS is '1'; expected a whole number"],
+        ),
         (
             "class C: pass\n@hookimpl\ndef pgrpo_register_rewards(register): register('x', C)",
             ["'x' of bad 1.5", "cannot be called"],
@@ -209,11 +236,84 @@ def test_a_builtin_name_cannot_be_taken(environment):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_at_load(environment, source, words):
+def test_what_cannot_work_is_broken_by_itself(environment, capsys, source, words):
     environment.install("bad", source)
+    environment.install("good", COUNTING)
+    registry = load_registry()
+    assert {"counting", "plain", "choice"} <= registry.rewards.keys()
+    assert "x" not in registry.rewards and "x" not in registry.clusterers
+    (broken,) = registry.broken
+    assert (broken.distribution, broken.entry_point) == ("bad 1.5", "entry")
     with pytest.raises(PluginError) as caught:
-        load_registry()
-    assert all(word in str(caught.value) for word in words), caught.value
+        registry.reward(RewardConfig(name="x"))
+    said = str(caught.value)
+    assert said.startswith("there is no reward 'x'")
+    assert "plugin bad 1.5, entry point 'entry' is broken: " in said and "\n" not in said
+    assert all(word in said for word in words), said
+
+    assert main(["plugins"]) == 0
+    listed = capsys.readouterr().out
+    assert f"\nbroken: bad 1.5, entry point 'entry': {broken.error}\n" in listed
+    assert "reward counting (good 1.5): Counts words.\n" in listed
+    assert main(["plugins", "--json"]) == 0
+    *others, last = json.loads(capsys.readouterr().out)
+    assert {one["error"] for one in others} == {None}
+    assert last.keys() == others[0].keys()
+    found = (last["distribution"], last["entry_point"], last["kind"], last["name"], last["error"])
+    assert found == ("bad 1.5", "entry", None, None, broken.error)
+
+
+def test_what_a_broken_plugin_registered_before_it_broke_is_not_there(environment):
+    environment.install("bad", COUNTING.replace('"plain", plain', '"plain", 3'))
+    registry = load_registry()
+    assert not {"counting", "halves"} & {plugin.name for plugin in registry.listing()}
+    (broken,) = registry.broken
+    assert broken.error == "reward 'plain' of bad 1.5 is a int; a reward is a function or a class"
+
+
+def test_a_run_without_a_broken_plugin_is_not_concerned(environment, tmp_path, capsys):
+    environment.install("bad", "import module_that_is_not_there")
+    config = write_config(tmp_path, {"run.num_steps": 1})
+    assert main(["train", str(config), "--out", str(tmp_path / "run")]) == 0
+    assert "not_there" not in capsys.readouterr().err
+    for changes, missing in (
+        ({"rewards": [{"name": "mine"}]}, "there is no reward 'mine'"),
+        ({"clustering": {"name": "mine"}}, "there is no clusterer 'mine'"),
+        ({"data": {"name": "mine"}}, "data.name is 'mine'"),
+    ):
+        config = write_config(tmp_path, changes)
+        assert main(["train", str(config), "--out", str(tmp_path / "no")]) == 2
+        said = capsys.readouterr().err
+        assert missing in said and "plugin bad 1.5, entry point 'entry' is broken: Module" in said
+
+
+def test_what_is_loaded_can_be_limited(environment, monkeypatch, capsys):
+    environment.install("my-words", WORDS)
+    environment.install("My_Rewards", COUNTING)
+    environment.install("bad", "import module_that_is_not_there")
+
+    def loaded(value: str) -> set[str]:
+        monkeypatch.setenv("PGRPO_LOAD_PLUGINS", value)
+        registry = load_registry()
+        own = f"pgrpo {metadata.version('pgrpo')}"
+        assert {"choice", "kmeans"} <= {p.name for p in registry.listing() if p.distribution == own}
+        found = {plugin.distribution for plugin in registry.listing()} - {own}
+        return found | {one.distribution for one in registry.broken}
+
+    assert loaded("") == set()
+    assert "my_words" not in sys.modules, "what is left out is not even imported"
+    assert loaded("my-rewards") == {"My_Rewards 1.5"}
+    assert loaded(" My.Rewards , my_words,") == {"My_Rewards 1.5", "my-words 1.5"}
+    assert loaded("entry") == {"My_Rewards 1.5", "my-words 1.5", "bad 1.5"}
+    assert loaded("pgrpo") == set()
+    with pytest.raises(ConfigError, match="PLUGINS names 'my-wrods', .*; did you mean 'my-words'"):
+        loaded("my-rewards,my-wrods")
+
+    assert loaded("my-words") == {"my-words 1.5"}
+    with pytest.raises(PluginError, match="'plain'.*; PGRPO_LOAD_PLUGINS leaves out .*My_Rewards"):
+        load_registry().reward(RewardConfig(name="plain"))
+    assert main(["plugins"]) == 0
+    assert "\nleft out by PGRPO_LOAD_PLUGINS: My_Rewards 1.5\n" in capsys.readouterr().out
 
 
 def test_a_constructor_that_raises_is_named(environment):
@@ -227,13 +327,7 @@ def test_a_constructor_that_raises_is_named(environment):
 
 
 def test_the_example_distribution_installs_and_is_found(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(Path(__file__).parents[1] / "plugins" / "pgrpo-brevity", source)
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    pip = [uv, "pip"] if uv else [sys.executable, "-m", "pip"]
-    which = ["--python", sys.executable] if uv else []
-    options = ["--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
-    subprocess.run([*pip, "install", *which, *options, str(source)], check=True, timeout=120)
+    build_and_install(Path(__file__).parents[1] / "plugins" / "pgrpo-brevity", tmp_path)
     program = """
 from pgrpo.config.sections import RewardConfig
 from pgrpo.plugins.registry import load_registry
@@ -244,6 +338,8 @@ prompt = Prompt(Example("Say it.", "u"), 0, (1,))
 say = lambda text: Rollout(prompt, 0, (1,), text, (0.0,), False)
 print(registry.rewards["brevity"].distribution)
 print(reward([say("one"), say("one two three four five"), say("")]))
+from pgrpo.plugins import conformance
+print([check.name for check in conformance.check_reward("brevity") if check.outcome != "ok"])
 """
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -254,7 +350,11 @@ print(reward([say("one"), say("one two three four five"), say("")]))
         timeout=120,
         check=True,
     )
-    assert result.stdout.splitlines() == ["pgrpo-brevity 0.1.0", "[0.75, 0.0, 1.0]"]
+    assert result.stdout.splitlines() == [
+        "pgrpo-brevity 0.1.0",
+        "[0.75, 0.0, 1.0]",
+        "[]",
+    ]
 
 
 WORDS = (
@@ -322,5 +422,83 @@ def test_data_sets_are_plugins_too(environment, tmp_path, capsys):
         assert main(["train", str(config(**data)), "--out", str(tmp_path / "no")]) == 2
         assert message in capsys.readouterr().err
     environment.install("thief", WORDS.replace('"words"', '"panel"'))
-    with pytest.raises(PluginError, match="data set 'panel' of thief 1.5 has a name that pgrpo"):
-        load_registry()
+    broken = {(one.distribution, one.name): one.error for one in load_registry().broken}
+    assert broken["thief 1.5", "panel"] == "data set 'panel' has a name that pgrpo itself uses"
+    assert "registered by both my-words 1.5 and thief 1.5" in broken["my-words 1.5", "nothing"]
+
+
+def test_a_new_distribution_keeps_what_it_promises_and_trains(tmp_path, capsys):
+    folder, run = tmp_path / "a new one", tmp_path / "run"
+    assert main(["plugins", "new", "Some.New-tones", "--out", str(folder)]) == 0
+    module, tests = "some_new_tones.py", "test_some_new_tones.py"
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"README.md", "pyproject.toml", "run.toml", module, tests}
+    said = capsys.readouterr().out
+    assert module in said and str(folder) in said
+    for path in folder.iterdir():
+        assert "my-plugin" not in path.read_text() and "my_plugin" not in path.read_text()
+
+    site = build_and_install(folder, tmp_path)
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    python, ruff = [sys.executable, "-m"], str(Path(sys.executable).with_name("ruff"))
+    for command in (
+        [ruff, "check"],
+        [ruff, "format", "--check"],
+        [*python, "pytest", "-q"],
+        [*python, "pgrpo", "plugins", "check", "Some.New-tones", "--config", "run.toml"],
+        [*python, "pgrpo", "train", "run.toml", "--out", str(run), "--quiet"],
+    ):
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        if "check" in command and "pgrpo" in command:
+            for kind in ("reward", "clusterer", "data set"):
+                assert f"{kind} Some.New-tones (" in result.stdout
+            assert "skipped" not in result.stdout
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    before, *_, after = [json.loads(line)["reward"] for line in lines]
+    # Half of the words are liked at the start, and all could be.
+    assert before < 0.75 < after
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("two words", "is none of a distribution; expected letters"),
+        ("../elsewhere", "is none of a distribution"),
+        ("-x", "is none of a distribution"),
+        ("", "is none of a distribution"),
+        ("3d", "makes a module '3d', which Python cannot import"),
+        ("class", "makes a module 'class', which Python cannot import"),
+        ("json", "makes a module 'json', and there is one already"),
+        ("pgrpo", "makes a module 'pgrpo', and there is one already"),
+        ("Scikit.Learn", "is that of a distribution which is installed"),
+        ("choice", "is that of a reward of pgrpo"),
+        ("kmeans", "is that of a clusterer of pgrpo"),
+        ("panel", "is that of a data set of pgrpo"),
+    ],
+)
+def test_a_new_distribution_needs_a_name_of_its_own(tmp_path, capsys, name, words):
+    assert main(["plugins", "new", "--out", str(tmp_path / "new"), "--", name]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_new_distribution_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tones").mkdir()
+    Path("tones/run.toml").write_text("mine")
+    assert main(["plugins", "new", "tones"]) == 2
+    assert f"{Path('tones/run.toml')} exists already" in capsys.readouterr().err
+    assert [path.read_text() for path in Path("tones").iterdir()] == ["mine"]
+    Path("tones/run.toml").rename("tones/LICENSE")
+    assert main(["plugins", "new", "tones"]) == 0
+    assert len(list(Path("tones").iterdir())) == 6
+    Path("file").write_text("")
+    assert main(["plugins", "new", "tones", "--out", "file"]) == 2
+    assert "pgrpo: file cannot be written: File exists" in capsys.readouterr().err

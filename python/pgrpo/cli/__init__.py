@@ -79,7 +79,7 @@ def commands() -> Typer:
         help="Reinforcement learning that is fair where users differ.",
         rich_markup_mode=None,
     )
-    from pgrpo.cli import arguments, histories
+    from pgrpo.cli import arguments, histories, plugins
 
     app.callback()(arguments.options)
     for name in (
@@ -94,13 +94,17 @@ def commands() -> Typer:
         "chat",
         "report",
         "serve",
-        "plugins",
     ):
         app.command()(getattr(import_module(f"pgrpo.cli.{name}"), name))
     inner = typer.Typer(help=histories.__doc__, rich_markup_mode=None, no_args_is_help=True)
     for command in (histories.show, histories.merge, histories.diff):
         inner.command()(command)
     app.add_typer(inner, name="histories")
+    inner = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
+    inner.callback()(plugins.plugins)
+    for command in (plugins.new, plugins.check):
+        inner.command()(command)
+    app.add_typer(inner, name="plugins")
     return app
 
 

@@ -15,6 +15,9 @@ A plugin with settings is a class whose attribute `Config` is a subclass of `pgr
 It is built once per run as `Cls(config)`, without `Config` as `Cls()`. Where the `Config` of
 a reward has a field `seed`, the run's seed is its value unless the TOML file gives another; a field
 `timeout_s` is told how long one call may take.
+
+A module may say by `PGRPO_HOOKS = 1` which `VERSION` of the hooks it was written for. A pgrpo that does
+not know that version yet then says so, where it would else complain of what it does not understand.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from typing import Any, Protocol, TypeAlias
 import pluggy
 
 from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Json, Rollout
+
+VERSION = 1
+"""Of the hooks: one more whenever a hook is added, or a plugin may do what it might not before."""
 
 hookspec = pluggy.HookspecMarker("pgrpo")
 hookimpl = pluggy.HookimplMarker("pgrpo")

@@ -14,7 +14,7 @@ from typing import Any, cast
 from pydantic import Field, model_validator
 
 from pgrpo.config import Section
-from pgrpo.config.checks import check, suggest
+from pgrpo.config.checks import check
 from pgrpo.config.sections import (
     ClusteringConfig,
     EstimatorConfig,
@@ -26,7 +26,7 @@ from pgrpo.config.sections import (
     RunConfig,
 )
 from pgrpo.config.toml import Tree, read_toml
-from pgrpo.data import BUILT_IN, DataConfig, DataPluginConfig
+from pgrpo.data import DataConfig, DataPluginConfig
 from pgrpo.data.rows import matching
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
@@ -179,6 +179,6 @@ def _check_data_plugin(section: DataPluginConfig, source: str) -> None:
 
     registry = load_registry()
     if section.name not in registry.datasets:
-        hint = suggest(section.name, [*BUILT_IN, *registry.datasets])
+        hint = registry.hint("data set", section.name)
         raise ConfigError(f"{source}: data.name is {section.name!r}{hint}")
     registry.dataset_loader(section)
