@@ -329,7 +329,7 @@ def test_a_data_set_with_a_flaw(install, old, new, flaw, words):
     for check in checks:
         assert check.name != flaw or words in check.reason, check.reason
     if not flaw:
-        assert checks[1].reason == "4 examples and 1 held out, of 4 users with 1 features"
+        assert checks[1].reason == "4 examples and 1 held out, of 4 users; features of each: 1"
 
 
 @pytest.mark.parametrize(

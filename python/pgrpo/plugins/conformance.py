@@ -22,7 +22,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
@@ -57,8 +57,8 @@ SectionT = TypeVar("SectionT", bound=PluginSection)
 Settings = Mapping[str, Any]
 """Keys of the table that names the plugin, but its name."""
 
-NUM_GROUPS = 8
-GROUP_SIZE = 4
+_NUM_GROUPS = 8
+_GROUP_SIZE = 4
 """Calls of a reward are few and small, for one may ask a language model."""
 
 _BUDGET_S = 0.5
@@ -118,7 +118,8 @@ def check_reward(
     registry.check("reward", section)
     hint = _MADE_UP if dataset is None else ""
     groups = _groups(dataset or _made_up())
-    open_scorers = ExitStack()
+    scorers = ExitStack()
+    done: list[tuple[Callable[[Sequence[Group]], FloatArray], FloatArray]] = []
 
     def build(
         num_workers: int = 1, wrap: Callable[[Reward], Reward] = lambda reward: reward
@@ -128,7 +129,7 @@ def check_reward(
         plain = {"weight": 1.0, "clusters": [], "on_error": "fail", "max_unreadable": 1.0}
         here = {"workers": "threads", "num_workers": num_workers}
         own = section.model_copy(update={**plain, **here})
-        scorer = open_scorers.enter_context(Scorer([(own, reward)]))
+        scorer = scorers.enter_context(Scorer([(own, reward)]))
         return lambda groups: np.concatenate([group.rewards for group in scorer.score(groups)])
 
     def settings_are_checked() -> str:
@@ -137,9 +138,12 @@ def check_reward(
 
     def shape() -> str:
         try:
-            rewards = build()(groups)
+            with _seeded():
+                score = build()
+                rewards = score(groups)
         except PgrpoError as error:
             raise PluginError(f"{error}{hint}") from error
+        done.append((score, rewards))
         given = rewards[np.isfinite(rewards)]
         if not given.size:
             raise _SkippedError(f"it gave none of {len(rewards)} rollouts a reward{hint}")
@@ -154,19 +158,15 @@ def check_reward(
         return f"{', '.join(_UNUSUAL)}; each a group of one"
 
     def determinism() -> str:
+        score, rewards = done[0]
         with _seeded():
-            score = build()
-            first, second = score(groups), score(groups)
-        with _seeded():
-            score = build()
-            fresh = [score(groups), score(groups)]
-        _compare(first, fresh[0], "an object made anew gave {1} where the first one gave {0}")
+            anew = build()(groups)
+        _compare(rewards, anew, "an object made anew gave {1} where the first one gave {0}")
         if section.batch == "step":
-            _compare(second, fresh[1], "an object made anew gave {1} where the first one gave {0}")
             return "an object made anew gives the same"
         _compare(
-            first,
-            second,
+            rewards,
+            score(groups),
             "the same rollouts got {0} and then {1}: a seeded run would not repeat. A reward that "
             "draws, or remembers what it saw, wants batch = 'step'",
         )
@@ -178,7 +178,7 @@ def check_reward(
             raise _SkippedError("batch = 'step' makes one call at a time")
         if num_workers == 1:
             raise _SkippedError("num_workers = 1 makes one call at a time")
-        expected = build()(groups)
+        _, expected = done[0]
         by_group = split_by_group(expected, groups)
         beside = build(num_workers, lambda reward: _insistent(reward, by_group))
         with _frequent_switches():
@@ -196,7 +196,7 @@ def check_reward(
         return f"{num_workers} calls under way at once give what they give one by one"
 
     def speed() -> str:
-        score, num_calls, start = build(), 0, time.perf_counter()
+        (score, _), num_calls, start = done[0], 0, time.perf_counter()
         calls_each = 1 if section.batch == "step" else len(groups)
         for _ in _repeats():
             score(groups)
@@ -205,7 +205,7 @@ def check_reward(
         size = sum(len(group.rollouts) for group in groups) // calls_each
         return f"{_figure(rate)} calls a second, one after the other, of {size} rollouts each"
 
-    with open_scorers:
+    with scorers:
         suite.run("settings", settings_are_checked)
         suite.run("shape", shape, "settings")
         suite.run("unusual completions", unusual, "shape")
@@ -358,7 +358,7 @@ def check_dataset(name: str, settings: Settings | None = None) -> list[Check]:
         done.append(dataset)
         return (
             f"{len(dataset.train):,} examples and {len(dataset.evaluation):,} held out, of "
-            f"{len(dataset.users):,} users with {num_features} features"
+            f"{len(dataset.users):,} users; features of each: {num_features}"
         )
 
     def determinism() -> str:
@@ -465,12 +465,12 @@ def _made_up() -> Dataset:
 def _groups(dataset: Dataset) -> list[Group]:
     """Groups of completions that nobody sampled, of examples from all over the data set; any two of
     them differ, so that rewards which got into another's call are seen."""
-    places = np.linspace(0, len(dataset.train) - 1, min(NUM_GROUPS, len(dataset.train)))
+    places = np.linspace(0, len(dataset.train) - 1, min(_NUM_GROUPS, len(dataset.train)))
     groups: list[Group] = []
     for number, place in enumerate(places.round().astype(int).tolist()):
         example = dataset.train[place]
         if example.choices:
-            size = min(GROUP_SIZE, len(example.choices))
+            size = min(_GROUP_SIZE, len(example.choices))
             texts = [example.choices[(number + i) % len(example.choices)] for i in range(size)]
         else:
             answer = example.columns.get("answer")
@@ -479,7 +479,7 @@ def _groups(dataset: Dataset) -> list[Group]:
                 answer if isinstance(answer, str) else "I do not know.",
                 " ".join(words[-5:]),
                 f"{words[0]} " * (number + 1),
-                f"{number} of {NUM_GROUPS}, said {example.user}.",
+                f"{number} of {_NUM_GROUPS}, said {example.user}.",
             ]
         prompt = Prompt(example, number % 2, (0,))
         groups.append(_group(prompt, number, texts))
@@ -558,7 +558,7 @@ def _repeats() -> Iterator[int]:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def _seeded() -> Generator[None]:
     """Meanwhile the generators that everybody shares begin where they always do, as in a seeded run."""
     states = random.getstate(), np.random.get_state()
     random.seed(0)
@@ -571,7 +571,7 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def _frequent_switches() -> Iterator[None]:
+def _frequent_switches() -> Generator[None]:
     """Meanwhile threads take turns so often that what they do to each other is seen."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

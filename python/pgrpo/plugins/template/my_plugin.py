@@ -26,7 +26,7 @@ class Liked:
     class Config(Section):
         """Keys of a `[[rewards]]` table; `pgrpo plugins` shows what they mean."""
 
-        num_words: int = Field(3, ge=1)
+        num_words: int = Field(default=3, ge=1)
         """Words that count, from the first one on."""
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +50,7 @@ class Halves:
     class Config(Section):
         """Keys of the `[clustering]` table."""
 
-        feature: int = Field(0, ge=0)
+        feature: int = Field(default=0, ge=0)
         """Number of the feature, counted from 0."""
 
     def __init__(self, config: Config) -> None:
@@ -89,9 +89,9 @@ class Tastes:
     class Config(Section):
         """Keys of the `[data]` table."""
 
-        num_people: int = Field(24, ge=2)
+        num_people: int = Field(default=24, ge=2)
         """Number of people."""
-        seed: int = Field(0, ge=0)
+        seed: int = Field(default=0, ge=0)
         """Seeds their prompts and features."""
 
     def __init__(self, config: Config) -> None:

@@ -1,13 +1,18 @@
 """What the plugin promises, and what a run asks of any; needs it installed."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from pgrpo.plugins import conformance
 from pgrpo.types import Example, Json, Prompt, Rollout
 
 from my_plugin import LIKED, Halves, Liked, Tastes
 
+NAME = "my-plugin"
+"""By which all three are registered."""
 
-def said(completion: str, columns: dict[str, Json]) -> Rollout:
+
+def said(completion: str, columns: Mapping[str, Json]) -> Rollout:
     prompt = Prompt(Example("Go on.", "somebody", columns), 0, (0,))
     return Rollout(prompt, 0, (0,), completion, (0.0,), False)
 
@@ -36,8 +41,8 @@ def test_prompts_are_words_that_the_person_likes() -> None:
 def test_runs_can_use_what_is_installed() -> None:
     dataset = Tastes(Tastes.Config())()
     for checks in (
-        conformance.check_reward("my-plugin", dataset=dataset),
-        conformance.check_clusterer("my-plugin", dataset=dataset),
-        conformance.check_dataset("my-plugin"),
+        conformance.check_reward(NAME, dataset=dataset),
+        conformance.check_clusterer(NAME, dataset=dataset),
+        conformance.check_dataset(NAME),
     ):
         assert conformance.failed(checks) == []
