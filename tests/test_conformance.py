@@ -94,6 +94,14 @@ class Mine:
         return self.lengths
 """
 
+RACE = """
+class Mine:
+    def __call__(self, rollouts):
+        self.rollouts = rollouts
+        return [self.score(place) for place in range(len(rollouts))]
+    def score(self, place): return float(len(self.rollouts[place].completion))
+"""
+
 SHARED_ASYNC = SHARED.replace("def __call__", "async def __call__")
 
 
@@ -134,6 +142,7 @@ SHARED_ASYNC = SHARED.replace("def __call__", "async def __call__")
             "an object made anew gave",
         ),
         (SHARED, {}, "threads", "called while other calls are under way it gave"),
+        (RACE, {}, "threads", "called while other calls are under way it gave"),
         # Nothing comes between where nothing is awaited.
         (SHARED_ASYNC, {}, None, ""),
         (

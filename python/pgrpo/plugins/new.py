@@ -10,6 +10,7 @@ import importlib.util
 import keyword
 import re
 import sys
+from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def _check_free(name: str, module: str) -> None:
             f"name {name!r} makes a module {module!r}, and there is one already; expected a name of "
             "its own"
         )
-    if any(canonical(dist.name) == canonical(name) for dist in metadata.distributions()):
+    with suppress(metadata.PackageNotFoundError):
+        metadata.distribution(name)
         raise ConfigError(
             f"name {name!r} is that of a distribution which is installed; expected a name of its own"
         )
