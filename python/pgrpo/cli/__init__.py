@@ -86,6 +86,7 @@ def commands() -> Typer:
         "demo",
         "check",
         "plan",
+        "cluster",
         "score",
         "train",
         "compare",

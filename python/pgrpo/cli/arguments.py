@@ -65,11 +65,16 @@ def load(path: Path, overrides: list[str] | None) -> Config:
     Raises:
         PgrpoError: something is wrong.
     """
-    from pgrpo.data import check_beginning
-    from pgrpo.plugins.registry import load_registry
     from pgrpo.runs.config import load_config
 
-    config = load_config(path, overrides or ())
+    return checked(load_config(path, overrides or ()))
+
+
+def checked(config: Config) -> Config:
+    """The config, of which names and rows were looked at; raises as `load`."""
+    from pgrpo.data import check_beginning
+    from pgrpo.plugins.registry import load_registry
+
     registry = load_registry()
     registry.check("clusterer", config.clustering)
     for section in (*config.rewards, *config.evaluation):

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from pgrpo.errors import PgrpoError, PluginError
+from pgrpo.clusters.saved import Saved
+from pgrpo.errors import DataError, PgrpoError, PluginError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Example, Json
 
@@ -23,6 +24,7 @@ def cluster_users(
 
     Raises:
         PluginError: the clusterer raised, or returned something else.
+        DataError: saved clusters are of people with other features.
     """
     users = list(dataset.users)
     features = np.array([dataset.users[user] for user in users], dtype=np.float64)
@@ -33,6 +35,8 @@ def cluster_users(
             clusterer.fit(users, features, _AllExamples(dataset))
         else:
             clusterer.load_state_dict(state)
+        if isinstance(clusterer, Saved):
+            _check_names(clusterer.feature_names, dataset.feature_names)
         assigned = [_cluster_id(cluster) for cluster in clusterer.assign(users, features)]
         json.dumps(clusterer.state_dict(), allow_nan=False)
     except PgrpoError:
@@ -49,6 +53,17 @@ def cluster_users(
             f"clusterer {name} returned clusters that differ only in type, as 1 and '1'"
         )
     return dict(zip(users, assigned, strict=True))
+
+
+def _check_names(expected: tuple[str, ...] | None, found: tuple[str, ...]) -> None:
+    """Refuse features that are not those that saved clusters read."""
+    if expected is not None and expected != found:
+        differing = [name for name in (*expected, *found) if (name in expected) != (name in found)]
+        said = f"{differing[0]!r} is of one of them alone" if differing else "their order differs"
+        raise DataError(
+            f"the saved clusters read {len(expected)} features, and the data set has {len(found)}: "
+            f"{said}; expected the same names in the same order, or unseen = 'pooled', which reads none"
+        )
 
 
 def _cluster_id(cluster: object) -> ClusterId:

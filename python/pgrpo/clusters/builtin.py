@@ -5,6 +5,7 @@ from typing import Any
 
 from pgrpo.clusters.given import Column, Single
 from pgrpo.clusters.kmeans import KMeans
+from pgrpo.clusters.saved import Saved
 from pgrpo.clusters.sklearn import Sklearn
 from pgrpo.plugins.hookspecs import hookimpl
 
@@ -15,4 +16,5 @@ def pgrpo_register_clusterers(register: Callable[[str, Any], None]) -> None:
     register("kmeans", KMeans)
     register("column", Column)
     register("single", Single)
+    register("saved", Saved)
     register("sklearn", Sklearn)

@@ -281,6 +281,143 @@ def stacked(rows: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure
     return {"data": traces, "layout": layout}
 
 
+def places(
+    names: Sequence[str],
+    found: Sequence[FloatArray],
+    users: Sequence[Sequence[str]],
+    colors: Mapping[str, str],
+    titles: tuple[str, str],
+) -> Figure:
+    """People as points on a plane, a colour for each cluster: names of the clusters, the places [S, 2]
+    of each one's people, and who they are."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": label(name, 40),
+            "x": _packed(points[:, 0]),
+            "y": _packed(points[:, 1]),
+            "text": [label(user, 40) for user in who],
+            "marker": {"color": translucent(colors[name], 0.65), "size": 6},
+            "hovertemplate": "%{text}",
+        }
+        for name, points, who in zip(names, found, users, strict=True)
+    ]
+    layout = _layout(460)
+    # A unit is as long one way as the other, so that distances are what they look like.
+    domain = {"constrain": "domain"}
+    layout["yaxis"] |= {"scaleanchor": "x", "title": {"text": titles[1]}} | domain
+    layout["xaxis"] |= {"showgrid": True, "title": {"text": titles[0]}} | domain
+    layout["hovermode"] = "closest"
+    return {"data": traces, "layout": layout}
+
+
+def silhouettes(
+    names: Sequence[str], found: Sequence[FloatArray], colors: Mapping[str, str], mean: float
+) -> Figure:
+    """The silhouettes of each cluster's people, falling within it, clusters below each other; the mean
+    of all is a dashed line."""
+    traces: list[Trace] = []
+    middles: list[float] = []
+    gap = max(1.0, 0.015 * sum(map(len, found)))
+    start = 0.0
+    for name, values in zip(names, found, strict=True):
+        rows = np.repeat(np.arange(len(values) + 1, dtype=np.float64) + start, 2)[1:-1]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": label(name, 40),
+                "x": _packed(np.repeat(np.sort(values)[::-1], 2)),
+                "y": _packed(rows),
+                "fill": "tozerox",
+                "fillcolor": translucent(colors[name], 0.7),
+                "line": {"color": colors[name], "width": 0.5},
+                "hovertemplate": "%{x:.3f}",
+            }
+        )
+        middles.append(start + len(values) / 2)
+        start += len(values) + gap
+    layout = _row_layout(min(900, max(240, 60 + 34 * len(names))), names, "silhouette")
+    layout["yaxis"] |= {"tickvals": middles, "range": [start, -gap]}
+    layout["xaxis"]["zeroline"] = True
+    layout["shapes"] = [_reference(mean, vertical=True)]
+    return {"data": traces, "layout": layout}
+
+
+def over_counts(
+    counts: Sequence[int],
+    values: Sequence[float],
+    chosen: int | None,
+    levels: Sequence[float] = (),
+    percent: bool = False,
+) -> Figure:
+    """A measure over numbers of clusters, evenly spaced, the chosen one larger; grey and dashed what
+    chance reaches."""
+    ticks = [str(count) for count in counts]
+    traces: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": "measured",
+            "x": ticks,
+            "y": _values(values),
+            "line": {"color": ARM_COLORS[0], "width": 2.2},
+            "marker": {"color": ARM_COLORS[0],
+                       "size": [13 if count == chosen else 7 for count in counts]},
+            "hovertemplate": "%{y:.3~p}" if percent else "%{y:.3f}",
+        }
+    ]  # fmt: skip
+    if levels:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "by chance",
+                "x": ticks,
+                "y": _values(levels),
+                "line": {"color": "#8c8c8c", "width": 1.4, "dash": "dash"},
+                "hovertemplate": "%{y:.3~p}" if percent else "%{y:.3f}",
+            }
+        )
+    layout = _layout(210, percent)
+    layout["xaxis"] |= {"type": "category", "title": {"text": "clusters"}}
+    layout["yaxis"]["rangemode"] = "tozero"
+    layout["hovermode"] = "x unified"
+    return {"data": traces, "layout": layout}
+
+
+def against_chance(value: float, draws: FloatArray, title: str) -> Figure:
+    """How often chance reaches what, and where the value lies, as a line."""
+    high = max(value, float(draws.max()))
+    numbers, edges = np.histogram(draws, bins=60, range=(0.0, high * 1.02))
+    last = int(np.flatnonzero(numbers)[-1]) + 1
+    traces: list[Trace] = [
+        {
+            "type": "bar",
+            "name": "by chance",
+            "x": _values(((edges[1:] + edges[:-1]) / 2)[:last].tolist()),
+            "y": _values((numbers[:last] / len(draws)).tolist()),
+            "width": float(edges[1] - edges[0]),
+            "marker": {"color": "#a3a3a3"},
+            "hovertemplate": "%{x:.3~p}: %{y:.3~p} of the draws",
+        },
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "these clusters",
+            "x": _values([value, value]),
+            "y": _values([0.0, float(numbers.max()) / len(draws)]),
+            "line": {"color": ARM_COLORS[0], "width": 3},
+            "hovertemplate": "%{x:.3~p}",
+        },
+    ]
+    layout = _layout(240, percent=True)
+    layout["xaxis"] |= {"tickformat": ".2~p", "title": {"text": title}, "range": [0, high * 1.05]}
+    layout["yaxis"]["title"] = {"text": "share of the draws"}
+    return {"data": traces, "layout": layout}
+
+
 def extent(curves: Sequence[Curve]) -> Range | None:
     """Least and greatest value drawn by `lines`."""
     parts = [part for c in curves for part in (c.mean, c.low, c.high, c.raw)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,9 +17,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pgrpo.report import facts, learning, results
+from pgrpo.report.blocks import Section
 from pgrpo.report.context import Context
+from pgrpo.report.figures import Figure
 from pgrpo.report.study import Study, differing_settings
-from pgrpo.report.verdict import enumerate_words, plural, verdict
+from pgrpo.report.verdict import Verdict, enumerate_words, plural, verdict
 
 SECTIONS = (
     results.held_out_by_cluster,
@@ -45,6 +48,29 @@ def render(study: Study) -> str:
     """The page as one HTML document that loads nothing from outside itself."""
     page = Context(study)
     sections = [section for make in SECTIONS if (section := make(page)) is not None]
+    return document(
+        _title(study), _facts(page), verdict(study), sections, page.charts, _versions(study)
+    )
+
+
+def document(
+    title: str,
+    facts: str,
+    said: Verdict,
+    sections: Sequence[Section],
+    charts: Mapping[str, Figure],
+    versions: str,
+) -> str:
+    """Sections as one HTML document that loads nothing from outside itself.
+
+    Args:
+        title: the page's.
+        facts: what stands below it, in one line.
+        said: the outcome in words, above all sections.
+        sections: in reading order.
+        charts: id of each chart that the sections place -> the figure.
+        versions: of the package that made what the page tells of.
+    """
     environment = Environment(
         loader=PackageLoader("pgrpo.report"),
         autoescape=True,
@@ -54,12 +80,12 @@ def render(study: Study) -> str:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     plotly, script = get_plotlyjs(), _asset("page.js")
     return environment.get_template("page.html").render(
-        title=_title(study),
-        facts=_facts(page),
-        verdict=verdict(study),
+        title=title,
+        facts=facts,
+        verdict=said,
         sections=sections,
-        figures=page.charts,
-        version=_versions(study),
+        figures=charts,
+        version=versions,
         # These three are our own.
         css=Markup(_asset("page.css")),  # noqa: S704
         plotly=Markup(plotly),  # noqa: S704

@@ -89,6 +89,16 @@ class Config(Section):
                     "run.pipeline = 'one_step_off' trains on rollouts of older weights; "
                     "loss.importance must not be 'off'"
                 )
+        if (
+            (self.clustering.name, self.clustering.options.get("unseen")) == ("saved", "pooled")
+            and self.estimator.history == "cluster"
+            and "prior_count" not in self.estimator.inactive()
+            and not self.estimator.prior_count
+        ):
+            raise ValueError(
+                "clustering.unseen = 'pooled' has new people begin with the history of all clusters "
+                "pooled, which estimator.prior_count weighs; it is 0, expected more"
+            )
         if self.estimator.combine == "normalize_then_sum" and len(self.rewards) < 2:
             raise ValueError(
                 "estimator.combine is 'normalize_then_sum', and there is one reward; expected at least "
@@ -142,6 +152,9 @@ def _tables_with_paths(tree: Tree) -> Iterator[tuple[Any, Sequence[str]]]:
     """Tables in which something may lie beside the config file, and the keys that tell where."""
     yield tree.get("data"), ("path", "evaluation_path")
     yield tree.get("model"), ("name",)
+    clustering: Any = tree.get("clustering")
+    if isinstance(clustering, dict) and cast(Tree, clustering).get("name") == "saved":
+        yield clustering, ("path",)
     for name in ("rewards", "evaluation"):
         tables: Any = tree.get(name)
         for table in cast(list[Any], tables) if isinstance(tables, list) else ():

@@ -60,13 +60,10 @@ def baselines(
         held_out: examples that they are judged by.
         cluster_of: every user's cluster.
     """
-    examples = dataset.observed or dataset.train
-    places = np.linspace(0, len(examples) - 1, min(MAX_CHOICES, len(examples))).round().astype(int)
-    judged = [_choice(example) for example in held_out]
-    known = [_choice(examples[place]) for place in places.tolist()]
-    if not known or None in judged or None in known:
+    asked = _choices(held_out)
+    seen = _choices(_spread(dataset.observed or dataset.train))
+    if asked is None or not seen:
         return {}
-    asked, seen = cast(list[_Choice], judged), cast(list[_Choice], known)
     everybody = dict.fromkeys(cluster_of, 0)
     return {
         "chance": np.array([choice.rewards.mean() for choice in asked]),
@@ -79,10 +76,39 @@ def baselines(
     }
 
 
+def rewards_of_one_rule(dataset: Dataset) -> tuple[list[str], FloatArray] | None:
+    """What `one rule for all` gets for held-out choices, at most MAX_CHOICES of them, spread evenly.
+
+    That is what a policy is rewarded with that treats everybody alike, told by data alone: where its
+    rewards differ between clusters, so do tastes.
+
+    Returns:
+        Whose each choice is, and its reward [H]; None where nothing is held out, or examples do not say
+        what there was to choose from.
+    """
+    seen = _choices(_spread(dataset.observed or dataset.train))
+    asked = _choices(_spread(dataset.evaluation))
+    if not seen or not asked:
+        return None
+    everybody = dict.fromkeys(dataset.users, 0)
+    return [choice.user for choice in asked], _Logit.fitted(seen, everybody).rewards(asked)
+
+
 def are_known(scored_by: Sequence[RewardConfig]) -> bool:
     """Whether the held-out reward is known of every option, as that of `choice` and `rated` is; of
     other rewards there are no baselines."""
     return [section.name for section in scored_by] in (["choice"], ["rated"])
+
+
+def _spread(examples: Sequence[Example]) -> list[Example]:
+    places = np.linspace(0, len(examples) - 1, min(MAX_CHOICES, len(examples))).round().astype(int)
+    return [examples[place] for place in places.tolist()]
+
+
+def _choices(examples: Sequence[Example]) -> list[_Choice] | None:
+    """What was chosen from what; None where one example does not say."""
+    found = [_choice(example) for example in examples]
+    return None if None in found else cast(list[_Choice], found)
 
 
 def _choice(example: Example) -> _Choice | None:
