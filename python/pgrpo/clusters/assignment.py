@@ -57,13 +57,19 @@ def cluster_users(
 
 def _check_names(expected: tuple[str, ...] | None, found: tuple[str, ...]) -> None:
     """Refuse features that are not those that saved clusters read."""
-    if expected is not None and expected != found:
-        differing = [name for name in (*expected, *found) if (name in expected) != (name in found)]
-        said = f"{differing[0]!r} is of one of them alone" if differing else "their order differs"
-        raise DataError(
-            f"the saved clusters read {len(expected)} features, and the data set has {len(found)}: "
-            f"{said}; expected the same names in the same order, or unseen = 'pooled', which reads none"
-        )
+    if expected is None or expected == found:
+        return
+    lacking = [name for name in expected if name not in found]
+    other = [name for name in found if name not in expected]
+    said = "they are in another order"
+    if lacking:
+        said = f"the data set has no {lacking[0]!r}"
+    elif other:
+        said = f"{other[0]!r} is none of theirs"
+    raise DataError(
+        f"the saved clusters read {len(expected)} features, and the data set has {len(found)}: {said}; "
+        "expected the same in the same order, or unseen = 'pooled', which reads none"
+    )
 
 
 def _cluster_id(cluster: object) -> ClusterId:
