@@ -216,9 +216,13 @@ def planted(num: int = 3, each: int = 30, seed: int = 0) -> Dataset:
     return Dataset(examples, [], users, ("plays", "reads", "cooks", "runs"))
 
 
+def of(num: int) -> KMeans.Config:
+    return KMeans.Config.model_validate({"num_clusters": num})
+
+
 def kmeans(configured: int) -> Any:
     def make(num: int | None) -> KMeans:
-        return KMeans(KMeans.Config(num_clusters=configured if num is None else num))
+        return KMeans(of(configured if num is None else num))
 
     return make
 
@@ -234,10 +238,13 @@ def test_as_many_clusters_are_recommended_as_were_planted(num: int):
 
 
 def test_rewards_decide_between_numbers_that_are_equally_good():
-    def of(num: int, **measures: Any) -> Candidate:
-        return Candidate(
-            num, **{"silhouette": 0.3, "stability": 0.8, "information": None, **measures}
-        )
+    def of(
+        num: int,
+        silhouette: float = 0.3,
+        stability: float = 0.8,
+        information: RewardInformation | None = None,
+    ) -> Candidate:
+        return Candidate(num, silhouette, stability, information)
 
     def told(eta2: float, p: float) -> RewardInformation:
         return RewardInformation(eta2, 0.01, 0.03, p, 50, 500, np.zeros(1))
@@ -275,7 +282,7 @@ def test_clusters_that_read_examples_are_fitted_to_those_of_their_users():
             ]
             super().fit(users, features, examples)
 
-    analyse(lambda _: Reads(KMeans.Config(num_clusters=2)), dataset, configured=None)
+    analyse(lambda _: Reads(of(2)), dataset, configured=None)
     assert len(seen) == 11
     assert all(users == owners for users, owners in seen)
     assert len(seen[0][0]) == 12 and {len(users) for users, _ in seen[1:]} == {6}
@@ -638,39 +645,43 @@ def test_people_whom_the_saved_clusterer_cannot_assign_are_named(tmp_path: Path,
     assert "user 'stranger' has no row" in str(error.value) and "'pooled'" in str(error.value)
 
 
-def test_a_run_with_saved_clusters_counts_the_unseen_and_goes_on_without_the_file(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def test_a_run_with_saved_clusters_counts_new_people_and_goes_on_without_the_file(
+    saved: Path, tmp_path: Path, capsys: Capture
 ):
     shutil.copytree(saved, tmp_path / "clusters")
+    known = json.loads((saved / "clusters.json").read_text())["assignment"]
     # Twice the people, of whom the first half has the names of those who were clustered.
     changes = {
         "data.num_examples": 640,
         "clustering": {"name": "saved", "path": "clusters", "unseen": "pooled"},
         "estimator.prior_count": 8.0,
         "run.num_steps": 2,
+        "run.samples_per_step": 8,
     }
     run = train(tmp_path, changes)
-    capsys.readouterr()
-    content = json.loads((saved / "clusters.json").read_text())
+    assert "40 of 80 people are in none of the saved clusters" in capsys.readouterr().out
     info = json.loads((run / "run.json").read_text())
     assert info["clusters"]["unseen"]["num_users"] == 40
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert {
-        sample["cluster_id"] for sample in samples if sample["user"] in content["assignment"]
-    } <= {
-        0,
-        1,
-        2,
-    }
-    strangers = {s["cluster_id"] for s in samples if s["user"] not in content["assignment"]}
-    assert strangers == {"unseen"}
-    assert any(
-        line["clusters"]["unseen"]["num_rollouts"] for line in lines if "unseen" in line["clusters"]
-    )
-    (run / "config.toml").read_text().index(str(tmp_path / "clusters"))
+    assert len(samples) == 16
+    assert all(s["cluster_id"] == known.get(s["user"], "unseen") for s in samples)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        new = sum(s["user"] not in known for s in samples if s["step"] == line["step"])
+        assert line["num_unseen"] == new
+        assert new == 0 or line["clusters"]["unseen"]["num_rollouts"] == new
+    assert any(line["num_unseen"] for line in lines)
+    # The config names the place as it is seen from anywhere.
+    assert str(tmp_path / "clusters") in (run / "config.toml").read_text()
     shutil.rmtree(tmp_path / "clusters")
     assert main(["train", "--resume", str(run), "--set", "run.num_steps=3"]) == 0
+
+
+def test_check_tells_of_new_people(saved: Path, tmp_path: Path, capsys: Capture):
+    clustering = {"name": "saved", "path": str(saved)}
+    path = config(tmp_path, **{"data.num_examples": 400, "clustering": clustering})
+    assert main(["check", path]) == 0
+    assert "note: 10 of 50 people are in none of the saved clusters" in capsys.readouterr().out
 
 
 def test_pooled_histories_want_a_weight(saved: Path):

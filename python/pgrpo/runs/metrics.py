@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,12 +39,18 @@ PAIRS = 1024
 """Up to so many clusters the Gini coefficient is summed over their pairs, at 8 MB."""
 
 
-def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> StepRecord:
+def step_record(
+    batch: Batch,
+    estimator: EstimatorConfig,
+    new: Collection[str] | None = None,
+    **update: Any,
+) -> StepRecord:
     """The record of a step.
 
     Args:
         batch: what the step learned from.
         estimator: the section `[estimator]`.
+        new: users whom saved clusters do not know; None where clusters are not saved ones.
         update: fields of the record that its update, its engine and its clock tell.
     """
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
@@ -65,6 +71,7 @@ def step_record(batch: Batch, estimator: EstimatorConfig, **update: Any) -> Step
         rewards=reward_records(batch.groups),
         num_rollouts=len(rollouts),
         num_unrewarded=len(rollouts) - len(rewarded),
+        num_unseen=None if new is None else sum(r.prompt.example.user in new for r in rollouts),
         num_replaced=len(batch.replaced),
         completion_tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
         truncated=float(np.mean([r.truncated for r in rollouts])),

@@ -171,6 +171,9 @@ class StepRecord(Record):
     """rollouts generated"""
     num_unrewarded: int | None = None
     """of these, how many got no reward; they are left out of the update"""
+    num_unseen: int | None = None
+    """of the rollouts, how many are of people whom the saved clusters (`clustering.name = "saved"`) do
+    not know; `null` with other clusterers"""
     num_replaced: int | None = None
     """groups that had no signal and gave their place to others (`run.resample`). Their rollouts are in
     all numbers of this line but those that the update tells"""

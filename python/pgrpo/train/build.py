@@ -111,7 +111,10 @@ class Assembly:
             return fitted[0].state_dict()
 
         found = self.ranks.first(fit)
-        return fitted[0] if fitted else Membership(clusterer, self.dataset, found)
+        members = fitted[0] if fitted else Membership(clusterer, self.dataset, found)
+        for note in members.notes:
+            self._note(note)
+        return members
 
     @cached_property
     def scorer(self) -> Scorer:

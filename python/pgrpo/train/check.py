@@ -122,7 +122,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             baselines=found,
             num_parameters=num_parameters,
             memory_bytes=None if num_parameters is None else _memory(config, num_parameters),
-            notes=list(dataset.notes),
+            notes=[*dataset.notes, *members.notes],
             suspicious=suspicious,
         )
 

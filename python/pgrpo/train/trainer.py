@@ -189,6 +189,7 @@ class Trainer:
         record = metrics.step_record(
             batch,
             config.estimator,
+            self.members.new,
             loss=stats.loss,
             grad_norm=stats.grad_norm,
             learning_rate=learning_rate,
