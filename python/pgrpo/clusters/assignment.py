@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from pgrpo.clusters.saved import Saved
-from pgrpo.errors import DataError, PgrpoError, PluginError
+from pgrpo.errors import PgrpoError, PluginError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Example, Json
 
@@ -35,8 +35,6 @@ def cluster_users(
             clusterer.fit(users, features, _AllExamples(dataset))
         else:
             clusterer.load_state_dict(state)
-        if isinstance(clusterer, Saved):
-            _check_names(clusterer.feature_names, dataset.feature_names)
         assigned = [_cluster_id(cluster) for cluster in clusterer.assign(users, features)]
         json.dumps(clusterer.state_dict(), allow_nan=False)
     except PgrpoError:
@@ -52,24 +50,9 @@ def cluster_users(
         raise PluginError(
             f"clusterer {name} returned clusters that differ only in type, as 1 and '1'"
         )
+    if isinstance(clusterer, Saved):
+        clusterer.check_features(dataset.feature_names)
     return dict(zip(users, assigned, strict=True))
-
-
-def _check_names(expected: tuple[str, ...] | None, found: tuple[str, ...]) -> None:
-    """Refuse features that are not those that saved clusters read."""
-    if expected is None or expected == found:
-        return
-    lacking = [name for name in expected if name not in found]
-    other = [name for name in found if name not in expected]
-    said = "they are in another order"
-    if lacking:
-        said = f"the data set has no {lacking[0]!r}"
-    elif other:
-        said = f"{other[0]!r} is none of theirs"
-    raise DataError(
-        f"the saved clusters read {len(expected)} features, and the data set has {len(found)}: {said}; "
-        "expected the same in the same order, or unseen = 'pooled', which reads none"
-    )
 
 
 def _cluster_id(cluster: object) -> ClusterId:

@@ -9,7 +9,6 @@ import numpy as np
 
 from pgrpo.clusters.assignment import cluster_users
 from pgrpo.clusters.description import Description, describe
-from pgrpo.clusters.saved import Saved
 from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Json
@@ -25,34 +24,21 @@ class Membership:
 
     Attributes:
         about: name of each cluster, the largest first -> who its users are.
-        new: users whom saved clusters do not know; None where clusters are not saved ones.
 
     Raises:
         PluginError: the clusterer raised, or returned something that names no clusters.
     """
 
     about: Mapping[str, Description]
-    new: frozenset[str] | None
 
     def __init__(
         self, clusterer: Clusterer, dataset: Dataset, state: Mapping[str, Json] | None = None
     ) -> None:
         self._clusterer = clusterer
         self._cluster_of = cluster_users(clusterer, dataset, state)
-        self.new = None
-        if isinstance(clusterer, Saved):
-            self.new = frozenset(u for u in self._cluster_of if not clusterer.knows(u))
         features = np.array(list(dataset.users.values())).reshape(len(self._cluster_of), -1)
         described = describe(features, list(self._cluster_of.values()), dataset.feature_names)
         self.about = {str(cluster): about for cluster, about in described.items()}
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should be told of who is where, a sentence each."""
-        if not self.new:
-            return []
-        share = f"{len(self.new):,} of {len(self._cluster_of):,} people"
-        return [f"{share} are in none of the saved clusters (clustering.unseen)"]
 
     def cluster(self, user: str) -> ClusterId:
         """The cluster of a user.

@@ -114,14 +114,26 @@ class Saved:
         """
         self._take(read_clusters(Path(self._config.path).expanduser()))
 
-    @property
-    def feature_names(self) -> tuple[str, ...] | None:
-        """The features that people must have who are assigned; None where none are read."""
-        return tuple(self._known.feature_names) if self._config.unseen == "assign" else None
+    def check_features(self, names: Sequence[str]) -> None:
+        """Refuse features by which new people would be assigned that are not those of the clusters.
 
-    def knows(self, user: str) -> bool:
-        """Whether a user is in one of the clusters that were saved."""
-        return user in self._known.assignment
+        Raises:
+            DataError: says what differs. Where new people are not assigned, nothing need be alike.
+        """
+        expected = self._known.feature_names
+        if self._config.unseen == "pooled" or expected == [*names]:
+            return
+        lacking = [name for name in expected if name not in names]
+        others = [name for name in names if name not in expected]
+        said = "they are in another order"
+        if lacking:
+            said = f"the data set has no {lacking[0]!r}"
+        elif others:
+            said = f"{others[0]!r} is none of theirs"
+        raise DataError(
+            f"the saved clusters read {len(expected)} features, and the data set has {len(names)}: "
+            f"{said}; expected the same in the same order, or unseen = 'pooled', which reads none"
+        )
 
     def assign(self, users: Sequence[str], features: FloatArray) -> list[ClusterId]:
         """[U] the saved cluster, or that of somebody new.
@@ -129,7 +141,7 @@ class Saved:
         Raises:
             DataError: somebody new cannot be assigned, by the saved clusterer's own words.
         """
-        new = [place for place, user in enumerate(users) if not self.knows(user)]
+        new = [place for place, user in enumerate(users) if user not in self._known.assignment]
         found: list[ClusterId] = [self._known.assignment.get(user, UNSEEN) for user in users]
         if new and self._config.unseen == "assign":
             try:

@@ -111,10 +111,16 @@ class Assembly:
             return fitted[0].state_dict()
 
         found = self.ranks.first(fit)
-        members = fitted[0] if fitted else Membership(clusterer, self.dataset, found)
-        for note in members.notes:
-            self._note(note)
-        return members
+        return fitted[0] if fitted else Membership(clusterer, self.dataset, found)
+
+    @cached_property
+    def new_people(self) -> frozenset[str] | None:
+        """Users whom saved clusters do not know; None where clusters are not saved ones."""
+        if self.config.clustering.name != "saved":
+            return None
+        known = self.members.state_dict()["assignment"]
+        assert isinstance(known, Mapping)
+        return frozenset(user for user in self.dataset.users if user not in known)
 
     @cached_property
     def scorer(self) -> Scorer:

@@ -4,7 +4,7 @@ without weights, in seconds."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             baselines=found,
             num_parameters=num_parameters,
             memory_bytes=None if num_parameters is None else _memory(config, num_parameters),
-            notes=[*dataset.notes, *members.notes],
+            notes=[*dataset.notes, *_of_new(parts.new_people, len(dataset.users))],
             suspicious=suspicious,
         )
 
@@ -228,6 +228,13 @@ def _of_clusters(about: Any) -> list[str]:
             f"{said}: their histories stay short (shrinkage borrows from all, docs/estimators.md)"
         ]
     return []
+
+
+def _of_new(new: Collection[str] | None, num_users: int) -> list[str]:
+    if not new:
+        return []
+    share = f"{len(new):,} of {num_users:,} people"
+    return [f"{share} are in none of the saved clusters (clustering.unseen)"]
 
 
 def _of_answers(examples: Sequence[Example]) -> list[str]:

@@ -80,6 +80,7 @@ class Trainer:
         self.display = display
         self.dataset = parts.dataset
         self.members = parts.members
+        self.new_people = parts.new_people
         self.display.about = {name: about["about"] for name, about in self.members.about.items()}
         self.held_out_scorer = parts.held_out_scorer
         examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
@@ -189,7 +190,7 @@ class Trainer:
         record = metrics.step_record(
             batch,
             config.estimator,
-            self.members.new,
+            self.new_people,
             loss=stats.loss,
             grad_norm=stats.grad_norm,
             learning_rate=learning_rate,
