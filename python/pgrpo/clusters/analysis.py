@@ -16,6 +16,7 @@ from pgrpo.clusters.measures import (
     RewardInformation,
     agreement,
     half_samples,
+    means,
     reward_information,
     silhouettes,
     standardised,
@@ -94,6 +95,8 @@ class Analysis:
     """By number of clusters; empty where the clusterer is not told how many to make."""
     rewards: Rewards | None
     """What the reward information is of."""
+    mean_rewards: Mapping[ClusterId, tuple[float, float | None]]
+    """Of each cluster that has some, and its standard error over people."""
 
     @property
     def recommended(self) -> Candidate | None:
@@ -179,6 +182,7 @@ def analyse(
         own=own,
         candidates=[candidates[num] for num in sorted(candidates)],
         rewards=rewards,
+        mean_rewards={} if rewards is None else means(cluster_of, rewards.users, rewards.values),
     )
 
 

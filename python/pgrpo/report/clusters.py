@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pgrpo.clusters.analysis import HALVES, SAMPLE, Analysis, Candidate, ranks_of
-from pgrpo.clusters.measures import PERMUTATIONS, RewardInformation, means, projection
+from pgrpo.clusters.measures import PERMUTATIONS, RewardInformation, projection
 from pgrpo.clusters.saved import FILE, VERSION
 from pgrpo.config.sections import ClusteringConfig
 from pgrpo.report import figures
@@ -130,7 +130,7 @@ def summary(found: Analysis, subject: Subject) -> dict[str, Any]:
     """What was found, as plain values."""
     best = found.recommended
     per_cluster = _silhouettes(found)
-    rewards = _means(found)
+    rewards = found.mean_rewards
     clusters = {
         str(cluster): {
             **about,
@@ -183,7 +183,7 @@ def verdict(found: Analysis) -> Verdict:
         said = [WITHOUT_REWARDS] if found.rewards is None else [_untold(found)]
     elif told.is_clear:
         headline = f"The {clusters} of {people} carry reward information."
-        said = [f"They explain {_explained(told)}."]
+        said = [f"They explain {percent(told.eta2)} of its variance: {_explained(told)}."]
     else:
         headline = f"The {clusters} of {people} carry no reward information."
         said = [f"Clusters carry none: {_explained(told)}."]
@@ -207,16 +207,11 @@ def _untold(found: Analysis) -> str:
 
 
 def _explained(told: RewardInformation) -> str:
-    """`3.1 % of the variance of rewards (eta squared 0.031), as random clusters ...`."""
+    """`eta squared 0.003, as random clusters of the same sizes have up to 0.009 (p = 0.4)`."""
     than = "where" if told.is_clear else "as"
-    if not told.is_clear:
-        return (
-            f"eta squared {number(told.eta2)}, {than} random clusters of the same sizes have up to "
-            f"{number(told.null_95)} (p = {number(told.p)})"
-        )
     return (
-        f"{percent(told.eta2)} of the variance of rewards (eta squared {number(told.eta2)}), {than} "
-        f"random clusters of the same sizes explain up to {number(told.null_95)} (p = {number(told.p)})"
+        f"eta squared {number(told.eta2)}, {than} random clusters of the same sizes have up to "
+        f"{number(told.null_95)} (p = {told.p:.2g})"
     )
 
 
@@ -239,8 +234,8 @@ def _recommendation(found: Analysis) -> list[str]:
     informed = [each.information for each in found.candidates if each.information is not None]
     if informed and not any(each.is_clear for each in informed):
         said.append(
-            "No number of clusters that was looked at explains more of these rewards than chance: one "
-            "history for everybody (estimator.history = 'one') tells as much."
+            "No number of clusters that was looked at explains more of the mean rewards than chance: "
+            "one history for everybody (estimator.history = 'one') tells as much of them."
         )
     return said
 
@@ -252,14 +247,9 @@ def _ordinal(place: int) -> str:
 def shown(found: Analysis) -> list[ClusterId]:
     """The clusters that a page shows, the largest first."""
     sizes = {cluster: float(about["num_users"]) for cluster, about in found.about.items()}
-    rewards = {cluster: mean for cluster, (mean, _) in _means(found).items()}
+    rewards = {cluster: mean for cluster, (mean, _) in found.mean_rewards.items()}
     worst = rewards or _silhouettes(found)
     return extremes(sizes, {cluster: worst.get(cluster, math.inf) for cluster in sizes}, EACH)
-
-
-def _means(found: Analysis) -> dict[ClusterId, tuple[float, float | None]]:
-    rewards = found.rewards
-    return {} if rewards is None else means(found.cluster_of, rewards.users, rewards.values)
 
 
 def _sampled_clusters(found: Analysis) -> list[ClusterId]:
@@ -385,7 +375,8 @@ def _sides(axis: FloatArray, names: Sequence[str]) -> tuple[list[str], list[str]
 
 
 def _clusters(page: _Page) -> Section:
-    found, rewards, apart = page.found, _means(page.found), _silhouettes(page.found)
+    found, apart = page.found, _silhouettes(page.found)
+    rewards = found.mean_rewards
     header = ["Cluster", "People", "Share", "Who they are"]
     header += ["Silhouette"] if apart else []
     header += ["Reward"] if rewards else []
@@ -449,8 +440,8 @@ def _counts(page: _Page) -> Section:
             _known(each.stability),
         ]
         if found.rewards:
-            values = [told and told.eta2, told and told.null_95, told and told.p]
-            row += [_known(value) for value in (*values, told and told.adjusted)]
+            row += [_known(told and told.eta2), _known(told and told.null_95)]
+            row += [f"{told.p:.2g}" if told else "–", _known(told and told.adjusted)]
         rows.append(row)
     header = ["Clusters", "Silhouette", "Stability"]
     if found.rewards:
