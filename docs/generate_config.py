@@ -83,9 +83,10 @@ These would have no effect, and are therefore refused:
   - `transfer_folder` without `servers` or `tensor_parallel_size` > 1, and where no file is the means
   - `sleep` with `servers`
 
-A relative `data.path` or `data.evaluation_path`, the `path` of saved clusters, and a relative folder of
-`model.name` or of a reward model, is looked for beside the config file first, then in the working folder. `pgrpo train` writes the
-complete config to `config.toml` of the run folder, which can be run again as it is.
+A relative `data.path` or `data.evaluation_path`, the `path` of saved clusters, and a relative folder
+of `model.name` or of a reward model, is looked for beside the config file first, then in the working
+folder. `pgrpo train` writes the complete config to `config.toml` of the run folder, which can be run
+again as it is.
 
 `[model]`, `[data]`, `[clustering]` and one `[[rewards]]` are required; the other tables may be left
 out. [examples](../examples) holds whole files.
