@@ -183,7 +183,7 @@ def verdict(found: Analysis) -> Verdict:
         said = [WITHOUT_REWARDS] if found.rewards is None else [_untold(found)]
     elif told.is_clear:
         headline = f"The {clusters} of {people} carry reward information."
-        said = [f"They explain {percent(told.eta2)} of its variance: {_explained(told)}."]
+        said = [f"They explain {percent(told.eta2)} of the variance: {_explained(told)}."]
     else:
         headline = f"The {clusters} of {people} carry no reward information."
         said = [f"Clusters carry none: {_explained(told)}."]
@@ -538,11 +538,12 @@ def _apart(page: _Page) -> Section | None:
         list(drawn), list(drawn.values()), page.colors, found.own.silhouette
     )
     below = float((found.silhouettes < 0).mean())
+    nearer = f"{percent(below)} are" if below else "nobody is"
     return section(
         "Silhouettes",
         [page.place(figure, "Silhouettes of people, by cluster")],
         "Each row is a person: the wider, the nearer to its own cluster than to the next; below 0, "
-        f"nearer to another one, which are {percent(below)}. Dashed: the mean of all.",
+        f"where {nearer}, nearer to another one. Dashed: the mean of all.",
         page.sampling(drawn=True),
         page.selection(),
     )

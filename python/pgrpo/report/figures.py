@@ -363,7 +363,7 @@ def over_counts(
             "x": ticks,
             "y": _values(values),
             "line": {"color": ARM_COLORS[0], "width": 2.2},
-            "marker": {"color": ARM_COLORS[0],
+            "marker": {"color": ARM_COLORS[0], "line": {"width": 0}, "opacity": 1,
                        "size": [13 if count == chosen else 7 for count in counts]},
             "hovertemplate": "%{y:.3~p}" if percent else "%{y:.3f}",
         }
