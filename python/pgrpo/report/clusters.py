@@ -55,13 +55,6 @@ STRUCTURE = ((0.25, "no groups that stand apart"), (0.5, "groups that stand apar
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 
-MEASURES = {
-    "silhouette": "silhouette",
-    "stability": "stability",
-    "information": "reward information",
-}
-"""Measure of a candidate -> what it is called."""
-
 WITHOUT_REWARDS = (
     "No rewards were given, so what the clusters tell of rewards is not known: --rewards takes a run "
     "folder, or rows with the columns user and reward."
@@ -210,8 +203,8 @@ def _explained(told: RewardInformation) -> str:
     """`eta squared 0.003, as random clusters of the same sizes have up to 0.009 (p = 0.4)`."""
     than = "where" if told.is_clear else "as"
     return (
-        f"eta squared {number(told.eta2)}, {than} random clusters of the same sizes have up to "
-        f"{number(told.null_95)} (p = {told.p:.2g})"
+        f"eta squared {told.eta2:.3f}, {than} random clusters of the same sizes have up to "
+        f"{told.null_95:.3f} (p = {_chance(told.p)})"
     )
 
 
@@ -223,11 +216,12 @@ def _recommendation(found: Analysis) -> list[str]:
     for measure, place in ranks_of(best, found.candidates).items():
         value = getattr(best, measure)
         if isinstance(value, RewardInformation):
-            shown = f"{percent(max(0.0, value.adjusted))} of the variance of rewards beyond chance"
             if not value.is_clear:
-                shown = "no more of the rewards than by chance"
+                words.append("no more of the rewards explained than by chance")
+                continue
+            shown = f"{percent(value.adjusted)} of the variance of rewards beyond chance"
         else:
-            shown = f"{MEASURES[measure]} {number(math.nan if value is None else value)}"
+            shown = f"{measure} {_known(value)}"
         words.append(f"{shown} ({_ordinal(place)} of {len(found.candidates)})")
     configured = ", as configured," if best is found.own else ""
     said = [f"Recommended are {best.num_clusters} clusters{configured}: {enumerate_words(words)}."]
@@ -396,18 +390,24 @@ def _clusters(page: _Page) -> Section:
         rows.append(row)
     numeric = dict.fromkeys([1, 2, *range(4, len(header))], "n")
     blocks: list[Block] = [Table(header, rows, {**numeric, 3: "text"}, sorts=True)]
-    typical = [
-        [
-            Cell(str(cluster), page.colors[str(cluster)]),
-            user,
-            folded(page.subject.examples[user], 160),
-        ]
+    texts = page.subject.examples
+    typical = {
+        cluster: [_example(user, texts[user]) for user in found.typical[cluster] if user in texts]
         for cluster in page.shown
-        for user in found.typical[cluster]
-        if user in page.subject.examples
-    ]
-    if typical:
-        blocks.append(Table(["Cluster", "Person", "One of its prompts"], typical, {2: "text"}))
+    }
+    width = max(map(len, typical.values()))
+    if width:
+        rows = [
+            [
+                Cell(figures.shorten(str(cluster), 30), page.colors[str(cluster)]),
+                *cells,
+                *[""] * (width - len(cells)),
+            ]
+            for cluster, cells in typical.items()
+        ]
+        columns = range(1, 1 + width)
+        header = ["Cluster", "Nearest to its mean", *["Next"] * (width - 1)]
+        blocks.append(Table(header, rows, dict.fromkeys(columns, "text")))
     return section(
         "Clusters",
         blocks,
@@ -417,10 +417,16 @@ def _clusters(page: _Page) -> Section:
         if found.rewards
         else "",
         "Below, of each cluster the people nearest to its mean, each with its first prompt."
-        if typical
+        if width
         else "",
         page.selection(),
     )
+
+
+def _example(user: str, text: str) -> Cell:
+    """A person's prompt, and who it is below."""
+    cell = folded(text, 160)
+    return Cell(cell.text, small=[f"person {figures.shorten(user, 30)}"], full=cell.full)
 
 
 def _counts(page: _Page) -> Section:
@@ -440,8 +446,16 @@ def _counts(page: _Page) -> Section:
             _known(each.stability),
         ]
         if found.rewards:
-            row += [_known(told and told.eta2), _known(told and told.null_95)]
-            row += [f"{told.p:.2g}" if told else "–", _known(told and told.adjusted)]
+            row += (
+                ["–"] * 4
+                if told is None
+                else [
+                    _signed(told.eta2),
+                    _signed(told.null_95),
+                    _chance(told.p),
+                    _signed(told.adjusted),
+                ]
+            )
         rows.append(row)
     header = ["Clusters", "Silhouette", "Stability"]
     if found.rewards:
@@ -560,6 +574,15 @@ def _made(page: _Page) -> Section:
         f'A run with clustering = {{ name = "saved", path = "…/{FILE}" }} has these clusters. '
         f"Silhouettes and stability are of at most {SAMPLE:,} people.",
     )
+
+
+def _signed(share: float) -> str:
+    """A share that may be below 0, by its fourth decimal."""
+    return f"{share:.4f}".replace("-", "−")
+
+
+def _chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.4f}"
 
 
 def _known(value: float | None) -> str:

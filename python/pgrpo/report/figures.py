@@ -303,7 +303,7 @@ def places(
         }
         for name, points, who in zip(names, found, users, strict=True)
     ]
-    layout = _layout(460)
+    layout = _layout(520)
     # A unit is as long one way as the other, so that distances are what they look like.
     domain = {"constrain": "domain"}
     layout["yaxis"] |= {"scaleanchor": "x", "title": {"text": titles[1]}} | domain
