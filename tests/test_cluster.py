@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from itertools import permutations
@@ -434,6 +435,32 @@ def test_the_page_shows_it_all_and_loads_nothing(run: Path, tmp_path: Path, caps
     ]
 
 
+def test_of_many_clusters_and_people_a_page_shows_some_and_says_so(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pgrpo.clusters.analysis.SAMPLE", 90)
+    monkeypatch.setattr("pgrpo.report.clusters.DRAWN", 60)
+    lines = ["user,kind,age"] + [f"u{n},k{n % 40},{n * 7 % 31}" for n in range(150)]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines) + "\n")
+    arguments = ("--set", "clustering.name=column", "--set", "clustering.column=kind")
+    found = found_by(capsys, path, *arguments, "--out", tmp_path / "out")
+    assert found["num_clusters"] == len(found["clusters"]) == 40
+    page = parse(tmp_path / "out" / "clusters.html")
+    # Who is one of the smallest and of the worst is shown once.
+    told = re.search(
+        r"Of 40 clusters (\d+) are shown: the 8 largest, the 8 smallest and", page.text
+    )
+    assert told
+    assert 16 <= int(told[1]) <= 24
+    assert "Of 90 people drawn at random." in page.text
+    assert "Drawn are 60 of 150 people." in page.text
+    rows = [row for row in page.rows if row and row[0].startswith("k") and len(row) == 5]
+    assert len(rows) == int(told[1])
+    (map_of_people,) = [f for f in page.figures.values() if f["layout"]["yaxis"].get("scaleanchor")]
+    assert sum(len(trace["text"]) for trace in map_of_people["data"]) <= 60
+
+
 def test_hostile_names_and_texts_are_shown_not_run(tmp_path: Path, capsys: Capture):
     rows = [
         {"prompt": f"{HOSTILE} {n}", "user": f"{HOSTILE}{n}", "kind": f"{HOSTILE}{n % 2}", "age": n}
@@ -538,6 +565,7 @@ def test_what_is_refused(tmp_path: Path, capsys: Capture):
         capsys, "cluster", path, "--rewards", tmp_path / "c", *out
     )
     assert "does not exist" in refusal(capsys, "cluster", tmp_path / "rows.csv", *out)
+    assert "config file" in refusal(capsys, "cluster", tmp_path / "run.conf", *out)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(capsys, "cluster", path, "--out", tmp_path / "file")

@@ -47,8 +47,10 @@ def cluster(
     wanted = None if ks is None else numbers(ks, "--ks")
     if wanted is not None and min(wanted) < 1:
         raise ConfigError(f"--ks is {ks!r}; expected whole numbers from 1 on")
-    is_toml = config.suffix == ".toml"
-    settings = load(config, overrides) if is_toml else _config_of_rows(config, overrides or ())
+    from pgrpo.data.rows import READERS
+
+    are_rows = config.name.endswith(tuple(READERS))
+    settings = _config_of_rows(config, overrides or ()) if are_rows else load(config, overrides)
     from pgrpo.clusters.saved import FILE
     from pgrpo.report.clusters import PAGE, summary, write_clusters
     from pgrpo.runs.display import console

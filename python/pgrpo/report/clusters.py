@@ -182,10 +182,10 @@ def verdict(found: Analysis) -> Verdict:
         said = [f"Clusters carry none: {_explained(told)}."]
     if own.silhouette is not None:
         apart = next(words for limit, words in STRUCTURE if own.silhouette <= limit)
-        said.append(f"By a mean silhouette of {number(own.silhouette)}, features show {apart}.")
+        said.append(f"By a mean silhouette of {_known(own.silhouette)}, features show {apart}.")
     if own.stability is not None:
         said.append(
-            f"Fitted on two halves of the people, clusters agree by {number(own.stability)} (adjusted "
+            f"Fitted on two halves of the people, clusters agree by {_known(own.stability)} (adjusted "
             "Rand index; 1: wholly, 0: by chance)."
         )
     said += _recommendation(found)
@@ -586,4 +586,4 @@ def _chance(p: float) -> str:
 
 
 def _known(value: float | None) -> str:
-    return "–" if value is None else number(value)
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
