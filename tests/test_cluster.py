@@ -387,7 +387,7 @@ def test_clusters_without_information_are_called_so(tmp_path: Path, capsys: Capt
     assert "carry no reward information" in found["headline"]
     told, said = found["measures"]["information"], " ".join(found["sentences"])
     assert told["p"] >= 0.05
-    eta2, most = f"{told['eta2']:.3f}", f"{told['null_95']:.3f}"
+    eta2, most = (f"{x:.3f}" if x >= 0.01 else f"{x:.4f}" for x in (told["eta2"], told["null_95"]))
     assert f"Clusters carry none: eta squared {eta2}, as random clusters" in said
     assert f"of the same sizes have up to {most}" in said
     assert "estimator.history = 'one'" in said

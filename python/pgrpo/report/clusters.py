@@ -203,8 +203,8 @@ def _explained(told: RewardInformation) -> str:
     """`eta squared 0.003, as random clusters of the same sizes have up to 0.009 (p = 0.4)`."""
     than = "where" if told.is_clear else "as"
     return (
-        f"eta squared {told.eta2:.3f}, {than} random clusters of the same sizes have up to "
-        f"{told.null_95:.3f} (p = {_chance(told.p)})"
+        f"eta squared {_share(told.eta2)}, {than} random clusters of the same sizes have up to "
+        f"{_share(told.null_95)} (p = {_chance(told.p)})"
     )
 
 
@@ -450,10 +450,10 @@ def _counts(page: _Page) -> Section:
                 ["–"] * 4
                 if told is None
                 else [
-                    _signed(told.eta2),
-                    _signed(told.null_95),
+                    _share(told.eta2),
+                    _share(told.null_95),
                     _chance(told.p),
-                    _signed(told.adjusted),
+                    _share(told.adjusted),
                 ]
             )
         rows.append(row)
@@ -576,9 +576,9 @@ def _made(page: _Page) -> Section:
     )
 
 
-def _signed(share: float) -> str:
-    """A share that may be below 0, by its fourth decimal."""
-    return f"{share:.4f}".replace("-", "−")
+def _share(share: float) -> str:
+    """Three decimals, four of what is small; it may be below 0, as what is beyond chance."""
+    return f"{share:.{3 if abs(share) >= 0.01 else 4}f}".replace("-", "−")
 
 
 def _chance(p: float) -> str:

@@ -340,7 +340,7 @@ def silhouettes(
         start += len(values) + gap
     layout = _row_layout(min(900, max(240, 60 + 34 * len(names))), names, "silhouette")
     layout["yaxis"] |= {"tickvals": middles, "range": [start, -gap]}
-    layout["xaxis"]["zeroline"] = True
+    layout["xaxis"] |= {"zeroline": True, "zerolinecolor": "#8c8c8c"}
     layout["shapes"] = [_reference(mean, vertical=True)]
     return {"data": traces, "layout": layout}
 
