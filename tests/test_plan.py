@@ -477,6 +477,10 @@ def test_what_runs_say_of_memory_and_time_is_read(tmp_path: Path) -> None:
             "a length of a group is 0; expected at least 1",
         ),
         (
+            ["--gpu", "h100", "--gpus", "2", "--set", "parallel.offload=true"],
+            "parallel.offload is not counted here; expected false",
+        ),
+        (
             ["--gpu", "h100", "--gpus", "3", "--set", "parallel.replicate=2"],
             "parallel.replicate is 2, and there are 3 GPUs; expected a multiple of it",
         ),

@@ -372,6 +372,12 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
             "generation.vllm.tensor_parallel_size is 2, and each of 2 processes",
         ),
         ({}, False, "train on several processes needs --out"),
+        pytest.param(
+            {"parallel.offload": True},
+            True,
+            "to the memory of the processors; there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_several_processes_cannot_do(
@@ -381,4 +387,13 @@ def test_what_several_processes_cannot_do(
     config = write_config(tmp_path, changes)
     assert ended(start_ranks(2, tmp_path / "said", "train", config, *where)) == [2, 2]
     assert sentence in said_by(tmp_path, 2)[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_has_nothing_to_offload(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, {"parallel.offload": True})
+    assert main(["train", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert "parallel.offload moves the parts of a model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -246,6 +246,10 @@ class ParallelConfig(Section):
     replicate: int = Field(default=1, ge=1)
     """How many copies of weights, gradients and moments there are. The processes of one copy hold a
     part of it each (FSDP2); several copies (HSDP) move less between nodes and take more memory."""
+    offload: bool = False
+    """Keep weights, gradients and moments in the memory of the processors, where the optimizer steps,
+    and bring each layer to the GPU while it is used, which takes less of the GPUs' memory and time to
+    move them in every pass."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds that a process waits for what the others tell before it gives up: longer than a step's
     slowest reward."""

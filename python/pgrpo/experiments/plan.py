@@ -72,9 +72,11 @@ def setup_of(config: Config, num_devices: int) -> Setup:
 
     Raises:
         ConfigError: the processes cannot hold as many copies of the weights as the config says, or
-            each would have a vLLM over several GPUs.
+            each would have a vLLM over several GPUs, or weights would lie elsewhere than on GPUs.
     """
     config.check_processes(num_devices)
+    if config.parallel.offload:
+        raise ConfigError("parallel.offload is not counted here; expected false")
     copies = config.parallel.replicate
     if num_devices % copies:
         raise ConfigError(

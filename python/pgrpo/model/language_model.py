@@ -6,13 +6,14 @@ runs the decoder over packed groups, `logits` applies the head to the few rows t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import ModelError
@@ -32,6 +34,9 @@ from pgrpo.model.tokenizer import model_errors, pretrained_tokenizer, tiny_token
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Names of dtypes in safetensors."""
 
 
 class LanguageModel:
@@ -50,6 +55,7 @@ class LanguageModel:
         replace_norms(bare)
         self.decoder: Any = bare.get_decoder()
         self._shards: list[Any] = []
+        self._device: torch.device | None = None
         self._run: Any = self.decoder
         self.head: Any = bare.get_output_embeddings()
         config: Any = bare.config.get_text_config()
@@ -75,33 +81,47 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """Where it computes."""
+        return self._device or self.model.device
 
     @property
     def vocab_size(self) -> int:
         """Rows of the head."""
         return int(self.head.weight.shape[0])
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, mesh: DeviceMesh, *, offload: bool = False) -> None:
         """Split the weights over the processes of a mesh (FSDP2): layer by layer, and the rest in one.
 
-        Gradients are added up over the processes, not averaged.
+        Each process copies its part of them, to the mesh's kind of device and into the precision. What
+        a file holds is not in memory before, so no process ever has all of it there. Gradients are
+        added up over the processes, not averaged.
 
         Args:
             mesh: [replicate, shard].
+            offload: keep them in the memory of the processors while they are not used.
         """
         # Here, for it takes a second that a run of one process need not wait.
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            OffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         bare = self.bare
         blocks: set[str] = set(bare._no_split_modules or ())
         layers = [module for module in bare.modules() if type(module).__name__ in blocks]
         self._shards = [*layers, bare]
+        self._device = torch.device(mesh.device_type)
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         for module in self._shards:
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, offload_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        dtype = _dtype(self.precision)
+        if any(_is_narrower(parameter.dtype, dtype) for parameter in self.model.parameters()):
+            placed: Any = self.model
+            placed.to(dtype=dtype)
         decoder = self.decoder
 
         def decode(**inputs: Any) -> Any:
@@ -137,35 +157,34 @@ class LanguageModel:
             for module in self._shards:
                 module.reshard()
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write weights (or adapters) and tokenizer as transformers (or peft) loads them.
 
         Args:
             folder: to write.
-            weights: where they are split over processes, what `full_weights` put together.
+            weights: what `LanguageModel.weights` put together.
         """
-        # peft takes None for no weights.
-        given: dict[str, Any] = {} if weights is None else {"state_dict": weights}
-        self.model.save_pretrained(str(folder), **given)
+        self.model.save_pretrained(str(folder), state_dict=weights)
         self.tokenizer.save_pretrained(str(folder))
 
-    def full_weights(self) -> dict[str, Tensor] | None:
-        """The weights that a checkpoint holds, by name, put together on the first process; None where
-        they are whole as they are. The others get an empty dictionary."""
-        if not self._shards:
-            return None
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name, put together on the CPU: all weights, or those of adapters
+        by their names in peft. Processes that they are split over all ask for them at the same time.
 
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.model is not self.bare
-        )
-        state: Any = get_model_state_dict(cast(Any, self.model), options=options)
-        return state
-
-    def adapters(self) -> dict[str, Tensor]:
-        """The trained weights of adapters by their names in peft, put together on every process."""
-        named = self.model.named_parameters()
-        return {name: whole_tensor(p).cpu() for name, p in named if p.requires_grad}
+        Args:
+            keep: whether this process wants them; without it the dictionary is empty.
+        """
+        kept: dict[str, Tensor] = {}
+        met: set[int] = set()
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            # Of weights that are tied to each other the first stands for all.
+            if id(tensor) not in met and (self.model is self.bare or tensor.requires_grad):
+                met.add(id(tensor))
+                whole = whole_tensor(tensor)
+                if keep:
+                    kept[name] = whole.cpu()
+        return kept
 
     def adapters_disabled(self) -> AbstractContextManager[Any]:
         """The model as it was before its adapters."""
@@ -255,6 +274,8 @@ def load_language_model(
     vocabulary: Sequence[str] = (),
     seed: int = 0,
     weights: Path | None = None,
+    mesh: DeviceMesh | None = None,
+    offload: bool = False,
 ) -> LanguageModel:
     """Load the model a config names, or make the `tiny` one.
 
@@ -264,13 +285,15 @@ def load_language_model(
         seed: initialises the tiny model and new adapters.
         weights: a folder of a checkpoint that takes the place of the original weights (or holds the
             adapters to them).
+        mesh: the processes that the weights are split over, [replicate, shard], all of which load the
+            model at the same time; None leaves them whole.
+        offload: see `LanguageModel.shard`.
 
     Raises:
         ModelError: there is no such model, or it cannot be used here.
     """
     precision = resolve_precision(config.precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(precision)
     torch.manual_seed(seed)
     source = model_folder(config.name) if config.name != "tiny" else "tiny"
     full_weights = weights if weights is not None and config.lora is None else None
@@ -279,11 +302,11 @@ def load_language_model(
         model = cast(Any, model).to(dtype=dtype)
     else:
         folder = str(full_weights or source)
-        model, tokenizer = _pretrained(
-            folder, config.revision if full_weights is None else None, dtype
-        )
+        revision = config.revision if full_weights is None else None
+        model, tokenizer = _pretrained(folder, revision, dtype, is_split=mesh is not None)
     if config.lora is not None:
-        model = _with_adapters(model, config, weights)
+        with _widened(model, dtype):
+            model = _with_adapters(model, config, weights)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora is not None:
@@ -294,8 +317,17 @@ def load_language_model(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if mesh is not None:
+        loaded = LanguageModel(model, tokenizer, precision)
+        loaded.shard(mesh, offload=offload)
+        return loaded
     placed: Any = model
-    return LanguageModel(placed.to(device), tokenizer, precision)
+    return LanguageModel(placed.to(device_type()), tokenizer, precision)
+
+
+def device_type() -> str:
+    """The kind of device that models compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_precision(precision: str) -> str:
@@ -328,16 +360,89 @@ def _cpu_has_bf16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
+def _dtype(precision: str) -> torch.dtype:
+    """What weights are held in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether it is one of floating-point numbers, all of which the other holds as they are."""
+    return dtype.is_floating_point and dtype != than and torch.promote_types(dtype, than) == than
+
+
 def _pretrained(
-    folder: str, revision: str | None, dtype: torch.dtype
+    folder: str, revision: str | None, dtype: torch.dtype, *, is_split: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model and tokenizer of a folder or hub name, with weights of a dtype.
+
+    Weights that are to be split stay in their files, which are mapped into memory, and of the dtype
+    that they have there, where that is a narrower one: who reads a part of a weight loads that part.
+    So it is with safetensors in the model's own layout; other weights are converted as a whole.
+    """
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
     tokenizer = pretrained_tokenizer(folder, revision)
     with model_errors(folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, **extra
+        stored = _stored_dtype(folder, extra) if is_split else None
+        is_narrower = stored is not None and _is_narrower(stored, dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=stored if is_narrower else dtype,
+            attn_implementation=ATTENTION,
+            **extra,
         )
-    return cast(PreTrainedModel, model), tokenizer
+    if is_narrower:
+        _widen_buffers(model, dtype)
+    return model, tokenizer
+
+
+def _stored_dtype(folder: str, extra: dict[str, Any]) -> torch.dtype | None:
+    """The narrowest dtype that holds all that is in a model's safetensors as it is; None without such
+    files, or where they hold something else than floating-point numbers."""
+    files: list[str] = []
+    with suppress(OSError):
+        files = [str(cached_file(folder, SAFE_WEIGHTS_NAME, **extra))]
+    if not files:
+        with suppress(OSError):
+            index = str(cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **extra))
+            names = set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values())
+            files = [str(cached_file(folder, name, **extra)) for name in sorted(names)]
+    found: torch.dtype | None = None
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                dtype = _STORED.get(tensors.get_slice(name).get_dtype())
+                if dtype is None:
+                    return None
+                found = dtype if found is None else torch.promote_types(found, dtype)
+    return found
+
+
+def _widen_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Compute anew, in a wider dtype, what a model holds besides its weights and computed in a narrow
+    one, such as the factor of Gemma's embeddings."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if _is_narrower(buffer.dtype, dtype):
+                wide = buffer.to(dtype)
+                # By this mark transformers knows what it need not compute: what came out of a file.
+                wide._is_hf_initialized = getattr(buffer, "_is_hf_initialized", False)
+                setattr(module, name, wide)
+                module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+@contextmanager
+def _widened(model: PreTrainedModel, dtype: torch.dtype) -> Generator[None]:
+    """Meanwhile weights of a narrower dtype seem to be of this one, without content or memory. What is
+    put beside them, as adapters are, takes their dtype and never reads them."""
+    narrow = [(p, p.data) for p in model.parameters() if _is_narrower(p.dtype, dtype)]
+    for parameter, data in narrow:
+        parameter.data = torch.zeros((), dtype=dtype).expand(data.shape)
+    try:
+        yield
+    finally:
+        for parameter, data in narrow:
+            parameter.data = data
 
 
 def _tiny(vocabulary: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -61,8 +61,14 @@ class Config(Section):
         """Refuse what so many processes cannot do.
 
         Raises:
-            ConfigError: each would have a vLLM of its own, over several GPUs.
+            ConfigError: each would have a vLLM of its own, over several GPUs, or a single one would
+                offload.
         """
+        if self.parallel.offload and size == 1:
+            raise ConfigError(
+                "parallel.offload moves the parts of a model that several processes hold; there is one "
+                "process"
+            )
         vllm = self.generation.vllm
         within = self.generation.engine == "vllm" and not vllm.servers
         if within and size > 1 and vllm.tensor_parallel_size > 1:

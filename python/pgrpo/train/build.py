@@ -212,14 +212,14 @@ class Assembly:
         return self._open.enter_context(closing(RewardOnRay(section, seed)))
 
     def _load_model(self, checkpoint: Checkpoint | None) -> LanguageModel:
-        model = load_language_model(
+        return load_language_model(
             self.config.model,
             vocabulary=self._loaded.vocabulary,
             seed=derive_seed(self.config.run.seed, "weights"),
             weights=checkpoint.model if checkpoint else None,
+            mesh=self.ranks.mesh,
+            offload=self.config.parallel.offload,
         )
-        self.ranks.shard(model)
-        return model
 
     def _load_reference(self) -> LanguageModel | None:
         """The untrained model, where the loss needs it beside the trained one."""

@@ -134,7 +134,7 @@ def save_checkpoint(
     ranks.first(make_room)
     try:
         ranks.gather(lambda: _save_moments(policy, partial / "optimizer", what))
-        weights = policy.model.full_weights()
+        weights = policy.model.weights(keep=ranks.leads)
         ranks.first(complete)
     except PgrpoError:
         if ranks.leads:

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from pgrpo.config.sections import ParallelConfig
 from pgrpo.errors import ConfigError, ParallelError, PgrpoError, RemoteError
-from pgrpo.model.language_model import LanguageModel
+from pgrpo.model.language_model import device_type
 from pgrpo.rollout.engines import Peers
 from pgrpo.runs.launch import num_processes, num_restarts
 from pgrpo.runs.terminal import held, take_interrupt
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -59,8 +63,10 @@ class Ranks(Peers, Protocol):
         """The same processes, for another thread's calls."""
         ...
 
-    def shard(self, model: LanguageModel) -> None:
-        """Split a model's weights over the processes."""
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """What models' weights are split over, [replicate, shard]; None where they are whole. All
+        processes ask for it at the same time."""
         ...
 
 
@@ -69,6 +75,7 @@ class Single:
 
     size = 1
     leads = True
+    mesh = None
 
     def share(self, costs: Sequence[float]) -> range:
         """See `Ranks.share`."""
@@ -96,9 +103,6 @@ class Single:
     def beside(self) -> Single:
         """See `Ranks.beside`."""
         return self
-
-    def shard(self, model: LanguageModel) -> None:
-        """See `Ranks.shard`. There is nothing to split."""
 
 
 SINGLE = Single()
@@ -173,14 +177,20 @@ class Sharded:
         """See `Ranks.beside`."""
         return Sharded(self._config, self._agreed)
 
-    def shard(self, model: LanguageModel) -> None:
-        """See `Ranks.shard`."""
-        from torch.distributed.device_mesh import init_device_mesh
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """See `Ranks.mesh`."""
+        from torch.distributed.device_mesh import DeviceMesh
 
-        replicate = self._config.replicate
-        shape = (replicate, self.size // replicate)
-        mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        model.shard(mesh)
+        grid = torch.arange(self.size).view(self._config.replicate, -1)
+        # A mesh that makes its groups itself has them wait for ten or thirty minutes.
+        groups = [
+            dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=self._timeout)[0]
+            for ranks in (grid.T, grid)
+        ]
+        return DeviceMesh.from_group(
+            groups, device_type(), mesh=grid, mesh_dim_names=("replicate", "shard")
+        )
 
     def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
         """Raise an error on every rank if there is one on any: that of the first rank that has a
@@ -259,13 +269,18 @@ def connect(config: ParallelConfig) -> Generator[Ranks]:
     this one alone.
 
     Raises:
-        ConfigError: there are not as many processes as the config's copies of the weights need.
+        ConfigError: there are not as many processes as the config's copies of the weights need, or
+            nothing to offload from.
         ParallelError: they do not find each other.
     """
     size = num_processes()
     if size == 1:
         yield SINGLE
         return
+    if config.offload and not torch.cuda.is_available():
+        raise ConfigError(
+            "parallel.offload moves weights from GPUs to the memory of the processors; there is no GPU"
+        )
     if size % config.replicate:
         raise ConfigError(
             f"parallel.replicate is {config.replicate}, and there are {size} processes; expected a "

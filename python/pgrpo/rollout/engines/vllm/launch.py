@@ -215,7 +215,7 @@ def save_config(model: LanguageModel, folder: Path, *, with_tokenizer: bool) -> 
 
 
 def save_adapter(model: LanguageModel, weights: dict[str, Tensor], folder: Path) -> int:
-    """Write the adapters, which `LanguageModel.adapters` gave, as peft does; returns their bytes."""
+    """Write the adapters, which `LanguageModel.weights` gave, as peft does; returns their bytes."""
     whole: Any = model.model
     whole.save_pretrained(str(folder), state_dict=weights)
     return sum(path.stat().st_size for path in folder.glob("adapter_model*"))

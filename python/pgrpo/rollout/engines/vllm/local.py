@@ -201,7 +201,7 @@ class Local:
 
     def _load_adapter(self, version: int) -> int:
         folder = Path(self._folder.name) / "adapter"
-        num_bytes = save_adapter(self._model, self._model.adapters(), folder)
+        num_bytes = save_adapter(self._model, self._model.weights(), folder)
         make_request: Any = self._vllm.lora.request.LoRARequest
         if not self._engine.add_lora(make_request(LORA_NAME, 1, str(folder), load_inplace=True)):
             raise EngineError(f"vLLM does not load the adapters in {folder}")

@@ -160,7 +160,7 @@ class Servers:
         return num_bytes
 
     def _send_adapters(self, wanted: str) -> int:
-        weights = self._model.adapters()
+        weights = self._model.weights(keep=self._peers.leads)
         folder = Path(self._adapters.name) / wanted
         num_bytes = self._peers.first(lambda: save_adapter(self._model, weights, folder))
         self._adapter = self._peers.first(lambda: str(folder))
