@@ -95,6 +95,24 @@ def test_deltas_count_once_in_any_order(tmp_path: Path) -> None:
         assert sorted(node.deltas(), key=repr) == sorted(sealed, key=repr)
 
 
+def test_deltas_that_come_together_count_once(tmp_path: Path) -> None:
+    nodes = {name: open_node(tmp_path, name) for name in NODES}
+    sealed: list[Delta] = []
+    for step in range(3):
+        for node in nodes.values():
+            fold(node, step)
+            sealed.append(node.seal(step))
+    for node in nodes.values():
+        others = [delta for delta in sealed if delta.node != node.node]
+        assert node.merge(others[1])
+        assert node.merge_all(2 * sealed) == len(others) - 1
+        assert node.merge_all(sealed) == 0
+        assert_holds(node.histories, everything(3))
+        # The files that were written with it make the same histories.
+        node.rewind()
+        assert_holds(open_node(tmp_path, node.node).histories, everything(3))
+
+
 RUNNER = """
     import os, pickle, random, sys, time
     from pathlib import Path
@@ -427,6 +445,46 @@ def test_a_damaged_delta_is_refused_and_may_come_again(tmp_path: Path) -> None:
     assert east.histories.snapshot() == {}
     assert east.merge(delta)
     assert_holds(open_node(tmp_path, "east").histories, batches("west", 0))
+
+
+def test_a_damaged_delta_keeps_those_away_that_come_with_it(tmp_path: Path) -> None:
+    east, west = open_node(tmp_path, "east"), open_node(tmp_path, "west")
+    deltas: list[Delta] = []
+    for step in range(2):
+        fold(west, step)
+        deltas.append(west.seal(step))
+    damaged = Delta(1, "west", deltas[1].histories[:-9] + b"!" + deltas[1].histories[-8:])
+    with pytest.raises(CheckpointError):
+        east.merge_all([deltas[0], damaged])
+    assert list(east.deltas()) == []
+    assert east.histories.snapshot() == {}
+    assert east.merge_all(deltas) == 2
+
+
+def test_what_is_written_of_several_before_the_disk_is_full_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    east, west = open_node(tmp_path, "east"), open_node(tmp_path, "west")
+    deltas: list[Delta] = []
+    for step in range(3):
+        fold(west, step)
+        deltas.append(west.seal(step))
+    written: list[Path] = []
+
+    def write_two(path: Path, data: bytes) -> None:
+        if len(written) == 2:
+            raise CheckpointError("no room")
+        written.append(path)
+        write_file(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes_module, "write_file", write_two)
+        with pytest.raises(CheckpointError, match="no room"):
+            east.merge_all(deltas)
+    again = open_node(tmp_path, "east")
+    assert_holds(again.histories, [one for step in range(2) for one in batches("west", step)])
+    assert again.merge_all(deltas) == 1
+    assert_holds(again.histories, [one for step in range(3) for one in batches("west", step)])
 
 
 def test_a_node_that_lost_its_folder_begins_with_the_deltas_of_another(tmp_path: Path) -> None:

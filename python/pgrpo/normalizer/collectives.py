@@ -95,8 +95,7 @@ def exchange(node: NodeHistories, step: int, group: ProcessGroup | None = None) 
     for name, other in pairwise(names):
         if name == other:
             raise ConfigError(f"two ranks are of node {name!r}; expected one rank of each node")
-    for delta in deltas:
-        node.merge(delta)
+    node.merge_all(deltas)
 
 
 def _own_rank(group: ProcessGroup | None) -> int:

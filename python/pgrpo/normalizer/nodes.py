@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class NodeHistories:
         node = NodeHistories("/dev/shm/run-7", "node-3", "pgrpo", capacity=1_000_000)
         advantages = node.advantages(step, rewards, clusters)   # in any process, lock-free
         delta = node.seal(step)                                 # in one, after the step
-        node.merge(other)                                       # what another node sealed
+        node.merge_all(others)                                  # what the other nodes sealed
 
     Every process of the node opens the same folder. A call folds into two shared tables: one of what
     this node folded in this step, and one of all histories, which advantages are made by and which
@@ -70,7 +70,7 @@ class NodeHistories:
     Counts are exact; means and m2 are those of one stream up to rounding.
 
     **Killed.** The deltas of the folder are what counts, and each is there as a whole or not at all.
-    A process that is killed within `seal` has sealed or not; within `merge`, the delta is counted or
+    A process that is killed within `seal` has sealed or not; within `merge`, a delta is counted or
     has to come again, as where it fails, and who next opens the folder, seals or merges makes the
     table of all histories anew: processes that still have the old one mapped meet a DataError in
     their next call, and open the folder again.
@@ -221,26 +221,54 @@ class NodeHistories:
             ConfigError: the histories have to be made again, and there is no room for it.
             DataError: the histories were made again meanwhile: open the folder anew.
         """
+        return self.merge_all([delta]) == 1
+
+    def merge_all(self, deltas: Iterable[Delta]) -> int:
+        """Fold in what several nodes sealed, each once.
+
+        They are put together first, so that a cluster that several of them hold is looked for in the
+        table of all histories once.
+
+        Returns:
+            How many were new. The others changed nothing.
+
+        Raises:
+            CheckpointError: one is damaged, and none is counted; or one cannot be written, and neither
+                it nor those after it are. They may come again.
+            ConfigError: the histories have to be made again, and there is no room for it.
+            DataError: the histories were made again meanwhile: open the folder anew.
+        """
         with self._locked():
             self._mend()
-            if self._holds(delta.step, delta.node):
-                return False
-            if delta.node == self.node and self._step_file(delta.step).exists():
-                raise DataError(
-                    f"step {delta.step} of this node {self.node!r} comes from elsewhere, and was begun "
-                    "here; expected rewind() before it"
-                )
+            new = {(d.step, d.node): d for d in deltas if not self._holds(d.step, d.node)}
+            for step, node in new:
+                if node == self.node and self._step_file(step).exists():
+                    raise DataError(
+                        f"step {step} of this node {self.node!r} comes from elsewhere, and was begun "
+                        "here; expected rewind() before it"
+                    )
+            together: ClusterNormalizer | bytes
+            match list(new.values()):
+                case []:
+                    return 0
+                case [delta]:
+                    together = delta.histories
+                case several:
+                    together = ClusterNormalizer(**self._made)
+                    for delta in several:
+                        together.merge(delta.histories)
             # Where another process has made them again, this raises: theirs need no mark.
             _ = self._histories.num_nonfinite
             self._mark.touch()
             try:
-                self._histories.merge(delta.histories)
+                self._histories.merge(together)
             except CheckpointError:
                 self._mark.unlink()
                 raise
-            write_file(self._file_of(delta.step, delta.node), delta.histories)
+            for (step, node), delta in new.items():
+                write_file(self._file_of(step, node), delta.histories)
             self._mark.unlink()
-            return True
+            return len(new)
 
     def deltas(self) -> Iterator[Delta]:
         """All deltas of the folder, of this and of other nodes, for a node that lacks some."""
