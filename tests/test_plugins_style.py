@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +24,8 @@ from pgrpo.types import Example, Prompt, Rollout
 def site(tmp_path_factory):
     """What a user has after `pip install`, on this process's path too."""
     site = distributions.install("pgrpo-style", tmp_path_factory.mktemp("style"))
-    sys.path.insert(0, str(site))
-    importlib.invalidate_caches()
-    yield site
-    sys.path.remove(str(site))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "pgrpo_style"]:
-        del sys.modules[name]
+    with distributions.importable(site, "pgrpo_style"):
+        yield site
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +227,10 @@ def test_every_text_has_a_score_from_0_to_1_if_it_has_a_word(scorers, text):
         (score,) = scores(scorer, text)
         assert (score is not None) == has_word
         assert score is None or 0 <= score <= 1
+
+
+def test_what_the_readme_shows_can_be_set(site):
+    distributions.check_readme("pgrpo-style")
 
 
 def test_it_is_listed_and_trains_the_personas(site, tmp_path):
