@@ -20,7 +20,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    BertTokenizerFast,
+    BertTokenizer,
     LlamaConfig,
     LlamaModel,
 )
@@ -97,7 +97,7 @@ def bert(tmp_path_factory):
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *{w for text in TEXTS for w in text.split()}]
     (folder / "vocab.txt").write_text("\n".join(sorted(words, key=lambda w: (w[0] != "[", w))))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -213,8 +213,14 @@ def test_a_decoder_without_special_tokens_takes_blank_texts(site, tmp_path):
     core = words_tokenizer(["cat", "dog", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=16, **shape)
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = LlamaModel(config).eval()
     model.save_pretrained(tmp_path)
     found = encode(["cat dog dog", "", "dog"], model=tmp_path)
@@ -303,7 +309,7 @@ def test_similarity_is_the_cosine_on_a_scale(site, static):
     bus = np.array([0, 1, 1]) / 2**0.5
     mean = np.array([0.8, 0.6, 1.0]) / 2**0.5  # of dog and car, which are at right angles
     assert found[4:] == [None] * 4
-    np.testing.assert_allclose(found[:4], [0.8, 0, bus @ mean, 1], atol=1e-3)
+    np.testing.assert_allclose(found[:4], [0.8, 0, float(bus @ mean), 1], atol=1e-3)
 
     nearest = reward(static, columns=["liked"], several="nearest", low=0.4, high=0.9)
     found = nearest([rollout("bus", liked=["dog", "car"]), rollout("bus", liked=["car", "cat"])])
@@ -414,6 +420,11 @@ def test_histories_may_stand_in_columns(site, static):
         fitted = clusterer(static, columns=columns)
         fitted.fit(list(PEOPLE), FEATURES, examples)
         assert fitted.assign(list(PEOPLE), FEATURES) == [0, 1, 0, 0, 1, 1]
+
+
+def test_held_out_rows_are_not_asked_for(site):
+    # tests/test_clustering.py shows what a clusterer that says so gets.
+    assert clusterer("nowhere/at/all").reads_answers is True
 
 
 def test_what_cannot_be_clustered_is_an_error(site, static):

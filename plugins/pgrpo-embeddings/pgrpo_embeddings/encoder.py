@@ -131,7 +131,7 @@ def mean_vector(vectors: Vectors) -> FloatArray:
 
 def _unit(vectors: Vectors) -> Vectors:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
+    return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
 
 
 class _Model(Protocol):
