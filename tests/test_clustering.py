@@ -275,6 +275,34 @@ def test_a_careless_clusterer_is_named_before_the_first_step(labels, state, mess
     assert "\n" not in str(error.value)
 
 
+class Reader(Careless):
+    """A clusterer that keeps what it is shown."""
+
+    shown: Any = None
+
+    def fit(self, users, features, examples):
+        self.shown = [example.text for example in examples]
+
+
+class AnswerReader(Reader):
+    reads_answers = True
+
+
+def test_who_reads_answers_is_shown_no_held_out_ones():
+    early, train, late = ([Example(f"{name} {i}", f"u{i}") for i in range(2)] for name in "abc")
+    users = {f"u{i}": np.zeros(1) for i in range(2)}
+    for observed, known in (
+        ((), ["b 0", "b 1"]),
+        ([*early, *train], ["a 0", "a 1", "b 0", "b 1"]),
+    ):
+        dataset = Dataset(train, late, users, ("f",), observed=observed)
+        reader, answer_reader = Reader([0, 1]), AnswerReader([0, 1])
+        cluster_users(reader, dataset)
+        assert reader.shown == ["b 0", "b 1", "c 0", "c 1"]
+        cluster_users(answer_reader, dataset)
+        assert answer_reader.shown == known
+
+
 def test_numpy_labels_become_plain_ones():
     users = {f"u{i}": np.zeros(1) for i in range(3)}
     examples = [Example("x", user) for user in users]

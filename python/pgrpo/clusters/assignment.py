@@ -19,6 +19,8 @@ def cluster_users(
 ) -> dict[str, ClusterId]:
     """Fit a clusterer to a data set, or restore it, and say every user's cluster.
 
+    A clusterer that reads answers is shown no held-out ones.
+
     What a plugin returns is checked here, before the first step: one int or string per user, no two
     of them alike in print, and a state that JSON can hold.
 
@@ -32,7 +34,7 @@ def cluster_users(
     name = type(clusterer).__name__
     try:
         if state is None:
-            clusterer.fit(users, features, _AllExamples(dataset))
+            clusterer.fit(users, features, _examples(clusterer, dataset))
         else:
             clusterer.load_state_dict(state)
         assigned = [_cluster_id(cluster) for cluster in clusterer.assign(users, features)]
@@ -62,6 +64,13 @@ def _cluster_id(cluster: object) -> ClusterId:
     if isinstance(cluster, bool) or not isinstance(cluster, int | str):
         raise TypeError(f"a cluster is an int or a string, not {cluster!r}")
     return cluster
+
+
+def _examples(clusterer: Clusterer, dataset: Dataset) -> Sequence[Example]:
+    """What a clusterer may read: all rows, or those of the training period."""
+    if getattr(clusterer, "reads_answers", False):
+        return dataset.observed or dataset.train
+    return _AllExamples(dataset)
 
 
 class _AllExamples(Sequence[Example]):

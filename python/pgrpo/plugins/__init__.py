@@ -6,6 +6,6 @@ the beginning of one.
 """
 
 from pgrpo.errors import UnreadableError
-from pgrpo.plugins.hookspecs import Clusterer, Reward, Rewards, hookimpl
+from pgrpo.plugins.hookspecs import Clusterer, Reward, Rewards, SoftClusterer, hookimpl
 
-__all__ = ["Clusterer", "Reward", "Rewards", "UnreadableError", "hookimpl"]
+__all__ = ["Clusterer", "Reward", "Rewards", "SoftClusterer", "UnreadableError", "hookimpl"]

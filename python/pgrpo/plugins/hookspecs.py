@@ -23,7 +23,7 @@ not know that version yet then says so, where it would else complain of what it 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import pluggy
 
@@ -53,10 +53,22 @@ class Reward(Protocol):
 
 
 class Clusterer(Protocol):
-    """A class that divides users [U] by their features [U, F], after the habit of scikit-learn."""
+    """A class that divides users [U] by their features [U, F], after the habit of scikit-learn.
+
+    Two things may be added to what every clusterer has. With a class attribute `reads_answers = True`
+    the clusters are learned from what users answered, and `fit` gets no held-out examples. With the
+    method `memberships` of `SoftClusterer` users may belong to several clusters; without it each
+    belongs wholly to the one that `assign` says.
+    """
 
     def fit(self, users: Sequence[str], features: FloatArray, examples: Sequence[Example]) -> None:
-        """Learn the clusters; `examples` are the rows of these users, for clusterers that read."""
+        """Learn the clusters.
+
+        `examples` are the rows of these users, for clusterers that read: training and held-out ones,
+        since a column such as a segment is no answer. A clusterer with `reads_answers = True` gets
+        the training period alone instead (`Dataset.observed`, else `Dataset.train`), for clusters
+        that had seen the held-out answers would be judged by what they were made from.
+        """
         ...
 
     def assign(self, users: Sequence[str], features: FloatArray) -> list[ClusterId]:
@@ -69,6 +81,21 @@ class Clusterer(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Take over what `state_dict` returned, also after a trip through JSON."""
+        ...
+
+
+@runtime_checkable
+class SoftClusterer(Clusterer, Protocol):
+    """A clusterer whose users may belong to several clusters."""
+
+    def memberships(
+        self, users: Sequence[str], features: FloatArray
+    ) -> list[Mapping[ClusterId, float]]:
+        """[U] the weight of each cluster in a user: none below 0, and their sum is 1.
+
+        Always the same for the same user and state. `assign` gives a cluster of the largest weight,
+        and clusters that are not named have weight 0.
+        """
         ...
 
 
