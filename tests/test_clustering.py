@@ -1,4 +1,4 @@
-"""Clusters against planted ones, states through JSON, and data that cannot be clustered."""
+"""Clusters against planted ones, and data that cannot be clustered."""
 
 from __future__ import annotations
 
@@ -45,40 +45,6 @@ def test_kmeans_finds_planted_clusters_and_numbers_them_by_size(registry, plante
         assigned = kmeans.assign(users, features)
         assert assigned == truth
         assert all(type(cluster) is int for cluster in assigned)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "kmeans", "num_clusters": 7},
-        {
-            "name": "sklearn",
-            "estimator": "sklearn.cluster.AgglomerativeClustering",
-            "n_clusters": 4,
-        },
-        {"name": "sklearn", "estimator": "sklearn.cluster.DBSCAN", "eps": 0.3},
-        {"name": "sklearn", "estimator": "sklearn.mixture.GaussianMixture", "n_components": 3},
-        {"name": "single"},
-    ],
-)
-def test_assignments_survive_json_users_one_by_one_and_a_rerun(registry, planted, settings):
-    users, _, _ = planted
-    features = np.random.default_rng(1).normal(size=(len(users), 6))
-    fitted = build(registry, **settings)
-    fitted.fit(users, features, [])
-    labels = fitted.assign(users, features)
-
-    restored = build(registry, **settings)
-    restored.load_state_dict(json.loads(json.dumps(fitted.state_dict(), sort_keys=True)))
-    assert restored.assign(users, features) == labels
-    assert restored.assign(users, np.asfortranarray(features)) == labels
-    one_by_one = [restored.assign([u], features[i : i + 1])[0] for i, u in enumerate(users)]
-    assert one_by_one == labels
-    assert restored.state_dict() == fitted.state_dict()
-
-    again = build(registry, **settings)
-    again.fit(users, features, [])
-    assert again.state_dict() == fitted.state_dict()
 
 
 def test_the_seed_reaches_the_clusterer(registry, planted):

@@ -7,12 +7,15 @@ over the fitted users before any distance is taken.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgrpo.errors import CheckpointError, DataError, PluginError
 from pgrpo.types import FloatArray, Json
+
+LearnedT = TypeVar("LearnedT")
 
 
 class Scale:
@@ -32,7 +35,12 @@ class Scale:
     @classmethod
     def from_state(cls, state: Mapping[str, Json]) -> Scale:
         """What `state_dict` said; raises CheckpointError where it is not there."""
-        return cls(state_array(state, "mean", 1), state_array(state, "std", 1))
+        mean, std = state_array(state, "mean", 1), state_array(state, "std", 1)
+        if len(mean) != len(std):
+            raise CheckpointError(
+                f"the state has the means of {len(mean)} features and the deviations of {len(std)}"
+            )
+        return cls(mean, std)
 
     def state_dict(self) -> dict[str, Json]:
         """Mean and standard deviation of every feature."""
@@ -71,11 +79,27 @@ def nearest(points: FloatArray, centers: FloatArray) -> NDArray[np.intp]:
     return np.argmin(np.stack(squared), axis=0)
 
 
-def fitted(scale: Scale | None, name: str) -> Scale:
-    """The scale; raises PluginError where clusterer `name` has none yet."""
-    if scale is None:
+def check_distinct(points: FloatArray, num_clusters: int) -> None:
+    """Raise DataError where fewer users differ than there are to be clusters."""
+    num_distinct = len(np.unique(points, axis=0))
+    if num_distinct < num_clusters:
+        raise DataError(
+            f"num_clusters is {num_clusters}, but only {num_distinct} of {len(points)} users "
+            "differ in their features"
+        )
+
+
+def by_size(labels: Sequence[int] | NDArray[np.intp], num_clusters: int) -> NDArray[np.intp]:
+    """[K] the clusters by falling number of users; equally large ones keep their order."""
+    sizes = np.bincount(np.asarray(labels, dtype=np.intp), minlength=num_clusters)
+    return np.argsort(-sizes, kind="stable")
+
+
+def fitted(learned: LearnedT | None, name: str) -> LearnedT:
+    """What clusterer `name` has learned; raises PluginError where it is nothing yet."""
+    if learned is None:
         raise PluginError(f"clusterer {name!r} was asked before it was fitted or restored")
-    return scale
+    return learned
 
 
 def state_array(state: Mapping[str, Json], key: str, ndim: int) -> FloatArray:

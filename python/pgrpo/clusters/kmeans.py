@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from pydantic import Field
 
-from pgrpo.clusters.features import Scale, fitted, nearest, state_array
+from pgrpo.clusters.features import Scale, by_size, check_distinct, fitted, nearest, state_array
 from pgrpo.config import Section
-from pgrpo.errors import CheckpointError, DataError
+from pgrpo.errors import CheckpointError
 from pgrpo.types import ClusterId, Example, FloatArray, Json
 
 
@@ -26,6 +26,11 @@ class KMeans:
         """Random starts, of which the best is kept."""
         seed: int = Field(0, ge=0)
         """Seeds the starts; the same under every seed of the run."""
+
+    _name: ClassVar[str] = "kmeans"
+    _estimator: ClassVar[str] = "KMeans"
+    """Class of scikit-learn that finds the centres; settings of a `Config` are its own by their names,
+    but for the two that are called otherwise there."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -44,29 +49,27 @@ class KMeans:
 
         scale = Scale.of(users, features)
         points = scale(users, features)
-        num_clusters, num_distinct = self._config.num_clusters, len(np.unique(points, axis=0))
-        if num_distinct < num_clusters:
-            raise DataError(
-                f"num_clusters is {num_clusters}, but only {num_distinct} of {len(users)} users "
-                "differ in their features"
-            )
-        # Threads add up a centre in the order they finish, which would differ from run to run.
-        kmeans: Any = cluster.KMeans(
-            num_clusters, n_init=cast(Any, self._config.n_init), random_state=self._config.seed
+        config = self._config
+        check_distinct(points, config.num_clusters)
+        estimator: Any = getattr(cluster, self._estimator)(
+            config.num_clusters,
+            random_state=config.seed,
+            **config.model_dump(exclude={"num_clusters", "seed"}),
         )
+        # Threads add up a centre in the order they finish, which would differ from run to run.
         with threadpool_limits(limits=1):
-            centers = cast(FloatArray, kmeans.fit(points).cluster_centers_)
-        sizes = np.bincount(nearest(points, centers), minlength=num_clusters)
-        self._scale, self._centers = scale, centers[np.argsort(-sizes, kind="stable")]
+            centers = cast(FloatArray, estimator.fit(points).cluster_centers_)
+        order = by_size(nearest(points, centers), config.num_clusters)
+        self._scale, self._centers = scale, centers[order]
 
     def assign(self, users: Sequence[str], features: FloatArray) -> list[ClusterId]:
         """[U] number of the nearest centre; the first of equally near ones."""
-        scale = fitted(self._scale, "kmeans")
+        scale = fitted(self._scale, self._name)
         return list(nearest(scale(users, features), self._centers).tolist())
 
     def state_dict(self) -> dict[str, Json]:
         """Scale and centres."""
-        scale = fitted(self._scale, "kmeans")
+        scale = fitted(self._scale, self._name)
         return {**scale.state_dict(), "centers": self._centers.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
@@ -78,3 +81,16 @@ class KMeans:
                 f"expected {self._config.num_clusters} of {len(scale.mean)}"
             )
         self._scale, self._centers = scale, centers
+
+
+class MiniBatchKMeans(KMeans):
+    """k-means on samples of the users, for very many of them; cluster 0 is the largest, as there."""
+
+    class Config(KMeans.Config):
+        """How many clusters, how hard to search for them, and by how many users at a time."""
+
+        batch_size: int = Field(1024, ge=1)
+        """Users of a sample."""
+
+    _name = "minibatch_kmeans"
+    _estimator = "MiniBatchKMeans"
