@@ -1,17 +1,28 @@
-"""Every user's cluster, by a clusterer that is fitted or restored and not trusted."""
+"""Every user's cluster, or clusters, by a clusterer that is fitted or restored and not trusted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 
 from pgrpo.clusters.saved import Saved
-from pgrpo.errors import PgrpoError, PluginError
-from pgrpo.plugins.hookspecs import Clusterer
-from pgrpo.types import ClusterId, Dataset, Example, Json
+from pgrpo.errors import ConfigError, PgrpoError, PluginError
+from pgrpo.normalizer.arrays import short
+from pgrpo.plugins.hookspecs import Clusterer, SoftClusterer
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Json
+
+NEGLIGIBLE = 0.01
+"""The least of a user's weights are left out as long as they come to no more than this together: a
+reward then enters the few histories that it tells something, and hardly any mean notices."""
+
+Shares = Mapping[ClusterId, float]
+"""By how much a user belongs to each of several clusters, or a reward to each of several histories;
+together 1."""
 
 
 def cluster_users(
@@ -28,22 +39,15 @@ def cluster_users(
         PluginError: the clusterer raised, or returned something else.
         DataError: saved clusters are of people with other features.
     """
-    users = list(dataset.users)
-    features = np.array([dataset.users[user] for user in users], dtype=np.float64)
-    features = features.reshape(len(users), len(dataset.feature_names))
+    users, features = _users(dataset)
     name = type(clusterer).__name__
-    try:
+    with _blamed(name):
         if state is None:
             clusterer.fit(users, features, _examples(clusterer, dataset))
         else:
             clusterer.load_state_dict(state)
         assigned = [_cluster_id(cluster) for cluster in clusterer.assign(users, features)]
         json.dumps(clusterer.state_dict(), allow_nan=False)
-    except PgrpoError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise PluginError(f"clusterer {name} failed: {type(error).__name__}: {reason}") from error
     if len(assigned) != len(users):
         raise PluginError(
             f"clusterer {name} returned {len(assigned)} clusters for {len(users)} users"
@@ -55,6 +59,97 @@ def cluster_users(
     if isinstance(clusterer, Saved):
         clusterer.check_features(dataset.feature_names)
     return dict(zip(users, assigned, strict=True))
+
+
+def user_shares(
+    clusterer: Clusterer, dataset: Dataset, cluster_of: Mapping[str, ClusterId]
+) -> dict[str, Shares]:
+    """By how much each user belongs to each cluster, as a clusterer says that `cluster_users` has
+    fitted or restored.
+
+    The least weights, NEGLIGIBLE together, are left out, and the rest divided by their sum. A user of
+    one cluster has the weight 1 exactly.
+
+    Args:
+        clusterer: with a method `memberships`.
+        dataset: whose users they are.
+        cluster_of: what `cluster_users` said of them.
+
+    Raises:
+        ConfigError: the clusterer has no such method.
+        PluginError: it raised, or a user's weights are none: not one mapping per user, a cluster that
+            is no int or string, a weight below 0, a sum other than 1, or a cluster of `assign` with
+            less weight than another.
+    """
+    name = type(clusterer).__name__
+    if not isinstance(clusterer, SoftClusterer):
+        raise ConfigError(
+            f"clustering.soft is true, and clusterer {name} has no method memberships that says by how "
+            "much a user belongs to each cluster; expected false"
+        )
+    users, features = _users(dataset)
+    with _blamed(name):
+        memberships = [
+            {_cluster_id(cluster): float(weight) for cluster, weight in weights.items()}
+            for weights in clusterer.memberships(users, features)
+        ]
+    if len(memberships) != len(users):
+        raise PluginError(
+            f"clusterer {name} returned {len(memberships)} memberships for {len(users)} users"
+        )
+    named = {cluster for weights in memberships for cluster in weights} | set(cluster_of.values())
+    if len({str(cluster) for cluster in named}) < len(named):
+        raise PluginError(
+            f"clusterer {name} returned clusters that differ only in type, as 1 and '1'"
+        )
+    shares: dict[str, Shares] = {}
+    for user, weights in zip(users, memberships, strict=True):
+        total, largest = math.fsum(weights.values()), max(weights.values(), default=math.nan)
+        if not (min(weights.values(), default=-1.0) >= 0 and abs(total - 1) <= 1e-6):
+            raise PluginError(
+                f"clusterer {name} returned memberships {short(weights)} for user {user!r}; expected "
+                "weights of at least 0 with the sum 1"
+            )
+        cluster = cluster_of[user]
+        if weights.get(cluster, 0.0) < largest - 1e-9:
+            raise PluginError(
+                f"clusterer {name} assigned user {user!r} to cluster {cluster!r}, whose weight is "
+                f"{weights.get(cluster, 0.0):g}; expected one of the largest weight, {largest:g}"
+            )
+        shares[user] = _weighty(weights)
+    return shares
+
+
+def _weighty(weights: Shares) -> Shares:
+    """Weights without the least ones, divided by their sum; in their own order."""
+    left_out, negligible = 0.0, set[ClusterId]()
+    for cluster, weight in sorted(weights.items(), key=lambda item: item[1]):
+        left_out += weight
+        if left_out > NEGLIGIBLE:
+            break
+        negligible.add(cluster)
+    kept = {cluster: weight for cluster, weight in weights.items() if cluster not in negligible}
+    total = math.fsum(kept.values())
+    return {cluster: weight / total for cluster, weight in kept.items()}
+
+
+def _users(dataset: Dataset) -> tuple[list[str], FloatArray]:
+    """Users [U] and their features [U, F]."""
+    users = list(dataset.users)
+    features = np.array([dataset.users[user] for user in users], dtype=np.float64)
+    return users, features.reshape(len(users), len(dataset.feature_names))
+
+
+@contextmanager
+def _blamed(name: str) -> Generator[None]:
+    """What a clusterer raises, as a PluginError that names it."""
+    try:
+        yield
+    except PgrpoError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"clusterer {name} failed: {type(error).__name__}: {reason}") from error
 
 
 def _cluster_id(cluster: object) -> ClusterId:

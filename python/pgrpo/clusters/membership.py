@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from pgrpo.clusters.assignment import cluster_users
-from pgrpo.clusters.description import Description, describe
+from pgrpo.clusters.assignment import Shares
+from pgrpo.clusters.description import Description
+from pgrpo.clusters.division import Division, divide
 from pgrpo.errors import DataError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Json
@@ -21,24 +22,40 @@ class Membership:
         clusterer: what divides the users; it is fitted here, or restored.
         dataset: whose users are divided.
         state: what `state_dict` of an earlier run returned, to be taken over instead of fitting.
+        soft: users may belong to several clusters (`shares`); `cluster` is then the one they belong to
+            most.
 
     Attributes:
-        about: name of each cluster, the largest first -> who its users are.
+        division: who belongs where.
 
     Raises:
+        ConfigError: the clusterer knows no soft membership.
         PluginError: the clusterer raised, or returned something that names no clusters.
     """
 
-    about: Mapping[str, Description]
+    division: Division
 
     def __init__(
-        self, clusterer: Clusterer, dataset: Dataset, state: Mapping[str, Json] | None = None
+        self,
+        clusterer: Clusterer,
+        dataset: Dataset,
+        state: Mapping[str, Json] | None = None,
+        *,
+        soft: bool = False,
     ) -> None:
-        self._clusterer = clusterer
-        self._cluster_of = cluster_users(clusterer, dataset, state)
-        features = np.array(list(dataset.users.values())).reshape(len(self._cluster_of), -1)
-        described = describe(features, list(self._cluster_of.values()), dataset.feature_names)
-        self.about = {str(cluster): about for cluster, about in described.items()}
+        self.division = divide(clusterer, dataset, state, soft=soft)
+
+    @classmethod
+    def of(cls, division: Division) -> Membership:
+        """The membership that another process has told of."""
+        made = cls.__new__(cls)
+        made.division = division
+        return made
+
+    @property
+    def about(self) -> Mapping[str, Description]:
+        """Name of each cluster, the largest first -> who its users are."""
+        return self.division.about
 
     def cluster(self, user: str) -> ClusterId:
         """The cluster of a user.
@@ -46,9 +63,10 @@ class Membership:
         Raises:
             DataError: the data set has no such user.
         """
-        if user not in self._cluster_of:
+        cluster_of = self.division.cluster_of
+        if user not in cluster_of:
             raise DataError(f"user {user!r} has no cluster")
-        return self._cluster_of[user]
+        return cluster_of[user]
 
     def histories(
         self, history: Literal["cluster", "one", "shuffled"], seed: int
@@ -60,18 +78,37 @@ class Membership:
                 everybody, or `shuffled`, of clusters of the same sizes made of users drawn at random.
             seed: of that draw.
         """
-        users = list(self._cluster_of)
+        cluster_of = self.division.cluster_of
         match history:
             case "cluster":
-                return self._cluster_of
+                return cluster_of
             case "one":
-                return dict.fromkeys(users, 0)
+                return dict.fromkeys(cluster_of, 0)
             case "shuffled":
-                order = np.random.default_rng(seed).permutation(len(users))
-                return {
-                    user: self._cluster_of[users[i]] for user, i in zip(users, order, strict=True)
-                }
+                return {user: cluster_of[of] for user, of in self._shuffled(seed).items()}
+
+    def shares(
+        self, history: Literal["cluster", "one", "shuffled"], seed: int
+    ) -> Mapping[str, Shares]:
+        """User -> the histories that its rewards enter, with weights whose sum is 1.
+
+        Where a user belongs to one cluster alone, that is the history of `histories`, with weight 1.
+        With soft membership a control arm `shuffled` gives each user the shares of the user whose
+        place it takes.
+        """
+        shares = self.division.shares
+        if shares is None or history == "one":
+            return {user: {key: 1.0} for user, key in self.histories(history, seed).items()}
+        if history == "cluster":
+            return shares
+        return {user: shares[of] for user, of in self._shuffled(seed).items()}
+
+    def _shuffled(self, seed: int) -> dict[str, str]:
+        """User -> a user drawn at random, everybody once."""
+        users = list(self.division.cluster_of)
+        order = np.random.default_rng(seed).permutation(len(users))
+        return {user: users[i] for user, i in zip(users, order, strict=True)}
 
     def state_dict(self) -> Mapping[str, Json]:
         """All that was learned of the users, as JSON values."""
-        return self._clusterer.state_dict()
+        return self.division.state

@@ -146,6 +146,11 @@ class PluginSection(Section):
 class ClusteringConfig(PluginSection):
     """Who belongs together."""
 
+    soft: bool = False
+    """Let users belong to several clusters, where the clusterer has `memberships`: a reward enters each
+    cluster's history with the user's weight there, and its advantage is the weighted mean of what they
+    make of it ([how_it_works.md](how_it_works.md#soft-membership))."""
+
 
 class RewardConfig(PluginSection):
     """One reward; the raw reward of a rollout is the weighted sum over all of them."""

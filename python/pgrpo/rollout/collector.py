@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from pgrpo.clusters.assignment import Shares
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
@@ -20,6 +21,7 @@ from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
+from pgrpo.rollout.entries import Columns, Entries
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
 from pgrpo.rollout.settings import GenerationConfig
@@ -146,10 +148,10 @@ class Collector:
         self._peers = peers
         self._generation = generation
         self._dataset = dataset
+        self._members = members
         self._builder = builder
         self._engine = engine
         self._scorer = scorer
-        self._history_of = members.histories(estimator.history, derive_seed(run.seed, "control"))
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._rule = RULES[estimator.name]
@@ -164,13 +166,28 @@ class Collector:
         self.normalizer = ClusterNormalizer(
             estimator.name, nan_policy="zero", track_diagnostics=True, **options, **self._several
         )
+        is_soft = members.division.shares is not None
+        # What groups alone make of rewards is the same to every cluster.
+        self._reads_clusters = not is_soft or self._rule.reads_histories
+        self._history = estimator.history
+        own = estimator.history == "cluster" and self._reads_clusters
         # What a control arm keeps is of no cluster.
-        self._of_rewards = self.normalizer.rewards if estimator.history == "cluster" else {}
+        self._of_rewards = self.normalizer.rewards if own else {}
         self.histories = (
             self.normalizer
-            if estimator.history == "cluster" and not self._by_reward
+            if own and not self._by_reward
             else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
         )
+        self._clusters_of, self._histories_of = self._shares()
+
+    def _shares(self) -> tuple[Mapping[str, Shares], Mapping[str, Shares]]:
+        """User -> the clusters whose histories its rewards enter, and those that advantages read."""
+        members, seed = self._members, derive_seed(self._run.seed, "control")
+        read = members.shares(self._history, seed)
+        if not self._reads_clusters:
+            keys = members.histories(self._history, seed)
+            read = {user: {key: 1.0} for user, key in keys.items()}
+        return members.shares("cluster", seed), read
 
     def collect(self, step: int) -> Batch:
         """Generate, score, fold, normalise: `sample` and `fold` in one; raises as `sample`."""
@@ -279,9 +296,10 @@ class Collector:
 
     def _has_signal(self, group: Group) -> bool:
         """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
-        batch, columns = self._columns([group])
+        rewards, columns = self._columns([group])
         rule = ClusterNormalizer(self._rule.name, nan_policy="zero", **self._several)
-        return bool(rule(*batch, **columns).any())
+        entries = Entries.of([group], rewards, self._histories_of)
+        return bool(entries.advantages(rule, columns).any())
 
     def _normalize(self, kept: Sequence[Group], replaced: Sequence[Group]) -> list[Group]:
         """Fold all rewards of the step into the histories; returns all groups with advantages, of which
@@ -289,9 +307,10 @@ class Collector:
         """
         if replaced and not self._reads_before:
             self._fold(replaced)
-        batch, columns = self._columns(kept)
+        rewards, columns = self._columns(kept)
         self._fold_of_clusters(kept)
-        parts = split_by_group(self.normalizer(*batch, **columns), kept)
+        entries = Entries.of(kept, rewards, self._histories_of)
+        parts = split_by_group(entries.advantages(self.normalizer, columns), kept)
         if replaced and self._reads_before:
             self._fold(replaced)
         groups = [replace(g, advantages=part) for g, part in zip(kept, parts, strict=True)]
@@ -299,34 +318,34 @@ class Collector:
         return sorted(groups, key=lambda group: group.group_id)
 
     def _fold(self, groups: Sequence[Group]) -> None:
-        batch, columns = self._columns(groups)
-        self.normalizer.update(*batch, **columns)
+        rewards, columns = self._columns(groups)
+        Entries.of(groups, rewards, self._histories_of).fold(self.normalizer, columns)
         self._fold_of_clusters(groups)
 
     def _fold_of_clusters(self, groups: Sequence[Group]) -> None:
         """Add rewards to the clusters' histories, where advantages read others."""
         if self.histories is not self.normalizer:
             rewards = np.concatenate([group.shaped for group in groups])
-            clusters = [r.prompt.cluster_id for group in groups for r in group.rollouts]
-            self.histories.update(rewards, clusters)
+            Entries.of(groups, rewards, self._clusters_of).fold(self.histories, {})
 
-    def _columns(self, groups: Sequence[Group]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a normalizer is told of groups: rewards, keys of histories, numbers of groups; and what
-        else the rule reads."""
-        rewards = np.concatenate([group.shaped for group in groups])
+    def _columns(self, groups: Sequence[Group]) -> tuple[FloatArray, Columns]:
+        """What a normalizer is told of the rollouts [N] of groups: rewards [N] or [N, R], and what else
+        the rule reads."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        keys = [self._history_of[rollout.prompt.example.user] for rollout in rollouts]
-        group_ids = [rollout.group_id for rollout in rollouts]
+        if self._by_reward:
+            rewards = np.concatenate(
+                [np.stack([*group.scores.values()], axis=1) for group in groups]
+            )
+        else:
+            rewards = np.concatenate([group.shaped for group in groups])
         norms = lengths = None
         if self._rule.reads_score_norms:
             # Squared norms of the scores, sum_t (1 - p_t)^2.
-            norms = [float(np.square(np.expm1(r.rollout_logprobs)).sum()) for r in rollouts]
+            squares = [np.square(np.expm1(r.rollout_logprobs)).sum() for r in rollouts]
+            norms = np.array(squares, np.float64)
         if self._rule.needs_lengths:
-            lengths = [len(rollout.completion_ids) for rollout in rollouts]
-        if self._by_reward:
-            scores = [np.stack([*group.scores.values()], axis=1) for group in groups]
-            rewards = np.concatenate(scores)
-        return (rewards, keys, group_ids), {"score_norms": norms, "lengths": lengths}
+            lengths = np.array([len(r.completion_ids) for r in rollouts], np.float64)
+        return rewards, {"score_norms": norms, "lengths": lengths}
 
     def _penalised(self, group: Group) -> Group:
         """With the penalties of the section `[generation]`, if it has any."""

@@ -115,6 +115,8 @@ class Config(Section):
                 "generation.overlong_buffer takes a penalty off the sum of the rewards, which is not "
                 "normalised with estimator.combine = 'normalize_then_sum'; expected 0"
             )
+        if self.clustering.soft:
+            self._check_soft()
         compares_within_groups = RULES[self.estimator.name].zero_alone
         if self.run.resample and not compares_within_groups:
             raise ValueError(
@@ -127,6 +129,21 @@ class Config(Section):
                 "generation.group_size must be at least 2"
             )
         return self
+
+    def _check_soft(self) -> None:
+        """Refuse what has no meaning where users belong to several clusters."""
+        name = self.estimator.name
+        if self.estimator.frequency_weight and not RULES[name].reads_histories:
+            raise ValueError(
+                f"estimator.frequency_weight reads shares of clusters, of which estimator {name!r} is "
+                "told nothing with clustering.soft = true; expected 0"
+            )
+        for section in self.rewards:
+            if section.clusters:
+                raise ValueError(
+                    f"reward {section.name!r} is for some clusters, and with clustering.soft = true a "
+                    "history would mix its rewards with those of others; expected no clusters"
+                )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

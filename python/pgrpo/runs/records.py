@@ -52,10 +52,11 @@ class ClusterRecord(Record):
     reward: float | None = None
     """mean raw reward of its rollouts in this step; `null` if there were none"""
     num_rollouts: int = 0
-    """its rewarded rollouts in this step"""
+    """its rewarded rollouts in this step; with `clustering.soft` those of users who belong to it most"""
     count: float | None = None
     """of its history after the step: finite rewards seen since the start. With `estimator.forgetting`
-    below 1 they are weighted, and this is what is left of the count"""
+    below 1 they are weighted, and this is what is left of the count; with `clustering.soft` each counts
+    as much as its user belongs to the cluster"""
     mean: float | None = None
     """of its history after the step, weighted alike"""
     std: float | None = None

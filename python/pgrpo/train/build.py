@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from pgrpo.clusters.division import Division, divide
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import DataPluginConfig, load_dataset
@@ -30,7 +31,7 @@ from pgrpo.runs.config import Config
 from pgrpo.train.checkpoint import Checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
-from pgrpo.types import Dataset, Example, Json
+from pgrpo.types import Dataset, Example
 
 
 class Assembly:
@@ -101,17 +102,15 @@ class Assembly:
 
     @cached_property
     def members(self) -> Membership:
-        """Every user's cluster. One process fits, and the others take over what it has found."""
-        clusterer = self.registry.clusterer(self.config.clustering)
+        """Every user's cluster. One process fits, and tells the others what it has found."""
+        section, dataset = self.config.clustering, self.dataset
         saved = self.state and self.state["clusterer"]
-        fitted: list[Membership] = []
 
-        def fit() -> Mapping[str, Json]:
-            fitted.append(Membership(clusterer, self.dataset, saved))
-            return fitted[0].state_dict()
+        def fit() -> Division:
+            clusterer = self.registry.clusterer(section)
+            return divide(clusterer, dataset, saved, soft=section.soft)
 
-        found = self.ranks.first(fit)
-        return fitted[0] if fitted else Membership(clusterer, self.dataset, found)
+        return Membership.of(self.ranks.first(fit))
 
     @cached_property
     def new_people(self) -> frozenset[str] | None:
