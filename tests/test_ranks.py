@@ -125,7 +125,16 @@ def assert_same(run: Path, expected: Path) -> None:
     """Rewards and histories to the last bit; what is computed of weights to rounding."""
     found, wanted = trace(run), trace(expected)
     assert [m["reward"] for m in found["metrics"]] == [m["reward"] for m in wanted["metrics"]]
-    for key in ("normalizer", "histories", "clusterer", "policy_version", "step"):
+    kept = (
+        "normalizer",
+        "histories",
+        "clusterer",
+        "assignment",
+        "people",
+        "policy_version",
+        "step",
+    )
+    for key in kept:
         assert found["state"][key] == wanted["state"][key], key
     for log in ("metrics", "samples", "evaluations"):
         assert_close(found[log], wanted[log], log)
@@ -148,6 +157,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "copies": (4, {"parallel.replicate": 2}),
     "passes of one rollout": (2, {"optimizer.token_budget": 5}),
     "nothing to evaluate for some": (3, {"run.eval_prompts": 1}),
+    "users divided again": (
+        2,
+        {"clustering": {"name": "kmeans", "num_clusters": 3, "recluster_every": 1}},
+    ),
     "gradient checkpointing": (2, {"model.gradient_checkpointing": True}),
 }
 
@@ -163,8 +176,10 @@ def test_any_number_of_processes_makes_the_same_run(tmp_path: Path, variant: str
     assert said[1:] == [""] * (size - 1), "and the others do not"
 
 
-def test_what_some_processes_saved_others_go_on_with(tmp_path: Path) -> None:
-    changes = {**UNEVEN, "run.checkpoint_every": 1, "run.num_steps": 2}
+@pytest.mark.parametrize("recluster_every", [0, 2])
+def test_what_some_processes_saved_others_go_on_with(tmp_path: Path, recluster_every: int) -> None:
+    clustering = {"name": "kmeans", "num_clusters": 3, "recluster_every": recluster_every}
+    changes = {**UNEVEN, "run.checkpoint_every": 1, "run.num_steps": 2, "clustering": clustering}
     run = train_on(2, tmp_path, changes)
     more = ("train", "--resume", run, "--set")
     assert main([*map(str, more), "run.num_steps=4"]) == 0
@@ -287,13 +302,14 @@ def pgrpo_register_clusterers(register):
 """
 
 
+@pytest.mark.parametrize("recluster_every", [0, 1])
 def test_all_processes_have_the_clusters_that_one_has_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recluster_every: int
 ) -> None:
     """Each would find others here, as a library may on another machine."""
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", TORN)
-    changes = {**UNEVEN, "clustering": {"name": "torn"}}
+    changes = {**UNEVEN, "clustering": {"name": "torn", "recluster_every": recluster_every}}
     run = train_on(2, tmp_path / "several", changes)
     assert_same(run, train(tmp_path / "one", changes))
 

@@ -115,6 +115,7 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
             "scores",
             "cluster_id",
             "user",
+            "assignment_version",
         }
     info = json.loads((run / "run.json").read_text("utf-8"))
     assert info["status"] == "finished"

@@ -110,5 +110,5 @@ class Membership:
         return {user: users[i] for user, i in zip(users, order, strict=True)}
 
     def state_dict(self) -> Mapping[str, Json]:
-        """All that was learned of the users, as JSON values."""
+        """All that the clusterer learned of the users, as JSON values."""
         return self.division.state

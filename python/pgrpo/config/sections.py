@@ -150,6 +150,17 @@ class ClusteringConfig(PluginSection):
     """Let users belong to several clusters, where the clusterer has `memberships`: a reward enters each
     cluster's history with the user's weight there, and its advantage is the weighted mean of what they
     make of it ([how_it_works.md](how_it_works.md#soft-membership))."""
+    recluster_every: int = Field(default=0, ge=0)
+    """Steps after which the users are divided again, by what the run knows of them by then, and again
+    after as many; histories go with their people
+    ([how_it_works.md](how_it_works.md#re-clustering)). 0: never."""
+    recluster_from: Literal["rewards", "behaviour"] = "rewards"
+    """What is known of a user then, beside the data set's features: mean and spread of each reward so
+    far; or how long completions are, and what they get, all of them and those that take the first,
+    second, ... of the choices."""
+
+    def inactive(self) -> set[str]:
+        return set() if self.recluster_every else {"recluster_from"}
 
 
 class RewardConfig(PluginSection):

@@ -32,6 +32,9 @@ ARM_COLORS = (
 POINTS = 200
 """Most points of a line: a panel is some 300 pixels wide. Of a thousand lines they are 2 MB."""
 
+OTHERS = "others"
+"""What clusters without a colour are called together."""
+
 MINORITY_COLOR = "#e0115f"
 
 PART_COLORS = {
@@ -87,8 +90,9 @@ def lines(
     y_range: Range | None = None,
     raw: bool = True,
     percent: bool = False,
+    marks: Sequence[int] = (),
 ) -> Figure:
-    """Curves over the steps, each with its band and faint unsmoothed points."""
+    """Curves over the steps, each with its band and faint unsmoothed points; some steps marked."""
     bands = [_band(line.curve.steps, line.curve.low, line.curve.high, line.color) for line in drawn]
     points = [_points(line) for line in drawn] if raw else []
     traces = [t for t in (*bands, *points) if t] + [_line(line) for line in drawn]
@@ -97,8 +101,9 @@ def lines(
     layout["hovermode"] = "x unified"
     if y_range is not None:
         layout["yaxis"]["range"] = list(y_range)
-    if reference is not None:
-        layout["shapes"] = [_reference(reference)]
+    levels = [] if reference is None else [_reference(reference)]
+    # Between the step after which something happened and the next.
+    layout["shapes"] = levels + [_reference(step + 0.5, vertical=True) for step in marks]
     return {"data": traces, "layout": layout}
 
 
@@ -416,6 +421,63 @@ def against_chance(value: float, draws: FloatArray, title: str) -> Figure:
     layout["xaxis"] |= {"tickformat": ".2~p", "title": {"text": title}, "range": [0, high * 1.05]}
     layout["yaxis"]["title"] = {"text": "share of the draws"}
     return {"data": traces, "layout": layout}
+
+
+def flows(
+    steps: Sequence[int],
+    moves: Sequence[Mapping[str, Mapping[str, int]]],
+    colors: Mapping[str, str],
+) -> Figure:
+    """People between clusters: a column of bars before each division and after the last, and bands for
+    those who went from one to the next.
+
+    Args:
+        steps: after which people were divided again.
+        moves: each time, cluster before -> cluster after -> number of people.
+        colors: of the clusters that have a bar of their own; all others are one.
+    """
+    nodes: dict[tuple[int, str], int] = {}
+    links: dict[tuple[int, int], int] = {}
+
+    def node(column: int, cluster: str) -> int:
+        return nodes.setdefault((column, cluster if cluster in colors else OTHERS), len(nodes))
+
+    for column, users in enumerate(moves):
+        for old, row in users.items():
+            for new, num in row.items():
+                ends = node(column, old), node(column + 1, new)
+                links[ends] = links.get(ends, 0) + num
+    shades = [colors.get(name, "#8c8c8c") for _, name in nodes]
+    trace = {
+        "type": "sankey",
+        "node": {
+            "label": [label(name, 20) for _, name in nodes],
+            "color": shades,
+            "align": "left",
+            "pad": 12,
+            "thickness": 14,
+            "line": {"width": 0},
+            "hovertemplate": "%{label}: %{value}<extra></extra>",
+        },
+        "link": {
+            "source": [source for source, _ in links],
+            "target": [target for _, target in links],
+            "value": [*links.values()],
+            "color": [translucent(shades[source], 0.35) for source, _ in links],
+            "hovertemplate": "%{source.label} to %{target.label}: %{value}<extra></extra>",
+        },
+    }
+    ends = "left", "right"
+    times = ["before", *(f"from step {step + 1}" for step in steps)]
+    titles = [
+        {"xref": "paper", "yref": "paper", "x": place / len(steps), "y": 1, "yanchor": "bottom",
+         "xanchor": "center" if 0 < place < len(steps) else ends[place > 0], "showarrow": False,
+         "text": time, "font": {"size": 11}}
+        for place, time in enumerate(times)
+    ]  # fmt: skip
+    margin = {"l": 8, "r": 8, "t": 28, "b": 8}
+    layout = {"height": 320, "autosize": True, "margin": margin, "annotations": titles}
+    return {"data": [trace], "layout": layout}
 
 
 def extent(curves: Sequence[Curve]) -> Range | None:

@@ -32,6 +32,7 @@ SECTIONS = (
     results.held_out,
     results.reward,
     results.clusters,
+    results.flow,
     results.fairness,
     learning.corollary,
     learning.histories,

@@ -21,7 +21,7 @@ from pgrpo.report.blocks import (
 )
 from pgrpo.report.context import Context
 from pgrpo.report.figures import Dots
-from pgrpo.report.study import EVALUATIONS, Arm
+from pgrpo.report.study import EVALUATIONS, FLOWS, Arm
 from pgrpo.report.verdict import (
     WITHIN_NOISE,
     enumerate_words,
@@ -350,8 +350,9 @@ def clusters(page: Context) -> Section | None:
         return None
     shared = figures.common_range([[line.curve for line in drawn] for drawn in panels.values()])
     chance = page.study.chance
+    marks = page.study.divisions[-FLOWS:]
     charts = [
-        page.panel(name, figures.lines(drawn, 210, chance, shared, page.raw), "Reward")
+        page.panel(name, figures.lines(drawn, 210, chance, shared, page.raw, marks=marks), "Reward")
         for name, drawn in panels.items()
     ]
     axes = (
@@ -366,6 +367,57 @@ def clusters(page: Context) -> Section | None:
         page.drawing(),
         page.selection(),
         _shares(page),
+        "Vertical dashes: users were divided again, and a cluster is of other people from there on."
+        if marks
+        else "",
+    )
+
+
+def flow(page: Context) -> Section | None:
+    """Where people went when they were divided again."""
+    charts: list[Panel] = []
+    rows: list[list[Cell | str]] = []
+    for arm in page.study.arms:
+        info = arm.runs[0].info
+        found = [*info.flows.items()][-FLOWS:]
+        if not found:
+            continue
+        steps = [each.step for _, each in found]
+        figure = figures.flows(steps, [each.users for _, each in found], page.cluster_colors)
+        seed = f"seed {arm.runs[0].settings.get('run.seed', '–')}" if len(arm.runs) > 1 else None
+        chart = page.place(figure, f"People between the clusters of {arm.name}; the table tells it")
+        charts.append(Panel(Key(arm.name, page.arm_colors[arm.name]), chart, about=seed))
+        everybody = sum(cluster.num_users for cluster in info.clusters.values())
+        for version, each in found:
+            ways = [
+                (num, f"{figures.shorten(old, 18)} → {figures.shorten(new, 18)}: {num:,}")
+                for old, row in each.users.items()
+                for new, num in row.items()
+                if old != new
+            ]
+            most = [said for _, said in sorted(ways, key=lambda way: -way[0])[:4]]
+            share = f"{each.num_moved:,} of {everybody:,}"
+            rows.append(
+                [
+                    Cell(arm.name, page.arm_colors[arm.name]),
+                    version,
+                    str(each.step),
+                    Cell(share, small=[percent(each.num_moved / everybody)] if everybody else []),
+                    ", ".join(most) or "–",
+                ]
+            )
+    if not charts:
+        return None
+    header = ["Arm", "Assignment", "After step", "Moved", "Where most of them went"]
+    drawn = max(len(run.info.flows) for run in page.study.runs)
+    return section(
+        "People between clusters",
+        [Grid(charts, columns=1), Table(header, rows, {1: "n", 2: "n", 3: "n", 4: "text"})],
+        "Users were divided again by what the run knew of them. A cluster keeps its name if it keeps "
+        "its people, and histories go with their people.",
+        "Of each arm the first seed." if len(page.study.runs) > len(page.study.arms) else "",
+        f"Of {drawn} divisions the last {FLOWS} are shown." if drawn > FLOWS else "",
+        page.selection(),
     )
 
 

@@ -30,6 +30,10 @@ from pgrpo.types import FloatArray
 EVALUATIONS = 100
 """Most evaluations of an arm that are drawn: each is a mark with an error bar."""
 
+FLOWS = 5
+"""Most divisions of a run whose flows are drawn or listed, the last ones, and most steps of divisions
+that are marked in charts."""
+
 EACH = 3
 """Clusters of each kind that are drawn, the largest, the smallest and the worst, where there are more
 than all of these; a table has more of them."""
@@ -127,6 +131,8 @@ class Study:
     @property
     def same_clusters(self) -> bool:
         """Whether a cluster of one run is the cluster of that name in every other."""
+        if self.divisions and len(self.runs) > 1:
+            return False
         return not any(key.startswith("clustering.") for key in differing_settings(self.runs))
 
     @property
@@ -153,6 +159,11 @@ class Study:
             )
             for run in self.runs
         )
+
+    @property
+    def divisions(self) -> list[int]:
+        """The steps after which a run has divided its users again."""
+        return sorted({flow.step for run in self.runs for flow in run.info.flows.values()})
 
     @property
     def num_drawn(self) -> int:

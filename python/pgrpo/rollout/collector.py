@@ -15,13 +15,14 @@ import numpy as np
 
 from pgrpo.clusters.assignment import Shares
 from pgrpo.clusters.membership import Membership
-from pgrpo.config.sections import EstimatorConfig, RunConfig
+from pgrpo.config.sections import ClusteringConfig, EstimatorConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.entries import Columns, Entries
+from pgrpo.rollout.people import People
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
 from pgrpo.rollout.settings import GenerationConfig
@@ -55,6 +56,8 @@ class Batch:
     of_rewards: Mapping[str, Histories] = field(default_factory=dict[str, Histories])
     """Reward -> the clusters' histories of it alone with this step's, where advantages are read from
     these."""
+    assignment_version: int = 0
+    """How many times users had been divided again when its prompts were made."""
     timing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """`generate` until the last group was finished, `reward` from then on."""
 
@@ -116,6 +119,7 @@ class Collector:
 
     Args:
         run: the section `[run]`.
+        clustering: the section `[clustering]`.
         estimator: the section `[estimator]`.
         generation: the section `[generation]`.
         dataset: what prompts are made of.
@@ -130,11 +134,13 @@ class Collector:
         normalizer: makes the advantages.
         histories: those of the clusters' rewards; control arms read others, and so does
             `combine = "normalize_then_sum"`.
+        people: the same by user, where users are divided again (`clustering.recluster_every`).
     """
 
     def __init__(
         self,
         run: RunConfig,
+        clustering: ClusteringConfig,
         estimator: EstimatorConfig,
         generation: GenerationConfig,
         dataset: Dataset,
@@ -179,15 +185,17 @@ class Collector:
             else ClusterNormalizer("pgrpo", nan_policy="zero", **options)
         )
         self._clusters_of, self._histories_of = self._shares()
-
-    def _shares(self) -> tuple[Mapping[str, Shares], Mapping[str, Shares]]:
-        """User -> the clusters whose histories its rewards enter, and those that advantages read."""
-        members, seed = self._members, derive_seed(self._run.seed, "control")
-        read = members.shares(self._history, seed)
-        if not self._reads_clusters:
-            keys = members.histories(self._history, seed)
-            read = {user: {key: 1.0} for user, key in keys.items()}
-        return members.shares("cluster", seed), read
+        self.people = (
+            People(
+                dataset,
+                clustering.recluster_from,
+                [*scorer.weights],
+                self._several,
+                sums=self.histories is not self.normalizer,
+            )
+            if clustering.recluster_every
+            else None
+        )
 
     def collect(self, step: int) -> Batch:
         """Generate, score, fold, normalise: `sample` and `fold` in one; raises as `sample`."""
@@ -235,7 +243,21 @@ class Collector:
         of_rewards = {name: one.snapshot() for name, one in self._of_rewards.items()}
         after, numbers = self.histories.snapshot(), {group.group_id for group in sampled.replaced}
         timing = sampled.watch.laps()
-        return Batch(sampled.step, groups, before, after, numbers, of_rewards, timing)
+        version = self._members.division.version
+        return Batch(sampled.step, groups, before, after, numbers, of_rewards, version, timing)
+
+    def regroup(self) -> None:
+        """Let the histories be those of the clusters that users have been divided into again; it must
+        not be interrupted. Where everybody reads the history that it read before, as in the control arm
+        of one, nothing changes."""
+        people = self.people
+        assert people is not None, "there is nothing to divide histories by"
+        clusters_of, histories_of = self._shares()
+        if histories_of != self._histories_of:
+            people.regroup(self.normalizer, histories_of, of="advantages")
+        if self.histories is not self.normalizer and clusters_of != self._clusters_of:
+            people.regroup(self.histories, clusters_of, of="sums")
+        self._clusters_of, self._histories_of = clusters_of, histories_of
 
     def interrupt(self) -> None:
         """Make a `collect` that another thread is in end soon, with an error; no other may follow."""
@@ -253,6 +275,7 @@ class Collector:
         return {
             "normalizer": self.normalizer.state_dict(),
             "histories": self.histories.state_dict(),
+            "people": None if self.people is None else self.people.state_dict(),
             "batch": None if unused is None else _batch_state(unused),
         }
 
@@ -266,6 +289,8 @@ class Collector:
             self.normalizer.load_state_dict(state["normalizer"])
             if self.histories is not self.normalizer:
                 self.histories.load_state_dict(state["histories"])
+            if self.people is not None:
+                self.people.load_state_dict(state["people"])
             saved = state["batch"]
             batch = None if saved is None else self._batch(saved)
         except KeyError as error:
@@ -308,7 +333,7 @@ class Collector:
         if replaced and not self._reads_before:
             self._fold(replaced)
         rewards, columns = self._columns(kept)
-        self._fold_of_clusters(kept)
+        self._remember(kept)
         entries = Entries.of(kept, rewards, self._histories_of)
         parts = split_by_group(entries.advantages(self.normalizer, columns), kept)
         if replaced and self._reads_before:
@@ -320,24 +345,30 @@ class Collector:
     def _fold(self, groups: Sequence[Group]) -> None:
         rewards, columns = self._columns(groups)
         Entries.of(groups, rewards, self._histories_of).fold(self.normalizer, columns)
-        self._fold_of_clusters(groups)
+        self._remember(groups)
 
-    def _fold_of_clusters(self, groups: Sequence[Group]) -> None:
-        """Add rewards to the clusters' histories, where advantages read others."""
+    def _shares(self) -> tuple[Mapping[str, Shares], Mapping[str, Shares]]:
+        """User -> the clusters whose histories its rewards enter, and those that advantages read."""
+        members, seed = self._members, derive_seed(self._run.seed, "control")
+        read = members.shares(self._history, seed)
+        if not self._reads_clusters:
+            keys = members.histories(self._history, seed)
+            read = {user: {key: 1.0} for user, key in keys.items()}
+        return members.shares("cluster", seed), read
+
+    def _remember(self, groups: Sequence[Group]) -> None:
+        """Add rewards to the clusters' histories, where advantages read others, and to what is known of
+        users."""
+        shaped = np.concatenate([group.shaped for group in groups])
         if self.histories is not self.normalizer:
-            rewards = np.concatenate([group.shaped for group in groups])
-            Entries.of(groups, rewards, self._clusters_of).fold(self.histories, {})
+            Entries.of(groups, shaped, self._clusters_of).fold(self.histories, {})
+        if self.people is not None:
+            self.people.fold(groups, self._rewards_of(groups))
 
     def _columns(self, groups: Sequence[Group]) -> tuple[FloatArray, Columns]:
         """What a normalizer is told of the rollouts [N] of groups: rewards [N] or [N, R], and what else
         the rule reads."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        if self._by_reward:
-            rewards = np.concatenate(
-                [np.stack([*group.scores.values()], axis=1) for group in groups]
-            )
-        else:
-            rewards = np.concatenate([group.shaped for group in groups])
         norms = lengths = None
         if self._rule.reads_score_norms:
             # Squared norms of the scores, sum_t (1 - p_t)^2.
@@ -345,7 +376,14 @@ class Collector:
             norms = np.array(squares, np.float64)
         if self._rule.needs_lengths:
             lengths = np.array([len(r.completion_ids) for r in rollouts], np.float64)
-        return rewards, {"score_norms": norms, "lengths": lengths}
+        return self._rewards_of(groups), {"score_norms": norms, "lengths": lengths}
+
+    def _rewards_of(self, groups: Sequence[Group]) -> FloatArray:
+        """[N] what advantages are made of; [N, R] where each reward is normalised by itself."""
+        if self._by_reward:
+            scores = [np.stack([*group.scores.values()], axis=1) for group in groups]
+            return np.concatenate(scores)
+        return np.concatenate([group.shaped for group in groups])
 
     def _penalised(self, group: Group) -> Group:
         """With the penalties of the section `[generation]`, if it has any."""
@@ -392,6 +430,7 @@ class Collector:
             histories(state["after"]),
             frozenset(state["replaced"]),
             {name: histories(table) for name, table in state["of_rewards"].items()},
+            self._members.division.version,
         )
 
     def _examples(self, step: int) -> list[Example]:

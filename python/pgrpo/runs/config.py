@@ -30,6 +30,7 @@ from pgrpo.data import DataConfig, DataPluginConfig
 from pgrpo.data.rows import matching
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
+from pgrpo.rollout.people import NOT_OF_PEOPLE
 from pgrpo.rollout.settings import GenerationConfig
 
 
@@ -117,6 +118,8 @@ class Config(Section):
             )
         if self.clustering.soft:
             self._check_soft()
+        if self.clustering.recluster_every:
+            self._check_recluster()
         compares_within_groups = RULES[self.estimator.name].zero_alone
         if self.run.resample and not compares_within_groups:
             raise ValueError(
@@ -143,6 +146,32 @@ class Config(Section):
                 raise ValueError(
                     f"reward {section.name!r} is for some clusters, and with clustering.soft = true a "
                     "history would mix its rewards with those of others; expected no clusters"
+                )
+
+    def _check_recluster(self) -> None:
+        """Refuse what cannot go on where users are divided again."""
+        every = f"clustering.recluster_every is {self.clustering.recluster_every}"
+        estimator = self.estimator
+        if estimator.name in NOT_OF_PEOPLE:
+            raise ValueError(
+                f"{every}, and estimator {estimator.name!r} keeps sums that cannot be told apart by "
+                "users; expected 0"
+            )
+        if estimator.forgetting < 1:
+            raise ValueError(
+                f"{every}, and with estimator.forgetting = {estimator.forgetting:g} what is left of a "
+                "reward depends on whose came after it; expected 1"
+            )
+        if self.run.pipeline == "one_step_off":
+            raise ValueError(
+                f"{every}, and with run.pipeline = 'one_step_off' the next step's rollouts are made "
+                "by the clusters before; expected 'synchronous'"
+            )
+        for section in (*self.rewards, *self.evaluation):
+            if section.clusters:
+                raise ValueError(
+                    f"{every}, and reward {section.name!r} is for some clusters, whose people change; "
+                    "expected no clusters"
                 )
 
 

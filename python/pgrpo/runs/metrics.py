@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pgrpo.clusters.division import Flow
 from pgrpo.config.sections import EstimatorConfig
 from pgrpo.normalizer import ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
@@ -20,8 +21,10 @@ from pgrpo.rollout.collector import Batch
 from pgrpo.runs.log import Log
 from pgrpo.runs.records import (
     MAX_CLUSTERS,
+    MAX_WAYS,
     ClusterRecord,
     FairnessRecord,
+    FlowRecord,
     HistoryRecord,
     RewardRecord,
     SampleRecord,
@@ -79,6 +82,7 @@ def step_record(
         equal_groups=equal_groups(batch.groups, of_each=estimator.combine == "normalize_then_sum"),
         entropy=-float(np.mean([np.mean(r.rollout_logprobs) for r in rollouts])),
         rollout_version=min(r.policy_version for r in rollouts),
+        assignment_version=batch.assignment_version,
         peak_memory_bytes=peak_memory_bytes(),
         num_clusters=len(batch.after),
         clusters=clusters,
@@ -96,11 +100,12 @@ def sample_records(batch: Batch, wanted: int) -> list[SampleRecord]:
     groups_in_turn = sorted(rollouts, key=lambda rollout: rollout[1])
     in_turn = one_of_each(groups_in_turn, lambda r: batch.groups[r[0]].prompt.cluster_id)
     return [
-        sample_record(batch.step, batch.groups[g], place) for g, place in sorted(in_turn[:wanted])
+        sample_record(batch.step, batch.assignment_version, batch.groups[g], place)
+        for g, place in sorted(in_turn[:wanted])
     ]
 
 
-def sample_record(step: int, group: Group, place: int = 0) -> SampleRecord:
+def sample_record(step: int, assignment_version: int, group: Group, place: int = 0) -> SampleRecord:
     """One rollout of a group, as it is logged."""
     rollout = group.rollouts[place]
     return SampleRecord(
@@ -112,7 +117,25 @@ def sample_record(step: int, group: Group, place: int = 0) -> SampleRecord:
         scores={n: _finite(float(scores[place])) for n, scores in _several(group).items()},
         cluster_id=rollout.prompt.cluster_id,
         user=rollout.prompt.example.user,
+        assignment_version=assignment_version,
     )
+
+
+def flow_records(flows: Sequence[Flow]) -> dict[str, FlowRecord]:
+    """How people moved whenever they were divided again, by the version of the assignment: of each time
+    the MAX_WAYS that most took."""
+    records: dict[str, FlowRecord] = {}
+    for version, flow in enumerate(flows, 1):
+        ways = [(n, old, new) for old, row in flow["users"].items() for new, n in row.items()]
+        most = set(heapq.nlargest(MAX_WAYS, ways, key=lambda way: way[0]))
+        users: dict[str, dict[str, int]] = {}
+        for n, old, new in ways:
+            if (n, old, new) in most:
+                users.setdefault(old, {})[new] = n
+        records[str(version)] = FlowRecord(
+            step=flow["step"], num_moved=flow["num_moved"], users=users
+        )
+    return records
 
 
 def reward_records(groups: Sequence[Group]) -> dict[str, RewardRecord]:

@@ -15,6 +15,9 @@ from typing import Annotated, TypeAlias, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+MAX_WAYS = 512
+"""Ways of a record of people's moves: some 20 kB."""
+
 MAX_CLUSTERS = 64
 """Clusters of one record of a step; a line then stays below some 16 kB however many there are."""
 
@@ -52,7 +55,8 @@ class ClusterRecord(Record):
     reward: float | None = None
     """mean raw reward of its rollouts in this step; `null` if there were none"""
     num_rollouts: int = 0
-    """its rewarded rollouts in this step; with `clustering.soft` those of users who belong to it most"""
+    """its rewarded rollouts in this step; with `clustering.soft` those of users who belong to it
+    most"""
     count: float | None = None
     """of its history after the step: finite rewards seen since the start. With `estimator.forgetting`
     below 1 they are weighted, and this is what is left of the count; with `clustering.soft` each counts
@@ -97,7 +101,7 @@ class FairnessRecord(Record):
 
 
 class TimingRecord(Record):
-    """Seconds of one step. Evaluations and checkpoints are not in it."""
+    """Seconds of one step. Evaluations, checkpoints and divisions of the users are not in it."""
 
     generate: float | None = None
     """prompts made ready and completions sampled; groups are scored meanwhile. With `run.resample`
@@ -207,6 +211,9 @@ class StepRecord(Record):
     """how far the engine's log-probabilities are from the trainer's: the names below"""
     policy_version: int | None = None
     """optimizer updates so far"""
+    assignment_version: int = 0
+    """how many times the users had been divided again when the step's prompts were made
+    (`clustering.recluster_every`)"""
     rollout_version: int | None = None
     """optimizer updates that the weights which generated the rollouts had seen; with
     `run.pipeline = "one_step_off"` those before the previous step's"""
@@ -260,6 +267,8 @@ class EvaluationRecord(Record):
     """prompts that got a reward"""
     num_samples: int = 0
     """sampled completions of each prompt; 0: one greedy completion"""
+    assignment_version: int = 0
+    """how many times the users had been divided again by then; `clusters` are those of that division"""
     clusters: dict[str, ClusterEvaluation] = {}
     """cluster -> `reward`, `std`, `best`, `num_prompts`"""
 
@@ -293,6 +302,8 @@ class SampleRecord(Record):
     """as it is, a number or a string"""
     user: int | Text | None = None
     """whose prompt it was"""
+    assignment_version: int = 0
+    """as in metrics.jsonl, or in evaluations.jsonl: by which division `cluster_id` is the user's"""
 
 
 class ClusterInfo(Record):
@@ -306,6 +317,18 @@ class ClusterInfo(Record):
     """how its users' features differ from everybody's"""
     baselines: dict[str, float] = {}
     """rule -> its mean reward on the cluster's held-out prompts of an evaluation"""
+
+
+class FlowRecord(Record):
+    """Where people went when they were divided again."""
+
+    step: int = 0
+    """steps taken before"""
+    num_moved: int = 0
+    """users whose cluster has another name than before"""
+    users: dict[str, dict[str, int]] = {}
+    """cluster before -> cluster after -> users who went that way, or stayed. Of more than 512 ways the
+    512 that most users took"""
 
 
 class RunInfo(Record):
@@ -347,7 +370,13 @@ class RunInfo(Record):
     not say what there was to choose from"""
     clusters: dict[str, ClusterInfo] = {}
     """cluster -> `num_users`, its users; `share`, of all users; `about`, how its users' features differ
-    from everybody's; `baselines`, as above, on its own held-out prompts"""
+    from everybody's; `baselines`, as above, on its own held-out prompts. With
+    `clustering.recluster_every` they are the clusters of the last division"""
+    flows: dict[str, FlowRecord] = {}
+    """assignment version -> how people moved when it came to be (`clustering.recluster_every`):
+    `step`, steps taken before; `num_moved`, users whose cluster has another name than before; `users`,
+    cluster before -> cluster after -> users who went that way, or stayed. Of more than 512 ways the 512
+    that most users took"""
     warnings: list[str] = Field(default=[])
     """what the histories tell that may go wrong, a sentence each, as of the end of the run or of its
     last start ([estimators.md](estimators.md#diagnostics-and-warnings))"""

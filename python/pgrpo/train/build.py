@@ -105,6 +105,11 @@ class Assembly:
         """Every user's cluster. One process fits, and tells the others what it has found."""
         section, dataset = self.config.clustering, self.dataset
         saved = self.state and self.state["clusterer"]
+        if self.state and self.state["assignment"] is not None:
+            # Whom users were divided by then is not known any more.
+            return Membership.of(
+                Division.from_json(self.state["clusterer"], self.state["assignment"])
+            )
 
         def fit() -> Division:
             clusterer = self.registry.clusterer(section)
@@ -187,6 +192,7 @@ class Assembly:
         config = self.config
         return Collector(
             config.run,
+            config.clustering,
             config.estimator,
             config.generation,
             self.dataset,

@@ -5,7 +5,8 @@
     model/                 the weights (or adapters) and tokenizer, as transformers loads them
     optimizer/             AdamW's moments by parameter name, as torch.distributed.checkpoint lays
                            safetensors out: any number of processes reads what any number wrote
-    state.json             step, number of updates, histories, clusterer
+    state.json             step, number of updates, histories, clusterer; where users are divided again,
+                           who belongs where, and what is known of each user
     manifest.json          size and SHA-256 of every other file
 
 Every random number of a run comes from a generator keyed by (seed, purpose, step), and the place in

@@ -52,6 +52,8 @@ def evaluate(
     scorer: Scorer,
     config: Config,
     ranks: Ranks = SINGLE,
+    *,
+    assignment_version: int = 0,
 ) -> tuple[EvaluationRecord, list[SampleRecord]]:
     """Mean reward of the prompts, of all and per cluster: of each its greedy completion's, or the mean
     over its `run.eval_samples` samples. And some completions, of the same prompts every time and of
@@ -67,6 +69,7 @@ def evaluate(
         scorer: gives each completion its reward.
         config: of the run.
         ranks: the processes that share the work; each evaluates some prompts, and gets all.
+        assignment_version: of the division that the prompts' clusters are of.
     """
     samples, budget = config.run.eval_samples, config.optimizer.token_budget
     size, seed = max(samples, 1), derive_seed(config.run.seed, "evaluation")
@@ -110,11 +113,12 @@ def evaluate(
     record = EvaluationRecord(
         step=step,
         num_samples=samples,
+        assignment_version=assignment_version,
         **vars(summary(values)),
         clusters={name: summary(values[where]) for name, where in sorted(places.items())},
     )
     shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
-    return record, [sample_record(step, group) for group in shown]
+    return record, [sample_record(step, assignment_version, group) for group in shown]
 
 
 def _require_reward(values: FloatArray) -> list[None]:
@@ -156,7 +160,12 @@ def evaluate_run(
                 dataset = parts.without_long_prompts(varied)
             prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
             record, _ = evaluate(
-                checkpoint.step, parts.engine, prompts, parts.held_out_scorer, config
+                checkpoint.step,
+                parts.engine,
+                prompts,
+                parts.held_out_scorer,
+                config,
+                assignment_version=parts.members.division.version,
             )
             result = record.model_dump()
             error = result["std"] / result["num_prompts"] ** 0.5

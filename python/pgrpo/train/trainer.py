@@ -1,9 +1,9 @@
 """The training loop, top to bottom.
 
 dataset -> prompts -> engine -> rewards -> histories -> advantages (`collector`) -> update -> engine.
-Data moves one way. With `run.pipeline = "one_step_off"` the next step's batch is collected in a
-thread while this one's updates the policy; weights move between the two, so a seeded run repeats in
-either pipeline.
+Data moves one way. With `clustering.recluster_every` users are divided again between two steps. With
+`run.pipeline = "one_step_off"` the next step's batch is collected in a thread while this one's updates
+the policy; weights move between the two, so a seeded run repeats in either pipeline.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
+from pgrpo.clusters.division import Division, divide_again
 from pgrpo.errors import PgrpoError, PluginError
 from pgrpo.report import Verdict, write_report
 from pgrpo.rollout.collector import Batch
@@ -81,10 +82,11 @@ class Trainer:
         self.dataset = parts.dataset
         self.members = parts.members
         self.new_people = parts.new_people
-        self.display.about = {name: about["about"] for name, about in self.members.about.items()}
+        self.registry = parts.registry
         self.held_out_scorer = parts.held_out_scorer
         examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
         self.held_out_prompts = [parts.builder.build(example) for example in examples]
+        self._meet_clusters()
         self.baselines = self._fit_baselines()
         self.policy = parts.policy
         self.engine = parts.engine
@@ -168,6 +170,7 @@ class Trainer:
         self, step: int, log: Callable[[StepRecord, list[SampleRecord]], None] | None = None
     ) -> tuple[StepRecord, list[SampleRecord]]:
         """Take one step: its record and samples, which `log` gets before an interrupt is heard."""
+        self._divide_if_due(step - 1)
         batch = self._next_batch(step, watch := Stopwatch())
         # An interrupt waits until the update is whole: half of one could not be saved, and all steps
         # since the last checkpoint would be lost.
@@ -224,6 +227,35 @@ class Trainer:
             self._ahead = self._thread.submit(self.collector.collect, step + 1)
         return self._batch
 
+    def _divide_if_due(self, done: int) -> None:
+        """Divide the users again, where as many steps have been taken since the last time."""
+        clustering, people = self.config.clustering, self.collector.people
+        before = self.members.division
+        if people is None or not done or done % clustering.recluster_every or before.step == done:
+            return
+
+        def divide() -> Division:
+            clusterer = self.registry.clusterer(clustering)
+            return divide_again(before, clusterer, people.dataset(), done, soft=clustering.soft)
+
+        division = self.ranks.first(divide)
+        # An interrupt waits until users and histories fit together.
+        with held():
+            self.members.division = division
+            self.collector.regroup()
+        self._meet_clusters()
+        moved, users = division.flows[-1]["num_moved"], len(division.cluster_of)
+        self.display.note(f"divided {users:,} users again: {moved:,} have moved to another cluster")
+        self.ranks.first(lambda: self._write_info("running"))
+
+    def _meet_clusters(self) -> None:
+        """Take the clusters as they are now: who they are, and which held-out prompts are theirs."""
+        self.display.about = {name: about["about"] for name, about in self.members.about.items()}
+        self.held_out_prompts = [
+            replace(prompt, cluster_id=self.members.cluster(prompt.example.user))
+            for prompt in self.held_out_prompts
+        ]
+
     def _sync(self, watch: Stopwatch | None = None) -> None:
         """Let the engine, which must be idle, have the newest weights."""
         if self._synced_version != self.policy_version:
@@ -250,7 +282,10 @@ class Trainer:
         self._sync()
         self.display.note(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         prompts, scorer = self.held_out_prompts, self.held_out_scorer
-        outcome = evaluate(step, self.engine, prompts, scorer, self.config, self.ranks)
+        of = self.members.division.version
+        outcome = evaluate(
+            step, self.engine, prompts, scorer, self.config, self.ranks, assignment_version=of
+        )
         self.ranks.first(lambda: sinks.evaluation(*outcome))
         return True
 
@@ -264,6 +299,8 @@ class Trainer:
         state = {
             **self.collector.state_dict(self._unused_batch()),
             "clusterer": self.members.state_dict(),
+            "assignment_version": self.members.division.version,
+            "assignment": self.members.division.to_json() if self.collector.people else None,
             "policy_version": self.policy_version,
             "torch": torch.__version__,
         }
@@ -297,6 +334,9 @@ class Trainer:
         self.display.note("fitting baselines")
         examples = [prompt.example for prompt in self.held_out_prompts]
         found = baselines(self.dataset, examples, self.members.histories("cluster", 0))
+        if self.config.clustering.recluster_every:
+            # It would be of clusters that are no more.
+            found.pop("one rule per cluster", None)
         return {name: scored_by[0].weight * rewards for name, rewards in found.items()}
 
     def _cluster_info(self) -> dict[str, ClusterInfo]:
@@ -344,6 +384,7 @@ class Trainer:
             reward_name=" + ".join(dict.fromkeys(section.name for section in self.config.rewards)),
             baselines={name: float(rewards.mean()) for name, rewards in self.baselines.items()},
             clusters=self._cluster_info(),
+            flows=metrics.flow_records(self.members.division.flows),
             warnings=self._warnings(),
         )
         self.folder.write_info(info)
