@@ -155,10 +155,11 @@ def noop(
     weights: object = None,
     score_norms: object = None,
     lengths: object = None,
+    parents: object = None,
     out: object = None,
 ) -> None:
     """What a call costs before anything is done: the way of `advantages` through Python and Rust."""
-    return _core._noop(rewards, clusters, groups, weights, score_norms, lengths, out)
+    return _core._noop(rewards, clusters, groups, weights, score_norms, lengths, parents, out)
 
 
 def check(arrays: Mapping[str, NDArray[Any]], contenders: Mapping[str, Contender]) -> None:

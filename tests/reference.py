@@ -39,6 +39,7 @@ class Rollout:
     weight: Fraction
     score_norm: Fraction
     length: Fraction
+    parent: Hashable
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Reference:
         self.prior_count = Fraction(chosen.prior_count)
         self.frequency_weight = chosen.frequency_weight
         self.rewards: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
+        self.of_parents: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
         self.parts: defaultdict[Hashable, list[Part]] = defaultdict(list)
         self.evidence: defaultdict[Hashable, list[Evidence]] = defaultdict(list)
         self.in_order: defaultdict[Hashable, list[tuple[Fraction, Fraction]]] = defaultdict(list)
@@ -127,8 +129,9 @@ class Reference:
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
         lengths: Numbers | None = None,
+        parents: Ids | None = None,
     ) -> NDArray[np.float64]:
-        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths)
+        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths, parents)
         if self.order == "update_then_normalize":
             self._update(batch)
             return self._normalize(batch)
@@ -145,8 +148,11 @@ class Reference:
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
         lengths: Numbers | None = None,
+        parents: Ids | None = None,
     ) -> None:
-        self._update(self._rollouts(rewards, clusters, groups, weights, score_norms, lengths))
+        self._update(
+            self._rollouts(rewards, clusters, groups, weights, score_norms, lengths, parents)
+        )
 
     def normalize(
         self,
@@ -157,13 +163,18 @@ class Reference:
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
         lengths: Numbers | None = None,
+        parents: Ids | None = None,
     ) -> NDArray[np.float64]:
-        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths)
+        batch = self._rollouts(rewards, clusters, groups, weights, score_norms, lengths, parents)
         return self._normalize(batch)
 
     def history(self, cluster: Hashable) -> Moments:
         """A cluster's own history, without the prior."""
         return moments(self.rewards.get(cluster, []))
+
+    def history_of_parent(self, parent: Hashable) -> Moments:
+        """Of all rewards that came with a parent, without the prior."""
+        return moments(self.of_parents.get(parent, []))
 
     def _rollouts(
         self,
@@ -173,6 +184,7 @@ class Reference:
         weights: Numbers | None,
         score_norms: Numbers | None,
         lengths: Numbers | None,
+        parents: Ids | None,
     ) -> list[Rollout]:
         values = [Fraction(float(reward)) for reward in rewards]
         num = len(values)
@@ -187,6 +199,7 @@ class Reference:
                 [Fraction(1)] * num if column is None else [Fraction(float(v)) for v in column]
                 for column in (weights, score_norms, lengths)
             ),
+            [None] * num if parents is None else list(parents),
             strict=True,
         )
         return list(starmap(Rollout, rows))
@@ -195,6 +208,10 @@ class Reference:
 
     def _update(self, batch: list[Rollout]) -> None:
         weighty = [rollout for rollout in batch if rollout.weight > 0]
+        told = [rollout for rollout in weighty if rollout.parent is not None]
+        for parent, rollouts in by(told, "parent").items():
+            kept = [(self.forgetting * w, reward) for w, reward in self.of_parents[parent]]
+            self.of_parents[parent] = kept + [(r.weight, r.reward) for r in rollouts]
         for cluster, rollouts in by(weighty, "cluster").items():
             before = self.history(cluster)
             self._forget(cluster)
@@ -235,7 +252,8 @@ class Reference:
     def _normalize(self, batch: list[Rollout]) -> NDArray[np.float64]:
         advantages = np.zeros(len(batch))
         total = sum((weight for own in self.rewards.values() for weight, _ in own), Fraction())
-        history = {cluster: self._read(cluster) for cluster in by(batch, "cluster")}
+        parents = {rollout.cluster: rollout.parent for rollout in batch}
+        history = {cluster: self._read(cluster, parent) for cluster, parent in parents.items()}
         own = {cluster: self.history(cluster) for cluster in history}
         for rollout, advantage in self._estimate(batch, history, own):
             count = own[rollout.cluster].count
@@ -246,18 +264,24 @@ class Reference:
             advantages[rollout.index] = advantage
         return advantages
 
-    def _read(self, cluster: Hashable) -> Moments | None:
-        """The history that estimators see: with the pooled prior, or None where it is too short."""
-        own = list(self.rewards.get(cluster, []))
-        read = moments(own)
-        pool = moments(pair for pairs in self.rewards.values() for pair in pairs)
-        if self.prior_count > 0 and pool.count > 0:
-            count = read.count + self.prior_count
-            mean = (read.count * read.mean + self.prior_count * pool.mean) / count
-            m2 = read.m2 + read.count * (read.mean - mean) ** 2
-            m2 += self.prior_count * (pool.m2 / pool.count + (pool.mean - mean) ** 2)
-            read = Moments(count, mean, m2)
+    def _read(self, cluster: Hashable, parent: Hashable) -> Moments | None:
+        """The history that estimators see: with a prior, that of its parent if it has one, or None
+        where it is too short."""
+        prior = moments(pair for pairs in self.rewards.values() for pair in pairs)
+        if parent is not None:
+            prior = self._shrunk(self.history_of_parent(parent), prior)
+        read = self._shrunk(self.history(cluster), prior)
         return read if read.count > 0 and read.count >= self.min_count else None
+
+    def _shrunk(self, own: Moments, prior: Moments) -> Moments:
+        """With `prior_count` more rewards, spread as those of the prior are."""
+        if self.prior_count == 0 or prior.count == 0:
+            return own
+        count = own.count + self.prior_count
+        mean = (own.count * own.mean + self.prior_count * prior.mean) / count
+        m2 = own.m2 + own.count * (own.mean - mean) ** 2
+        m2 += self.prior_count * (prior.m2 / prior.count + (prior.mean - mean) ** 2)
+        return Moments(count, mean, m2)
 
     def _estimate(
         self,

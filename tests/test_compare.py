@@ -148,6 +148,7 @@ def test_settings_an_estimator_does_not_know_are_dropped() -> None:
         4,
     )
     assert arm_folder("pgrpo:shuffled") == "pgrpo-shuffled"
+    assert arm_config(base, "pgrpo:user", 4).estimator.history == "user"
     with pytest.raises(ConfigError):
         arm_config(base, "batch:one", 0)
 

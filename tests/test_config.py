@@ -166,7 +166,7 @@ ESTIMATOR = st.one_of(
     st.fixed_dictionaries(
         {"name": st.sampled_from(["pgrpo", "two_way", "shrinkage", "auto"])},
         optional={
-            "history": st.sampled_from(["cluster", "one", "shuffled"]),
+            "history": st.sampled_from(["cluster", "user", "one", "shuffled"]),
             "order": st.sampled_from(["update_then_normalize", "normalize_then_update"]),
             "eps": st.floats(1e-100, 9),
             "forgetting": st.floats(0, 1, exclude_min=True),

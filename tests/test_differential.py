@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from reference import ESTIMATORS, ORDERS, Reference
 
 from pgrpo import ClusterNormalizer
+from pgrpo.normalizer import RULES
 
 pytest_plugins = ["parallel"]
 
@@ -24,7 +25,11 @@ SCALES = {"unit": (0.0, 1.0), "shifted": (50.0, 3.0), "small": (0.0, 1e-3), "far
 
 
 def random_batch(
-    rng: np.random.Generator, scale: str, weighted: bool, num_clusters: int = 4
+    rng: np.random.Generator,
+    scale: str,
+    weighted: bool,
+    num_clusters: int = 4,
+    parents: bool = False,
 ) -> Batch:
     """Ragged groups, some of one, most of them of one cluster; some rewards are equal."""
     size = int(rng.integers(1, 40))
@@ -42,6 +47,9 @@ def random_batch(
     if weighted or rng.random() < 0.3:
         columns["score_norms"] = rng.random(size) + 0.1
     columns["lengths"] = rng.integers(0, 6, size).astype(np.float64)
+    if parents:
+        # Called as clusters are, and other things.
+        columns["parents"] = clusters % 2
     return rewards, columns
 
 
@@ -73,6 +81,7 @@ class Case:
     order: str
     options: str
     weighted: bool
+    parents: bool = False
 
     @property
     def scale(self) -> str:
@@ -89,9 +98,9 @@ class Case:
         rng = np.random.default_rng(list(ESTIMATORS).index(self.estimator))
         found: list[NDArray[np.float64]] = []
         for step in range(4):
-            rewards, columns = random_batch(rng, self.scale, self.weighted)
+            rewards, columns = random_batch(rng, self.scale, self.weighted, parents=self.parents)
             found.append(normalizer(rewards, **columns))
-            rewards, columns = random_batch(rng, self.scale, self.weighted)
+            rewards, columns = random_batch(rng, self.scale, self.weighted, parents=self.parents)
             if step == 1:
                 normalizer.update(rewards, **columns)
             found.append(normalizer.normalize(rewards, **columns))
@@ -109,19 +118,33 @@ def exact(case: Case) -> tuple[Reference, list[NDArray[np.float64]]]:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators(estimator: str, order: str, options: str, weighted: bool) -> None:
-    case = Case(estimator, order, options, weighted)
+    check(Case(estimator, order, options, weighted))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("options", ["prior", "all"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("estimator", [name for name, r in RULES.items() if r.reads_histories])
+def test_priors_of_parents(estimator: str, order: str, options: str, weighted: bool) -> None:
+    check(Case(estimator, order, options, weighted, parents=True))
+
+
+def check(case: Case) -> None:
+    """That the core finds the advantages and the histories of the oracle."""
     reference, advantages = exact(case)
-    normalizer = ClusterNormalizer(estimator, **case.arguments)
+    normalizer = ClusterNormalizer(case.estimator, **case.arguments)
     center, spread = SCALES[case.scale]
     # Means are off by some roundings, of rewards or of their distance from the origin; a divisor of
     # eps alone makes that larger.
     rounding = 2e-16 * (spread + center * 1e-3) / case.arguments.get("eps", 1e-4)
     for found, expected in zip(case.run(normalizer), advantages, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=20 * rounding)
-    snapshot = normalizer.snapshot()
+    snapshot, parents = normalizer.snapshot(), normalizer.parents()
     assert set(snapshot) == {c for c in reference.rewards if reference.history(c).count > 0}
-    for cluster, stats in snapshot.items():
-        history = reference.history(cluster)
+    assert set(parents) == set(reference.of_parents)
+    histories = [(stats, reference.history(c)) for c, stats in snapshot.items()]
+    histories += [(stats, reference.history_of_parent(p)) for p, stats in parents.items()]
+    for stats, history in histories:
         assert stats.count == pytest.approx(float(history.count), rel=1e-14)
         assert stats.mean == pytest.approx(float(history.mean), rel=1e-14, abs=1e-15)
         # A spread of nothing but rounding is as large as the rounding of a reward.
@@ -151,8 +174,15 @@ entry = st.tuples(
     sigma_floor=st.sampled_from([0.0, 0.5]),
     min_count=st.sampled_from([0, 1, 2.5]),
     frequency_weight=st.sampled_from([0.0, 0.5, 1.0]),
+    parent_of=st.none()
+    | st.fixed_dictionaries(dict.fromkeys(["a", "b", 7], st.sampled_from(["a", 7, "7"]))),
 )
-def test_anything(estimator: str, batches: list[list[tuple[Any, ...]]], **options: Any) -> None:
+def test_anything(
+    estimator: str,
+    batches: list[list[tuple[Any, ...]]],
+    parent_of: dict[Any, Any] | None,
+    **options: Any,
+) -> None:
     """Whatever hypothesis thinks of, of rewards and weights whose sums are exact."""
     normalizer, reference = ClusterNormalizer(estimator, **options), Reference(estimator, **options)
     for batch in batches:
@@ -160,6 +190,8 @@ def test_anything(estimator: str, batches: list[list[tuple[Any, ...]]], **option
             map(list, zip(*batch, strict=True)) if batch else [[]] * 6
         )
         arguments: dict[str, Any] = {"weights": weights, "score_norms": norms, "lengths": lengths}
+        if parent_of is not None and options["prior_count"] > 0:
+            arguments["parents"] = [parent_of[cluster] for cluster in clusters]
         found = normalizer(rewards, clusters, groups, **arguments)
         expected = reference(rewards, clusters, groups, **arguments)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)

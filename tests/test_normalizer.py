@@ -358,7 +358,7 @@ def test_groups_are_asked_for(estimator: str) -> None:
 PUBLIC = [
     *["__init__", "__call__", "advantages", "normalize", "update", "retract", "shared"],
     *["snapshot", "diagnostics", "state_dict", "load_state_dict", "save", "load", "merge", "delta"],
-    *["forget", "keep", "reset"],
+    *["forget", "keep", "reset", "parents"],
 ]
 
 
@@ -398,7 +398,7 @@ def test_the_signature_is_that_of_the_options() -> None:
         assert meaning(field.name)[:30].lower() in " ".join(help_text.split()).lower()
     for rule in RULES.values():
         assert rule.formula in help_text
-    for name in ("rewards", "clusters", "groups", "weights", "score_norms", "lengths"):
+    for name in ("rewards", "clusters", "groups", "weights", "score_norms", "lengths", "parents"):
         assert name in inspect.signature(ClusterNormalizer.update).parameters
 
 

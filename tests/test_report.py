@@ -872,6 +872,11 @@ def test_runs_of_unlike_length_are_read_at_the_same_steps(tmp_path: Path) -> Non
     [
         ({}, "Advantages are read from the history shown."),
         ({"history": "one"}, "from: one history of all clusters (pgrpo (one history))."),
+        (
+            {"history": "user", "prior_count": 16.0},
+            "from: the person's own history, with 16 of the cluster's history, itself with 16 rewards of "
+            "all clusters pooled added (pgrpo (a history each)).",
+        ),
         ({"history": "shuffled"}, "from: histories of shuffled users (pgrpo (shuffled clusters))."),
         (
             {"prior_count": 16.0, "sigma_floor": 0.1},

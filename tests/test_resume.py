@@ -111,6 +111,10 @@ VARIANTS = {
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 75),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 75),
     "control arm": ({"estimator": {"name": "pgrpo", "history": "shuffled"}}, 75),
+    "a history for each person": (
+        {"estimator": {"name": "pgrpo", "history": "user", "prior_count": 8}},
+        75,
+    ),
     "control arm of auto": ({"estimator": {"name": "auto", "history": "shuffled"}}, 75),
     "a history of each reward": (
         {

@@ -186,11 +186,14 @@ def expected_advantages(
     oracle = Reference(options.pop("name"), **options)
     result: list[list[float]] = []
     for _, rollouts, rewards, _ in batches:
-        keys = [0 if history == "one" else r.prompt.cluster_id for r in rollouts]
+        clusters = [r.prompt.cluster_id for r in rollouts]
+        users = [r.prompt.example.user for r in rollouts]
+        keys = {"cluster": clusters, "user": users, "one": [0] * len(users)}[history]
         groups = [r.group_id for r in rollouts]
         norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
         lengths = [len(r.completion_ids) for r in rollouts]
-        columns = {"score_norms": norms if score_norms else None, "lengths": lengths}
+        columns: Tree = {"score_norms": norms if score_norms else None, "lengths": lengths}
+        columns["parents"] = clusters if history == "user" else None
         advantages = oracle(rewards, keys, groups, **columns)
         result.append(advantages.tolist())
     return result
@@ -214,6 +217,12 @@ OPTIONS: Tree = {
         *({"name": name} for name in RULES),
         *({"name": name, "history": "one"} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
         *({"name": name, **OPTIONS} for name in ("pgrpo", "two_way", "shrinkage", "auto")),
+        *(
+            {"name": name, "history": "user", "prior_count": 3.0}
+            for name in ("pgrpo", "two_way", "shrinkage", "auto")
+        ),
+        {"name": "pgrpo", "history": "user"},
+        {"name": "pgrpo", "history": "user", **OPTIONS},
         {"name": "pgrpo", "order": "normalize_then_update"},
         {"name": "auto", "order": "normalize_then_update"},
         {"name": "rae", "order": "normalize_then_update"},
@@ -264,11 +273,12 @@ def test_columns_are_worked_out_for_those_who_read_them(
     monkeypatch.setattr(ClusterNormalizer, "__call__", spy)
     train(tmp_path, {"estimator": {"name": name}, "run.num_steps": 1, "run.eval_every": 0})
     rule = RULES[name]
-    assert given == [{"score_norms": rule.reads_score_norms, "lengths": rule.needs_lengths}]
+    columns = {"score_norms": rule.reads_score_norms, "lengths": rule.needs_lengths}
+    assert given == [columns | {"parents": False}]
 
 
 @pytest.mark.parametrize("order", ["update_then_normalize", "normalize_then_update"])
-@pytest.mark.parametrize("history", ["cluster", "shuffled"])
+@pytest.mark.parametrize("history", ["cluster", "user", "shuffled"])
 def test_corollary_3_1_is_of_the_history_that_was_read(
     tmp_path: Path, order: str, history: str
 ) -> None:

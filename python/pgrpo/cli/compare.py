@@ -15,7 +15,7 @@ def compare(
     out: Annotated[Path, Option(help="folder for the runs and the report")],
     estimators: Annotated[
         str,
-        Option(help="arms, with commas: names, or NAME:one and NAME:shuffled for control arms"),
+        Option(help="arms, with commas: names, NAME:user, control arms NAME:one and NAME:shuffled"),
     ] = "grpo,pgrpo",
     seeds: Annotated[str, Option(help="seeds, with commas")] = "0",
     quiet: Quiet = False,

@@ -69,26 +69,29 @@ class Membership:
         return cluster_of[user]
 
     def histories(
-        self, history: Literal["cluster", "one", "shuffled"], seed: int
+        self, history: Literal["cluster", "user", "one", "shuffled"], seed: int
     ) -> Mapping[str, ClusterId]:
         """User -> name of the history that its rewards are normalised by.
 
         Args:
-            history: `cluster`: each cluster has its own. The others are control arms: `one` for
-                everybody, or `shuffled`, of clusters of the same sizes made of users drawn at random.
+            history: `cluster`: each cluster has its own; `user`: each user has. The others are
+                control arms: `one` for everybody, or `shuffled`, of clusters of the same sizes made of
+                users drawn at random.
             seed: of that draw.
         """
         cluster_of = self.division.cluster_of
         match history:
             case "cluster":
                 return cluster_of
+            case "user":
+                return {user: user for user in cluster_of}
             case "one":
                 return dict.fromkeys(cluster_of, 0)
             case "shuffled":
                 return {user: cluster_of[of] for user, of in self._shuffled(seed).items()}
 
     def shares(
-        self, history: Literal["cluster", "one", "shuffled"], seed: int
+        self, history: Literal["cluster", "user", "one", "shuffled"], seed: int
     ) -> Mapping[str, Shares]:
         """User -> the histories that its rewards enter, with weights whose sum is 1.
 
@@ -97,7 +100,7 @@ class Membership:
         place it takes.
         """
         shares = self.division.shares
-        if shares is None or history == "one":
+        if shares is None or history in ("user", "one"):
             return {user: {key: 1.0} for user, key in self.histories(history, seed).items()}
         if history == "cluster":
             return shares

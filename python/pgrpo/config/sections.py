@@ -219,9 +219,10 @@ class EstimatorConfig(Section):
     name: str = Options.estimator
     """`pgrpo` normalises by the cluster's reward history, `grpo` by the group, `auto` by what of both
     varies least, ..."""
-    history: Literal["cluster", "one", "shuffled"] = "cluster"
-    """Which rollouts share a history: their cluster's, everybody's, or those of clusters of the same
-    sizes made of shuffled users; the last two are control arms."""
+    history: Literal["cluster", "user", "one", "shuffled"] = "cluster"
+    """Which rollouts share a history: their cluster's, their user's, everybody's, or those of clusters
+    of the same sizes made of shuffled users; the last two are control arms. A user's history borrows
+    `prior_count` rewards from its cluster's, and that one as many from all."""
     combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """How several `[[rewards]]` make one advantage: of their weighted sum, by one history per cluster;
     or as the weighted sum of the advantages of each, by one history per cluster and reward, so that

@@ -33,10 +33,11 @@ def compare(
 ) -> Verdict:
     """Run every arm with every seed, then write `out/report.html`.
 
-    An arm is an estimator's name, or `NAME:one` and `NAME:shuffled` for the control arms that read
-    another history; its runs are `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in
-    the same order. Finished runs are kept and unfinished ones continued, so that an interrupted
-    comparison goes on where it was. Progress is shown on `shown_on`, by default on standard output.
+    An arm is an estimator's name, `NAME:user` with a history for each user, or `NAME:one` and
+    `NAME:shuffled` for the control arms that read another history; its runs are
+    `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in the same order. Finished runs
+    are kept and unfinished ones continued, so that an interrupted comparison goes on where it was.
+    Progress is shown on `shown_on`, by default on standard output.
 
     Raises:
         ConfigError: an arm is unknown, or a folder holds a run with other settings.

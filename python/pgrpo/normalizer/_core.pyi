@@ -25,10 +25,12 @@ __version__: str
 RULES: dict[str, Rule]
 """Every estimator, by its name."""
 
+_Id = ClusterId | dict[str, ClusterId]
+
 _Columns = tuple[
-    list[ClusterId],
+    list[_Id],
     NDArray[np.float64],
-    list[ClusterId],
+    list[_Id],
     NDArray[np.float64],
     tuple[float, float, float, float],
     int,
@@ -50,6 +52,7 @@ def _noop(
     weights: Any,
     score_norms: Any,
     lengths: Any,
+    parents: Any,
     out: Any,
     /,
 ) -> None:
@@ -105,6 +108,7 @@ class _Calls:
         weights: Any,
         score_norms: Any,
         lengths: Any,
+        parents: Any,
         out: Any,
         /,
     ) -> Any: ...
@@ -116,6 +120,7 @@ class _Calls:
         weights: Any,
         score_norms: Any,
         lengths: Any,
+        parents: Any,
         /,
     ) -> Any: ...
     def normalize(
@@ -126,10 +131,11 @@ class _Calls:
         weights: Any,
         score_norms: Any,
         lengths: Any,
+        parents: Any,
         out: Any,
         /,
     ) -> Any: ...
-    def retract(self, rewards: Any, clusters: Any, weights: Any, /) -> Any: ...
+    def retract(self, rewards: Any, clusters: Any, weights: Any, parents: Any, /) -> Any: ...
 
 @final
 class Several(_Calls):
@@ -169,8 +175,9 @@ class Normalizer(_Calls):
     def num_nonfinite(self) -> int: ...
     def delta(self) -> bytes: ...
     def columns(self) -> _Columns:
-        """Ids [K] and columns [K, 13] of all clusters; the same of what the next delta holds; count,
-        origin, offset and m2 of all clusters together, or zeros; number of non-finite rewards."""
+        """Ids [K] and columns [K, 13] of all clusters and parents, the id of a parent as
+        `{"parent": id}`; the same of what the next delta holds; count, origin, offset and m2 of all
+        clusters together, or zeros; number of non-finite rewards."""
     def restore_columns(self, state: _Columns) -> None: ...
     def forget(self, clusters: Any, /) -> Any: ...
     def keep(self, clusters: Any, /) -> Any: ...

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         weights: Numbers | None
         score_norms: Numbers | None
         lengths: Numbers | None
+        parents: Ids | None
 
 
 Plain: TypeAlias = NDArray[Any]
@@ -86,6 +87,7 @@ def call_plainly(
     weights: Any,
     score_norms: Any,
     lengths: Any,
+    parents: Any,
     out: Any,
 ) -> Any:
     """Call a method of the core that gives advantages, of arrays of any kind.
@@ -97,7 +99,7 @@ def call_plainly(
         DataError: an argument is not what is expected of it.
     """
     values, shape, give_back = read_rewards(rewards, several)
-    columns = clusters, groups, weights, score_norms, lengths
+    columns = clusters, groups, weights, score_norms, lengths, parents
     inputs = (values, *read_columns(shape, *columns))
     with named_as_given(rewards):
         if out is None:
@@ -111,7 +113,13 @@ def call_plainly(
 
 
 def read_columns(
-    shape: Shape, clusters: Any, groups: Any, weights: Any, score_norms: Any, lengths: Any
+    shape: Shape,
+    clusters: Any,
+    groups: Any,
+    weights: Any,
+    score_norms: Any,
+    lengths: Any,
+    parents: Any,
 ) -> tuple[Any, ...]:
     """The columns of a batch beside its rewards, which are of a shape, as the core reads them.
 
@@ -124,6 +132,7 @@ def read_columns(
         read_numbers(weights, "weights", shape),
         read_numbers(score_norms, "score_norms", shape),
         read_numbers(lengths, "lengths", shape),
+        read_ids(parents, "parents", shape),
     )
 
 

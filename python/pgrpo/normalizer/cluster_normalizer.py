@@ -243,6 +243,7 @@ class ClusterNormalizer:
         weights: Any = None,
         score_norms: Any = None,
         lengths: Any = None,
+        parents: Any = None,
         out: Any = None,
     ) -> Any:
         """Fold a batch into the histories and return its advantages. Calling the normalizer is the
@@ -258,19 +259,27 @@ class ClusterNormalizer:
                 it in the regression of `auto`: for tokens sum_t (1 - pi_t)^2; 1 by default.
             lengths: [N] length of each completion, in the same range, in tokens or any other unit;
                 required by `opo`.
+            parents: [N] ids of what the clusters belong to, as the cluster that a person is in where
+                `clusters` are persons; one for each cluster. A history is then read with
+                `prior_count` rewards of its parent's, and that one with as many of all clusters
+                pooled. A parent's history is of all rewards that came with it, and its id has
+                nothing to do with a cluster of that id. They need a `prior_count`.
             out: where to write the advantages; of the shape of `rewards`.
 
         Returns:
             Advantages of the shape, kind and precision of `rewards`; or `out`.
 
         Raises:
-            DataError: arrays differ in length or shape, an id, reward or weight is not one, or groups
-                or lengths are missing. Nothing was updated then.
+            ConfigError: parents are given, and `prior_count` is 0. Nothing was updated then.
+            DataError: arrays differ in length or shape, an id, reward or weight is not one, a cluster
+                has two parents, or groups or lengths are missing. Nothing was updated then.
         """
-        found = self._core.advantages(rewards, clusters, groups, weights, score_norms, lengths, out)
+        found = self._core.advantages(
+            rewards, clusters, groups, weights, score_norms, lengths, parents, out
+        )
         if found is NotImplemented:
             core = self._core.advantages
-            columns = weights, score_norms, lengths
+            columns = weights, score_norms, lengths, parents
             found = call_plainly(core, self._several, rewards, clusters, groups, *columns, out)
         return found
 
@@ -285,16 +294,19 @@ class ClusterNormalizer:
         weights: Any = None,
         score_norms: Any = None,
         lengths: Any = None,
+        parents: Any = None,
         out: Any = None,
     ) -> Any:
         """Advantages by the histories as they are, which stay so: the other half of a call.
 
         Arguments, result and errors are those of `advantages`.
         """
-        found = self._core.normalize(rewards, clusters, groups, weights, score_norms, lengths, out)
+        found = self._core.normalize(
+            rewards, clusters, groups, weights, score_norms, lengths, parents, out
+        )
         if found is NotImplemented:
             core = self._core.normalize
-            columns = weights, score_norms, lengths
+            columns = weights, score_norms, lengths, parents
             found = call_plainly(core, self._several, rewards, clusters, groups, *columns, out)
         return found
 
@@ -306,6 +318,7 @@ class ClusterNormalizer:
         weights: Numbers | None = None,
         score_norms: Numbers | None = None,
         lengths: Numbers | None = None,
+        parents: Ids | None = None,
     ) -> None:
         """Fold rewards of clusters into the histories: the first half of a call.
 
@@ -314,15 +327,23 @@ class ClusterNormalizer:
         Raises:
             DataError: as for `advantages`. Nothing was updated then.
         """
-        done = self._core.update(rewards, clusters, groups, weights, score_norms, lengths)
-        if done is NotImplemented:
+        columns = clusters, groups, weights, score_norms, lengths, parents
+        if self._core.update(rewards, *columns) is NotImplemented:
             values, shape, _ = read_rewards(rewards, self._several)
-            columns = read_columns(shape, clusters, groups, weights, score_norms, lengths)
+            plain = read_columns(shape, *columns)
             with named_as_given(rewards):
-                self._core.update(values, *columns)
+                self._core.update(values, *plain)
 
-    def retract(self, rewards: Any, clusters: Ids, *, weights: Numbers | None = None) -> None:
-        """Take rewards of clusters out of the histories again, which must be in them.
+    def retract(
+        self,
+        rewards: Any,
+        clusters: Ids,
+        *,
+        weights: Numbers | None = None,
+        parents: Ids | None = None,
+    ) -> None:
+        """Take rewards of clusters out of the histories again, which must be in them; and out of those
+        of their parents, which are the ones they were folded with.
 
         Exact up to rounding: what is left is what was never added. Not with `shrinkage`, `auto`, `rae`,
         `track_diagnostics` or `track_delta`, which keep more than can be taken back, nor with
@@ -332,11 +353,12 @@ class ClusterNormalizer:
             ConfigError: the normalizer is of one of those kinds.
             DataError: as for `advantages`, or a history has fewer samples. Nothing was taken out then.
         """
-        if self._core.retract(rewards, clusters, weights) is NotImplemented:
+        if self._core.retract(rewards, clusters, weights, parents) is NotImplemented:
             values, shape, _ = read_rewards(rewards, self._several)
-            ids, _, numbers, *_ = read_columns(shape, clusters, None, weights, None, None)
+            columns = read_columns(shape, clusters, None, weights, None, None, parents)
+            ids, _, numbers, *_, parents = columns
             with named_as_given(rewards):
-                self._core.retract(values, ids, numbers)
+                self._core.retract(values, ids, numbers, parents)
 
     def delta(self) -> bytes:
         """What was folded since the last call of this, for `merge` elsewhere; it needs
@@ -364,6 +386,11 @@ class ClusterNormalizer:
         """
         return state.stats(self._histories.columns(), self._options.ddof)
 
+    def parents(self) -> dict[ClusterId, ClusterStats]:
+        """Count, mean and standard deviation of each parent of clusters, as `snapshot` has those of
+        clusters: of all rewards that came with it."""
+        return state.stats(self._histories.columns(), self._options.ddof, of_parents=True)
+
     def diagnostics(self) -> Diagnostics:
         """What the running sums tell about the clusters, and warnings where something may go wrong.
 
@@ -373,8 +400,9 @@ class ClusterNormalizer:
         clusters: who has the groups has to look.
         """
         ids, columns, *_, num_nonfinite = self._histories.columns()
+        clusters, columns = state.part(ids, columns)
         sums = dict(zip(state.SUMS, columns.T, strict=True))
-        return diagnose(ids, sums, num_nonfinite, self._options)
+        return diagnose(clusters, sums, num_nonfinite, self._options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as plain lists of ints, strings and floats.
@@ -434,6 +462,9 @@ class ClusterNormalizer:
         memory is given back. It takes as long as a snapshot; it waits for the calls that other threads
         have begun, and calls that begin meanwhile wait for it.
 
+        Where clusters have parents, all clusters can be dropped, and their parents with them, but not
+        some: what a parent holds is not known to be anybody's.
+
         In a shared table histories are emptied one by one, beside the calls of other processes, and the
         room of their names stays taken.
 
@@ -444,6 +475,7 @@ class ClusterNormalizer:
             Number of histories that were dropped.
 
         Raises:
+            ConfigError: some clusters would stay, and there are parents; nothing was dropped then.
             DataError: an id is not one; nothing was dropped then.
         """
         dropped = self._histories.forget(clusters)

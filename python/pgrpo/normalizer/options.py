@@ -42,8 +42,9 @@ class Options:
             counts rho times as much (n_p and the sums of squares; the mean stays), so that about its
             last 1 / (1 - rho) batches count. At 1 nothing is forgotten.
         prior_count: every history is read as if it held this many more rewards, of all clusters pooled
-            (the variance between their means included). Above 0 and with `forgetting` below 1, every
-            call looks at all clusters.
+            (the variance between their means included); where a call names `parents`, of its parent's
+            history, which is read so itself. Above 0 and with `forgetting` below 1, every call looks
+            at all clusters.
         sigma_floor: standard deviations of histories are read as this at least, in units of the
             reward.
         clip: bound of |advantage|, applied last of all; None for none.

@@ -35,9 +35,12 @@ POOL = SUMS[:4]
 
 Pool: TypeAlias = tuple[float, float, float, float]
 """Numbers of `POOL`."""
-Columns: TypeAlias = tuple[list[ClusterId], FloatArray, list[ClusterId], FloatArray, Pool, int]
-"""Ids [K] and sums [K, 13] of all clusters; the same of what the next delta holds; the history of all
-clusters together; number of non-finite rewards."""
+PARENT = "parent"
+Id: TypeAlias = ClusterId | dict[str, ClusterId]
+"""Of a cluster; or of a parent, as `{"parent": id}`."""
+Columns: TypeAlias = tuple[list[Id], FloatArray, list[Id], FloatArray, Pool, int]
+"""Ids [K] and sums [K, 13] of all clusters and parents; the same of what the next delta holds; the
+history of all clusters together; number of non-finite rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,18 @@ class ClusterStats:
     """Their standard deviation, dividing by count - ddof; 0 where count <= ddof."""
 
 
-def stats(columns: Columns, ddof: int) -> dict[ClusterId, ClusterStats]:
-    """Count, mean and standard deviation of each cluster."""
-    ids, sums, *_ = columns
+def part(
+    ids: list[Id], sums: FloatArray, of_parents: bool = False
+) -> tuple[list[ClusterId], FloatArray]:
+    """Ids and sums of the clusters alone, or of the parents."""
+    places = [place for place, name in enumerate(ids) if isinstance(name, dict) == of_parents]
+    names = (ids[place] for place in places)
+    return [name[PARENT] if isinstance(name, dict) else name for name in names], sums[places]
+
+
+def stats(columns: Columns, ddof: int, of_parents: bool = False) -> dict[ClusterId, ClusterStats]:
+    """Count, mean and standard deviation of each cluster, or of each parent."""
+    ids, sums = part(columns[0], columns[1], of_parents)
     counts, origin, offset, m2 = sums[:, :4].T
     std = deviation(counts, m2, ddof)
     rows = zip(ids, counts.tolist(), (origin + offset).tolist(), std.tolist(), strict=True)
@@ -137,7 +149,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _lists(ids: list[ClusterId], columns: FloatArray) -> dict[str, list[Any]]:
+def _lists(ids: list[Id], columns: FloatArray) -> dict[str, list[Any]]:
     return {"clusters": ids, **dict(zip(SUMS, columns.T.tolist(), strict=True))}
 
 
@@ -153,21 +165,25 @@ def _expect_keys(state: Any, keys: Sequence[str], where: str) -> None:
     _expect(set(state) == set(keys), f"{what} holds {found}; expected {', '.join(keys)}")
 
 
-def _read_lists(state: Mapping[str, Any], where: str) -> tuple[list[ClusterId], FloatArray]:
+def _read_lists(state: Mapping[str, Any], where: str) -> tuple[list[Id], FloatArray]:
     """Ids [K] and columns [K, 13] of lists that have the right types and lengths."""
     for key in ("clusters", *SUMS):
         column = state[key]
         _expect(isinstance(column, list), f"{where}{key} is {short(column)}; expected a list")
         types, names = ((int, str), "int or str") if key == "clusters" else ((float, int), "float")
-        for index, value in enumerate(cast(list[Any], column)):
+        for index, given in enumerate(cast(list[Any], column)):
+            value = given
+            if key == "clusters" and isinstance(given, dict) and set(given) == {PARENT}:
+                value = given[PARENT]
             kind = type(value)
             if kind not in types or (kind is int and not -MAX_ID <= value < MAX_ID):
-                _expect(False, f"{where}{key}[{index}] is {short(value)}; expected {names}")
-    ids = cast(list[ClusterId], state["clusters"])
+                _expect(False, f"{where}{key}[{index}] is {short(given)}; expected {names}")
+    ids = cast(list[Id], state["clusters"])
     sizes = {key: len(state[key]) for key in SUMS if len(state[key]) != len(ids)}
     for key, size in sizes.items():
         _expect(False, f"{where}clusters has {len(ids)} entries, {where}{key} has {size}")
-    _expect(len(set(ids)) == len(ids), f"{where}clusters names one of them twice")
+    different = {tuple(name.items()) if isinstance(name, dict) else name for name in ids}
+    _expect(len(different) == len(ids), f"{where}clusters names one of them twice")
     columns = np.array([state[key] for key in SUMS], np.float64)
     return ids, np.ascontiguousarray(columns.reshape(len(SUMS), len(ids)).T)
 

@@ -131,11 +131,17 @@ def reads(arm: Arm) -> str:
         return "no history" + (", but for weights" if of("frequency_weight") else "")
     each = settings.get("estimator.combine") == "normalize_then_sum"
     if settings["estimator.name"] == "rae":
-        of_whom = {"cluster": "each cluster", "one": "all clusters", "shuffled": "shuffled users"}
+        of_whom = {
+            "cluster": "each cluster",
+            "user": "each person",
+            "one": "all clusters",
+            "shuffled": "shuffled users",
+        }
         what = "each reward" if each else "the rewards"
         return f"an exponential mean of {what} of {of_whom[settings['estimator.history']]}"
     how = {
         "cluster": "the cluster's own history of each reward" if each else SHOWN,
+        "user": "the person's own history",
         "one": "one history of all clusters",
         "shuffled": "histories of shuffled users",
     }[settings["estimator.history"]]
@@ -144,7 +150,10 @@ def reads(arm: Arm) -> str:
     if settings["estimator.name"] != "pgrpo":
         how += " and the group"
     if of("prior_count"):
-        how += f", with {of('prior_count'):g} rewards of all clusters pooled added"
+        by = f"{of('prior_count'):g} rewards of all clusters pooled"
+        if settings["estimator.history"] == "user":
+            by = f"{of('prior_count'):g} of the cluster's history, itself with {by}"
+        how += f", with {by} added"
     if of("sigma_floor"):
         how += f", with a σ of {of('sigma_floor'):g} at least"
     if of("min_count") > Options.min_count:

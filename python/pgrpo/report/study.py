@@ -46,6 +46,7 @@ GAINS = (
     (("pgrpo", "one"), ("pgrpo", "cluster"), "whose history it is"),
     (("grpo", "cluster"), ("pgrpo", "cluster"), "both together"),
     (("pgrpo", "shuffled"), ("pgrpo", "cluster"), "clusters that are not of random users"),
+    (("pgrpo", "cluster"), ("pgrpo", "user"), "a history for each person"),
     (("pgrpo", "cluster"), ("auto", "cluster"), "leaning on the group as well"),
 )
 """Pairs of arms, by estimator and history, that differ in one respect, and the respect."""
@@ -410,9 +411,11 @@ def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
         families.setdefault(key, []).append(run)
     arms: list[Arm] = []
     for (estimator, history), family in families.items():
-        base = {"cluster": estimator, "one": f"{estimator} (one history)"}.get(
-            history, f"{estimator} ({history} clusters)"
-        )
+        base = {
+            "cluster": estimator,
+            "user": f"{estimator} (a history each)",
+            "one": f"{estimator} (one history)",
+        }.get(history, f"{estimator} ({history} clusters)")
         differing = [key for key in differing_settings(family) if _shapes_training(key)]
         members: dict[tuple[str | None, ...], list[Run]] = {}
         for run in family:

@@ -161,6 +161,7 @@ class Collector:
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._rule = RULES[estimator.name]
+        self._borrows = estimator.history == "user" and estimator.prior_count > 0
         self._reads_before = estimator.order == "normalize_then_update"
         options = estimator.model_dump(exclude={"name", "history", "combine"})
         self._by_reward = estimator.combine == "normalize_then_sum"
@@ -324,7 +325,8 @@ class Collector:
         rewards, columns = self._columns([group])
         rule = ClusterNormalizer(self._rule.name, nan_policy="zero", **self._several)
         entries = Entries.of([group], rewards, self._histories_of)
-        return bool(entries.advantages(rule, columns).any())
+        # Alone it has nobody to borrow from.
+        return bool(entries.advantages(rule, {**columns, "parents": None}).any())
 
     def _normalize(self, kept: Sequence[Group], replaced: Sequence[Group]) -> list[Group]:
         """Fold all rewards of the step into the histories; returns all groups with advantages, of which
@@ -369,6 +371,7 @@ class Collector:
         """What a normalizer is told of the rollouts [N] of groups: rewards [N] or [N, R], and what else
         the rule reads."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        parents = [r.prompt.cluster_id for r in rollouts] if self._borrows else None
         norms = lengths = None
         if self._rule.reads_score_norms:
             # Squared norms of the scores, sum_t (1 - p_t)^2.
@@ -376,7 +379,8 @@ class Collector:
             norms = np.array(squares, np.float64)
         if self._rule.needs_lengths:
             lengths = np.array([len(r.completion_ids) for r in rollouts], np.float64)
-        return self._rewards_of(groups), {"score_norms": norms, "lengths": lengths}
+        columns = {"score_norms": norms, "lengths": lengths, "parents": parents}
+        return self._rewards_of(groups), columns
 
     def _rewards_of(self, groups: Sequence[Group]) -> FloatArray:
         """[N] what advantages are made of; [N, R] where each reward is normalised by itself."""

@@ -13,7 +13,7 @@ from pgrpo.clusters.assignment import Shares
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.types import ClusterId, FloatArray, Group
 
-Columns: TypeAlias = Mapping[str, "FloatArray | None"]
+Columns: TypeAlias = Mapping[str, "FloatArray | Sequence[ClusterId] | None"]
 """What else a rule reads of rollouts, [N] each; None of what it does not read."""
 
 
@@ -93,6 +93,6 @@ class Entries:
 
     def _spread(self, columns: Columns) -> dict[str, FloatArray | None]:
         return {
-            name: None if column is None else column[self.places]
+            name: None if column is None else np.asarray(column)[self.places]
             for name, column in columns.items()
         }

@@ -136,6 +136,11 @@ class Config(Section):
     def _check_soft(self) -> None:
         """Refuse what has no meaning where users belong to several clusters."""
         name = self.estimator.name
+        if self.estimator.history == "user":
+            raise ValueError(
+                "estimator.history is 'user', where a person borrows from one cluster, and with "
+                "clustering.soft = true belongs to several; expected false"
+            )
         if self.estimator.frequency_weight and not RULES[name].reads_histories:
             raise ValueError(
                 f"estimator.frequency_weight reads shares of clusters, of which estimator {name!r} is "
@@ -161,6 +166,11 @@ class Config(Section):
             raise ValueError(
                 f"{every}, and with estimator.forgetting = {estimator.forgetting:g} what is left of a "
                 "reward depends on whose came after it; expected 1"
+            )
+        if estimator.history == "user" and estimator.prior_count:
+            raise ValueError(
+                f"{every}, and with estimator.history = 'user' people borrow from clusters that others "
+                "have been in; expected estimator.prior_count = 0"
             )
         if self.run.pipeline == "one_step_off":
             raise ValueError(

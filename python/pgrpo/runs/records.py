@@ -46,10 +46,11 @@ class ClusterRecord(Record):
 
     `count`, `mean`, `std`, `scale_ratio` and `bias` tell of the cluster's own history, which is kept
     under every estimator, so that arms can be compared. Whether advantages are read from it depends
-    on the estimator: `grpo`, `dr_grpo`, `rloo` and `batch` read no history, the control arms
-    `history = "one"` and `"shuffled"` read others, `combine = "normalize_then_sum"` one of each reward,
-    and `prior_count` and `sigma_floor` change how it is read. With `generation.overlong_buffer` a
-    history is of rewards less penalties, and so are the two terms of Corollary 3.1; `reward` stays raw.
+    on the estimator: `grpo`, `dr_grpo`, `rloo` and `batch` read no history, `history = "user"` and the
+    control arms `"one"` and `"shuffled"` read others, `combine = "normalize_then_sum"` one of each
+    reward, and `prior_count` and `sigma_floor` change how it is read. With
+    `generation.overlong_buffer` a history is of rewards less penalties, and so are the two terms of
+    Corollary 3.1; `reward` stays raw.
     """
 
     reward: float | None = None

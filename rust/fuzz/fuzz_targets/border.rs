@@ -85,6 +85,8 @@ fn call<R: Real + Debug + PartialEq>(
     let clusters = AnyIds::of(any_size(size, bytes)?, bytes)?;
     let groups = bytes.arbitrary::<bool>()?;
     let groups = groups.then(|| AnyIds::of(any_size(size, bytes)?, bytes)).transpose()?;
+    let parents = bytes.arbitrary::<bool>()?;
+    let parents = parents.then(|| AnyIds::of(any_size(size, bytes)?, bytes)).transpose()?;
     let mut any_weights = || {
         let given = bytes.ratio(1, 3)?;
         let weights = |bytes: &mut Unstructured| {
@@ -99,6 +101,7 @@ fn call<R: Real + Debug + PartialEq>(
         rewards: &rewards,
         clusters: clusters.borrow(),
         groups: groups.as_ref().map(AnyIds::borrow),
+        parents: parents.as_ref().map(AnyIds::borrow),
         weights: weights.as_deref(),
         score_norms: score_norms.as_deref(),
         lengths: lengths.as_deref(),

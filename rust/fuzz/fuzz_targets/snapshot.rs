@@ -50,7 +50,9 @@ fn any_entries(bytes: &mut Unstructured) -> Result<Vec<Entry>> {
 }
 
 fn any_entry(bytes: &mut Unstructured) -> Result<Entry> {
-    let id = match bytes.int_in_range(0..=2)? {
+    let id = match bytes.int_in_range(0..=4)? {
+        3 => ClusterId::ParentInt(bytes.arbitrary()?),
+        4 => ClusterId::ParentName(bytes.arbitrary()?),
         0 => ClusterId::Int(bytes.arbitrary::<i8>()?.into()),
         1 => ClusterId::Int(bytes.arbitrary()?),
         _ => ClusterId::Name(bytes.arbitrary()?),

@@ -53,6 +53,7 @@ fn throughput(normalizer: &Normalizer, threads: u64, size: usize) -> f64 {
             rewards: &rewards,
             clusters: Ids::I32(&clusters),
             groups: None,
+            parents: None,
             weights: None,
             score_norms: None,
             lengths: None,

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use crate::elements::Real;
 use crate::error::Error;
-use crate::ids::AnyId;
+use crate::ids::{AnyId, ClusterId};
 use crate::moments::is_finite_reward;
+use crate::slots::{Seed, Slots};
 
 /// Ids of a batch as they lie in memory.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +91,9 @@ pub struct Batch<'a, R> {
     pub clusters: Ids<'a>,
     /// Groups: any ids.
     pub groups: Option<Ids<'a>>,
+    /// Parents of the clusters, one for each cluster of a batch: it reads its prior from theirs, and
+    /// its rewards are theirs too. A parent may be called as a cluster is.
+    pub parents: Option<Ids<'a>>,
     /// Fractional counts, at least 0.
     pub weights: Option<&'a [f64]>,
     /// Squared norms of the scores of the completions, at least 0; read by `auto` alone.
@@ -102,7 +106,15 @@ impl<'a, R: Real> Batch<'a, R> {
     /// Rewards and their clusters, and nothing else.
     #[must_use]
     pub fn new(rewards: &'a [R], clusters: Ids<'a>) -> Self {
-        Self { rewards, clusters, groups: None, weights: None, score_norms: None, lengths: None }
+        Self {
+            rewards,
+            clusters,
+            groups: None,
+            parents: None,
+            weights: None,
+            score_norms: None,
+            lengths: None,
+        }
     }
 
     /// Checks everything but the rewards' values.
@@ -114,6 +126,7 @@ impl<'a, R: Real> Batch<'a, R> {
         let sizes = [
             ("clusters", Some(self.clusters.len())),
             ("groups", self.groups.map(|groups| groups.len())),
+            ("parents", self.parents.map(|parents| parents.len())),
             ("weights", self.weights.map(<[f64]>::len)),
             ("score_norms", self.score_norms.map(<[f64]>::len)),
             ("lengths", self.lengths.map(<[f64]>::len)),
@@ -137,13 +150,34 @@ impl<'a, R: Real> Batch<'a, R> {
                 return Err(Error::Weight { name, index, value: values[index] });
             }
         }
+        self.parents.map_or(Ok(()), |parents| self.check_parents(parents))
+    }
+
+    /// Refuses a cluster that has two parents.
+    fn check_parents(&self, parents: Ids<'_>) -> Result<(), Error> {
+        let numbers: Vec<i64>;
+        let mut clusters = self.clusters;
+        if let Ids::Any(ids) = clusters {
+            numbers = number(ids);
+            clusters = Ids::I64(&numbers);
+        }
+        let mut slots = Slots::default();
+        slots.assign(self.rewards.len(), |entry| clusters.value(entry), Seed::one);
+        for (index, &slot) in slots.of.iter().enumerate() {
+            let (met, first) = (parents.id(index), slots.first[slot as usize] as usize);
+            if met != parents.id(first) {
+                let [cluster, met, expected] = [self.clusters.id(index), met, parents.id(first)]
+                    .map(|id| ClusterId::from(id).to_string());
+                return Err(Error::Parents { index, cluster, met, expected });
+            }
+        }
         Ok(())
     }
 
     /// The same with other rewards.
     pub(crate) fn of<S: Real>(&self, rewards: &'a [S]) -> Batch<'a, S> {
-        let Self { clusters, groups, weights, score_norms, lengths, .. } = *self;
-        Batch { rewards, clusters, groups, weights, score_norms, lengths }
+        let Self { clusters, groups, parents, weights, score_norms, lengths, .. } = *self;
+        Batch { rewards, clusters, groups, parents, weights, score_norms, lengths }
     }
 
     /// Positions of non-finite rewards.
@@ -159,6 +193,7 @@ impl<'a, R: Real> Batch<'a, R> {
             rewards: kept.iter().map(|&entry| self.rewards[entry]).collect(),
             clusters: self.clusters.only(kept),
             groups: self.groups.map(|groups| groups.only(kept)),
+            parents: self.parents.map(|parents| parents.only(kept)),
             weights: self.weights.map(only),
             score_norms: self.score_norms.map(only),
             lengths: self.lengths.map(only),
@@ -171,6 +206,7 @@ pub(crate) struct OwnedBatch<'a, R> {
     rewards: Vec<R>,
     clusters: OwnedIds<'a>,
     groups: Option<OwnedIds<'a>>,
+    parents: Option<OwnedIds<'a>>,
     weights: Option<Vec<f64>>,
     score_norms: Option<Vec<f64>>,
     lengths: Option<Vec<f64>>,
@@ -182,6 +218,7 @@ impl<R> OwnedBatch<'_, R> {
             rewards: &self.rewards,
             clusters: self.clusters.borrow(),
             groups: self.groups.as_ref().map(OwnedIds::borrow),
+            parents: self.parents.as_ref().map(OwnedIds::borrow),
             weights: self.weights.as_deref(),
             score_norms: self.score_norms.as_deref(),
             lengths: self.lengths.as_deref(),

@@ -40,12 +40,19 @@ pub(crate) struct Scratch {
     slots: Slots,
     cluster_slots: Slots,
     group_slots: Slots,
+    parent_slots: Slots,
     /// By cluster.
     keys: Vec<u32>,
     /// By cluster: its moments in this batch. Empty where cells are clusters.
     batch: Vec<Moments>,
     /// By cluster: its history before this batch, where that is asked for.
     before: Vec<Moments>,
+    /// By parent: its key. Empty unless parents are given.
+    parent_keys: Vec<u32>,
+    /// By parent: its rewards in this batch.
+    parent_batch: Vec<Moments>,
+    /// By parent: its history as it is read.
+    parents: Vec<Moments>,
     /// All clusters' history together, as it is read.
     pool: Option<Moments>,
     /// By cluster: what advantages are multiplied with for the cluster's frequency.
@@ -65,6 +72,9 @@ impl Scratch {
         self.keys.clear();
         self.batch.clear();
         self.before.clear();
+        self.parent_keys.clear();
+        self.parent_batch.clear();
+        self.parents.clear();
         self.factors.clear();
         self.folded.clear();
         self.maps.clear();
@@ -74,6 +84,11 @@ impl Scratch {
     pub(crate) fn parts(&self) -> impl Iterator<Item = (&u32, &Moments)> {
         let cells_are_clusters = self.batch.is_empty();
         self.keys.iter().zip(if cells_are_clusters { &self.folded.moments } else { &self.batch })
+    }
+
+    /// The same of their parents.
+    pub(crate) fn parent_parts(&self) -> impl Iterator<Item = (&u32, &Moments)> {
+        self.parent_keys.iter().zip(&self.parent_batch)
     }
 
     /// Whether all sums are finite, as those of finite rewards are.
@@ -115,13 +130,13 @@ pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
 impl<R: Real> Call<'_, R> {
     /// Sums the batch up by cell. Remembers nothing yet, the ids of clusters no more than rewards.
     pub(crate) fn fold(&self, scratch: &mut Scratch) {
-        let Batch { rewards, groups, weights, .. } = self.batch;
+        let Batch { rewards, groups, parents, weights, .. } = self.batch;
         // A table of keys does not pay for a few rewards.
         let many = rewards.len() >= 32;
         let in_order =
             matches!(self.options.estimator.baseline, Some(Baseline::ExponentialMean(_)));
-        let plain =
-            many && groups.is_none() && weights.is_none() && !in_order && !self.state.is_shared();
+        let alone = groups.is_none() && parents.is_none() && weights.is_none();
+        let plain = many && alone && !in_order && !self.state.is_shared();
         if !(plain && self.fold_by_index(scratch)) {
             self.fold_by_cell(scratch);
         }
@@ -145,6 +160,31 @@ impl<R: Real> Call<'_, R> {
             for &cell in &cluster_slots.first {
                 keys.push(key(slots.first[cell as usize])?);
             }
+        }
+        Ok(())
+    }
+
+    /// Finds the keys of the parents as `find_keys` does, after it, and what they have in this batch: what
+    /// their clusters have.
+    pub(crate) fn find_parents(&self, merging: bool, scratch: &mut Scratch) -> Result<(), Error> {
+        let Some(ids) = self.batch.parents else { return Ok(()) };
+        let Scratch { slots, cluster_slots, parent_slots, keys, folded, batch, .. } = scratch;
+        let mut parent_keys = Vec::with_capacity(keys.len());
+        for cluster in 0..keys.len() {
+            let grouped = self.batch.groups.is_some();
+            let cell = if grouped { cluster_slots.first[cluster] as usize } else { cluster };
+            let id = ids.id(slots.first[cell] as usize).as_parent();
+            let found = if merging { Some(self.state.key_of(id)?) } else { self.state.find(id) };
+            parent_keys.push(found.unwrap_or(UNKNOWN));
+        }
+        parent_slots.assign(keys.len(), |cluster| i64::from(parent_keys[cluster]), Seed::one);
+        let first = parent_slots.first.iter();
+        scratch.parent_keys.extend(first.map(|&cluster| parent_keys[cluster as usize]));
+        scratch.parent_batch.resize(scratch.parent_keys.len(), Moments::default());
+        let clusters = if batch.is_empty() { &folded.moments } else { &*batch };
+        for (&parent, &moments) in parent_slots.of.iter().zip(clusters) {
+            let parent = &mut scratch.parent_batch[parent as usize];
+            *parent = parent.merge(moments);
         }
         Ok(())
     }
@@ -237,19 +277,15 @@ impl<R: Real> Call<'_, R> {
         let batch: &[Moments] = if batch.is_empty() { &folded.moments } else { batch };
         folded.histories.reserve(keys.len());
         for (&key, &moments) in keys.iter().zip(batch) {
-            let (old, new) = if merging {
-                if let Some(pending) = pending {
-                    pending.rewards.merge(key, moments, 1.0, is_only)?;
-                }
-                streams.rewards.merge(key, moments, forgetting, is_only)?
-            } else {
-                let now = streams.rewards.read(key);
-                (now, now)
-            };
+            let (old, new) = self.remember_rewards(key, moments, merging)?;
             if let Some(Baseline::Regression(_)) = estimator.baseline {
                 before.push(old);
             }
             folded.histories.push(if reads_after { new } else { old });
+        }
+        for (&key, &moments) in scratch.parent_keys.iter().zip(&scratch.parent_batch) {
+            let (old, new) = self.remember_rewards(key, moments, merging)?;
+            scratch.parents.push(if reads_after { new } else { old });
         }
         scratch.pool = self.remember_pool(halves, batch, scratch.pool)?;
         let touched = |sums: &Sums, pending: Option<&Sums>, added: &[Triple], kept: &[f64]| {
@@ -307,6 +343,26 @@ impl<R: Real> Call<'_, R> {
             folded.baselines = touched(sums, pending, &added, &kept)?;
         }
         Ok(())
+    }
+
+    /// Merges the rewards of a cluster, or of a parent, unless only the other half is wanted, and returns
+    /// its history right before and right after.
+    #[inline(always)]
+    fn remember_rewards(
+        &self,
+        key: u32,
+        batch: Moments,
+        merging: bool,
+    ) -> Result<(Moments, Moments), Error> {
+        let rewards = &self.state.streams.rewards;
+        if !merging {
+            let now = rewards.read(key);
+            return Ok((now, now));
+        }
+        if let Some(pending) = &self.state.pending {
+            pending.rewards.merge(key, batch, 1.0, self.is_only)?;
+        }
+        rewards.merge(key, batch, self.options.forgetting, self.is_only)
     }
 
     /// Merges a batch into the history of all clusters together, as `remember` does, and returns that as
@@ -371,13 +427,20 @@ impl<R: Real> Call<'_, R> {
     /// Makes the maps of all cells.
     pub(crate) fn map(&self, halves: Halves, scratch: &mut Scratch) -> Result<(), Error> {
         let Options { estimator, prior_count, frequency_weight, .. } = *self.options;
-        let Scratch { keys, folded, maps, factors, slots, .. } = scratch;
+        let Scratch { keys, folded, maps, factors, slots, parents, parent_slots, .. } = scratch;
         if let Some(pool) = scratch.pool {
-            let m2 = pool.m2 * (prior_count / pool.count);
-            let prior = Moments { count: prior_count, m2, ..pool };
-            for history in &mut folded.histories {
+            let of_pool = pool.counted_as(prior_count);
+            for parent in parents.iter_mut() {
+                *parent = parent.merge(of_pool).counted_as(prior_count);
+            }
+            for (cluster, history) in folded.histories.iter_mut().enumerate() {
                 let share = history.count / pool.count;
                 factors.push(if share > 0.0 { share.powf(-frequency_weight) } else { 1.0 });
+                let prior = if parents.is_empty() {
+                    of_pool
+                } else {
+                    parents[parent_slots.of[cluster] as usize]
+                };
                 *history = history.merge(prior);
             }
         }

@@ -33,6 +33,17 @@ pub enum Error {
         /// Whether the histories hold the batch, as it was before.
         is_merged: bool,
     },
+    /// A cluster has two parents in one call.
+    Parents {
+        /// Position of a parent that is another than before.
+        index: usize,
+        /// Name of the cluster.
+        cluster: String,
+        /// Name of that parent.
+        met: String,
+        /// Name of the cluster's first one.
+        expected: String,
+    },
     /// The estimator compares within groups, and no groups were given.
     GroupsRequired {
         /// Name of the estimator.
@@ -122,6 +133,11 @@ impl fmt::Display for Error {
                     "rewards or ids were changed by another thread while they were read{state}"
                 )
             }
+            Self::Parents { index, cluster, met, expected } => write!(
+                out,
+                "parents[{index}] is {met}; expected {expected}, which cluster {cluster} has earlier \
+                 in the call"
+            ),
             Self::GroupsRequired { estimator } => {
                 write!(out, "estimator {estimator} needs groups: one group id for each reward")
             }

@@ -210,14 +210,15 @@ impl Index {
     /// The id of a key; None for a key that was never given out.
     #[must_use]
     pub(crate) fn id(&self, key: u32) -> Option<ClusterId> {
-        let key = key.checked_sub(INTERNED).filter(|&key| key < self.room.keys)?;
-        // Acquire pairs with: the store in `write`; a key may come by another way than a slot.
-        let place = self.places.find(key)?.0.load(Ordering::Acquire).checked_sub(1)?;
-        // A place that is none is none of ours.
-        let place = Some(place).filter(|&place| place < u64::from(self.room.words))?;
+        let place = self.place_of(key)?;
         let payload = |words| (0..words).map(move |word| self.word(place + 2 + word).to_le_bytes());
-        match self.word(place + 1) {
-            INT => Some(ClusterId::Int(i64::from_le_bytes(payload(1).next()?))),
+        let header = self.word(place + 1);
+        let is_parent = header & PARENT != 0;
+        match header & !PARENT {
+            INT => {
+                let id = i64::from_le_bytes(payload(1).next()?);
+                Some(if is_parent { ClusterId::ParentInt(id) } else { ClusterId::Int(id) })
+            }
             header => {
                 // A length that leads out of the names is no length: the memory is not ours alone.
                 let length = usize::try_from(header >> 1).ok()?;
@@ -227,9 +228,24 @@ impl Index {
                 }
                 let mut bytes: Vec<u8> = payload(words).flatten().collect();
                 bytes.truncate(length);
-                String::from_utf8(bytes).ok().map(ClusterId::Name)
+                let kind = if is_parent { ClusterId::ParentName } else { ClusterId::Name };
+                String::from_utf8(bytes).ok().map(kind)
             }
         }
+    }
+
+    /// Whether a key is a parent's.
+    pub(crate) fn is_parent(&self, key: u32) -> bool {
+        self.place_of(key).is_some_and(|place| self.word(place + 1) & PARENT != 0)
+    }
+
+    /// Where the name of a key is written down.
+    fn place_of(&self, key: u32) -> Option<u64> {
+        let key = key.checked_sub(INTERNED).filter(|&key| key < self.room.keys)?;
+        // Acquire pairs with: the store in `write`; a key may come by another way than a slot.
+        let place = self.places.find(key)?.0.load(Ordering::Acquire).checked_sub(1)?;
+        // A place that is none is none of ours.
+        Some(place).filter(|&place| place < u64::from(self.room.words))
     }
 
     /// Every key that was given out, in that order.
@@ -316,7 +332,7 @@ impl Index {
 
     /// The words of a name.
     fn words_at(&self, place: u64) -> impl Iterator<Item = u64> {
-        let header = self.word(place + 1);
+        let header = self.word(place + 1) & !PARENT;
         let length = if header == INT { 1 } else { (header >> 1).div_ceil(WORD as u64) };
         // No more than there are: the length may be somebody else's.
         let end = (place + 2).saturating_add(length).min(u64::from(self.room.words));
@@ -369,6 +385,8 @@ impl Entry {
 
 /// The header of an integer. That of a string is 2 * length + 1.
 const INT: u64 = 0;
+/// In the header of a parent's id.
+const PARENT: u64 = 1 << 63;
 
 fn index(at: u64) -> u32 {
     u32::try_from(at).expect("there are fewer than 2^32 elements of each kind")
@@ -387,10 +405,16 @@ enum Payload<'a> {
 
 impl<'a> Encoded<'a> {
     fn new(id: AnyId<'a>) -> Self {
+        let kind = match id {
+            AnyId::Int(_) | AnyId::Name(_) => 0,
+            AnyId::ParentInt(_) | AnyId::ParentName(_) => PARENT,
+        };
         match id {
-            AnyId::Int(id) => Self { header: INT, payload: Payload::Int(id.to_le_bytes()) },
-            AnyId::Name(name) => {
-                let header = (name.len() as u64) << 1 | 1;
+            AnyId::Int(id) | AnyId::ParentInt(id) => {
+                Self { header: kind | INT, payload: Payload::Int(id.to_le_bytes()) }
+            }
+            AnyId::Name(name) | AnyId::ParentName(name) => {
+                let header = kind | (name.len() as u64) << 1 | 1;
                 Self { header, payload: Payload::Name(name.as_bytes()) }
             }
         }

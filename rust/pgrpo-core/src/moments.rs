@@ -120,6 +120,12 @@ impl Moments {
         Self { count: self.count * kept, m2: self.m2 * kept, ..self }
     }
 
+    /// The moments with all samples together counting as `count`; there must be some.
+    #[must_use]
+    pub fn counted_as(self, count: f64) -> Self {
+        Self { count, m2: self.m2 * (count / self.count), ..self }
+    }
+
     /// Standard deviation `sqrt(m2 / (count - ddof))`; 0 where `count <= ddof`.
     #[must_use]
     pub fn sigma(&self, ddof: u8) -> f64 {

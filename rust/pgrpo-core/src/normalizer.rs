@@ -308,6 +308,7 @@ impl Visit<'_> {
         with_scratch(|scratch| {
             unless_changed(|| call.fold(scratch)).ok_or(Error::Changed { is_merged: false })?;
             call.find_keys(false, scratch)?;
+            call.find_parents(false, scratch)?;
             let rewards = &state.streams.rewards;
             let refuse = |key, count| {
                 let name = state
@@ -316,7 +317,7 @@ impl Visit<'_> {
                 let (cluster, held) = (name, rewards.read(key).count);
                 Err(Error::Retract { cluster, count, held })
             };
-            let parts = || scratch.parts();
+            let parts = || scratch.parts().chain(scratch.parent_parts());
             for (&key, &moments) in parts() {
                 if rewards.read(key).retract(moments).is_none() {
                     return refuse(key, moments.count);
@@ -337,7 +338,7 @@ impl Visit<'_> {
                     };
                 }
             }
-            state.retract_from_pool(parts().map(|(_, &moments)| moments));
+            state.retract_from_pool(scratch.parts().map(|(_, &moments)| moments));
             Ok(())
         })
     }
@@ -398,7 +399,13 @@ impl Visit<'_> {
         halves: Halves,
         out: Option<usize>,
     ) -> Result<(), Error> {
-        let estimator = self.normalizer.options.estimator;
+        let Options { estimator, prior_count, .. } = self.normalizer.options;
+        if batch.parents.is_some() && prior_count == 0.0 {
+            return Err(Error::Unsupported {
+                what: "borrowing from parents",
+                needs: "a prior_count above 0, which is how much is borrowed".to_owned(),
+            });
+        }
         batch.check(out)?;
         let needs_groups = match halves {
             Halves::Update => estimator.keeps_parts,
@@ -438,6 +445,7 @@ impl Visit<'_> {
                 }
             }
             call.find_keys(halves != Halves::Normalize, scratch)?;
+            call.find_parents(halves != Halves::Normalize, scratch)?;
             call.remember(halves, scratch)?;
             if let Some(out) = out.as_deref_mut() {
                 call.map(halves, scratch)?;
@@ -533,10 +541,12 @@ impl Alone<'_> {
     /// Drops the histories of some clusters and what is pending of them, as if none of their rewards had
     /// ever been folded. What they took up of memory is given back; of a shared table it stays with
     /// their names, and calls of other processes may be under way. Returns the number of histories that
-    /// were dropped; clusters without one are passed over.
+    /// were dropped, without those of parents, which go with the last cluster; clusters without one are
+    /// passed over.
     ///
     /// # Errors
-    /// [`Error::Damaged`], of a shared table.
+    /// [`Error::Unsupported`] where some clusters would stay, and there are parents: nothing was dropped
+    /// then. [`Error::Damaged`], of a shared table.
     pub fn forget<'a>(self, ids: impl IntoIterator<Item = AnyId<'a>>) -> Result<usize, Error> {
         let ids: HashSet<AnyId<'_>> = ids.into_iter().collect();
         self.drop_where(|id| ids.contains(&id))
@@ -554,25 +564,37 @@ impl Alone<'_> {
     fn drop_where(mut self, drops: impl Fn(AnyId<'_>) -> bool) -> Result<usize, Error> {
         let state = self.state();
         let mut snapshot = state.snapshot();
-        let keeps = |entry: &Entry| !drops(entry.id.borrow());
-        let before = snapshot.clusters.len();
+        let (parents, clusters): (Vec<_>, Vec<_>) =
+            snapshot.clusters.iter().partition(|entry| entry.id.is_parent());
+        let dropped = clusters.iter().filter(|entry| drops(entry.id.borrow())).count();
+        let empties = dropped == clusters.len();
+        if !parents.is_empty() && dropped > 0 && !empties {
+            return Err(Error::Unsupported {
+                what: "dropping some of the clusters",
+                needs: "histories without parents, which do not tell whose rewards they hold"
+                    .to_owned(),
+            });
+        }
+        let keeps = |entry: &Entry| {
+            if entry.id.is_parent() { !empties } else { !drops(entry.id.borrow()) }
+        };
         snapshot.pending.retain(keeps);
         if state.is_shared() {
-            let dropped = snapshot.clusters.iter().filter(|entry| !keeps(entry));
-            for key in dropped.filter_map(|entry| state.find(entry.id.borrow())) {
+            let gone = snapshot.clusters.iter().filter(|entry| !keeps(entry));
+            for key in gone.filter_map(|entry| state.find(entry.id.borrow())) {
                 let taken = state.streams.take(key)?;
-                state.retract_from_pool(std::iter::once(taken.rewards));
+                if !state.is_parent(key) {
+                    state.retract_from_pool(std::iter::once(taken.rewards));
+                }
                 if let Some(pending) = &state.pending {
                     pending.take(key)?;
                 }
             }
-            snapshot.clusters.retain(keeps);
-            return Ok(before - snapshot.clusters.len());
+            return Ok(dropped);
         }
         snapshot.clusters.retain(keeps);
         // To be worked out anew: that of the clusters that stay.
         snapshot.pool = Moments::default();
-        let dropped = before - snapshot.clusters.len();
         self.replace(&snapshot)?;
         Ok(dropped)
     }

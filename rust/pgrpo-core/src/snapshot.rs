@@ -27,7 +27,7 @@ use crate::state::Entry;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
-    /// Clusters with a history.
+    /// Clusters with a history, and their parents, whose ids are [such](ClusterId::is_parent).
     pub clusters: Vec<Entry>,
     /// What was folded since the last delta.
     pub pending: Vec<Entry>,
@@ -59,6 +59,8 @@ const PER_ENTRY: usize = COLUMNS * WORD + WORD + 1;
 
 const INT: u8 = 0;
 const NAME: u8 = 1;
+const PARENT_INT: u8 = 2;
+const PARENT_NAME: u8 = 3;
 
 /// Not above what sums may be.
 fn positive(sum: f64) -> bool {
@@ -152,7 +154,8 @@ impl Snapshot {
 
     /// The history of all its clusters together, worked out from them.
     pub(crate) fn pooled(&self) -> Moments {
-        self.clusters.iter().map(|entry| entry.rewards).fold(Moments::default(), Moments::merge)
+        let clusters = self.clusters.iter().filter(|entry| !entry.id.is_parent());
+        clusters.map(|entry| entry.rewards).fold(Moments::default(), Moments::merge)
     }
 
     /// The snapshot as bytes, which [`decode`](Self::decode) turns into the same, bit for bit.
@@ -240,8 +243,8 @@ fn refused(reason: String) -> Error {
 /// The bytes that an id needs beside its word.
 fn name(id: &ClusterId) -> &str {
     match id {
-        ClusterId::Int(_) => "",
-        ClusterId::Name(name) => name,
+        ClusterId::Int(_) | ClusterId::ParentInt(_) => "",
+        ClusterId::Name(name) | ClusterId::ParentName(name) => name,
     }
 }
 
@@ -257,12 +260,14 @@ fn encode_table(entries: &[Entry], bytes: &mut Vec<u8>) {
         }
     }
     bytes.extend(entries.iter().flat_map(|entry| match &entry.id {
-        ClusterId::Int(id) => id.to_le_bytes(),
-        ClusterId::Name(name) => (name.len() as u64).to_le_bytes(),
+        ClusterId::Int(id) | ClusterId::ParentInt(id) => id.to_le_bytes(),
+        ClusterId::Name(name) | ClusterId::ParentName(name) => (name.len() as u64).to_le_bytes(),
     }));
     bytes.extend(entries.iter().map(|entry| match entry.id {
         ClusterId::Int(_) => INT,
         ClusterId::Name(_) => NAME,
+        ClusterId::ParentInt(_) => PARENT_INT,
+        ClusterId::ParentName(_) => PARENT_NAME,
     }));
     for entry in entries {
         bytes.extend(name(&entry.id).as_bytes());
@@ -283,7 +288,8 @@ fn decode_table(rest: &mut &[u8], num_entries: u64, names: u64) -> Result<Vec<En
         let value = word(words, row);
         let id = match kind {
             INT => ClusterId::Int(value.cast_signed()),
-            NAME => {
+            PARENT_INT => ClusterId::ParentInt(value.cast_signed()),
+            NAME | PARENT_NAME => {
                 let length = usize::try_from(value).unwrap_or(usize::MAX);
                 let Some(name) = names.split_off(..length) else {
                     return Err(refused(format!(
@@ -293,11 +299,12 @@ fn decode_table(rest: &mut &[u8], num_entries: u64, names: u64) -> Result<Vec<En
                 };
                 let name = str::from_utf8(name)
                     .map_err(|error| refused(format!("the name of cluster {row}: {error}")))?;
-                ClusterId::Name(name.to_owned())
+                let named = if kind == NAME { ClusterId::Name } else { ClusterId::ParentName };
+                named(name.to_owned())
             }
             kind => {
                 return Err(refused(format!(
-                    "the id of cluster {row} is of kind {kind}; expected {INT} or {NAME}"
+                    "the id of cluster {row} is of kind {kind}; expected {INT} to {PARENT_NAME}"
                 )));
             }
         };

@@ -239,6 +239,11 @@ impl State {
         self.own_key(id).or_else(|| self.index().find(id))
     }
 
+    /// Whether a key is a parent's.
+    pub(crate) fn is_parent(&self, key: u32) -> bool {
+        self.index().is_parent(key)
+    }
+
     /// The id of a key.
     pub(crate) fn id_of(&self, key: u32) -> Option<ClusterId> {
         if key < INTERNED {
@@ -247,7 +252,7 @@ impl State {
         self.index().id(key)
     }
 
-    /// Every cluster with a history, in ascending order of keys.
+    /// Every cluster and every parent with a history, in ascending order of keys.
     pub(crate) fn histories(&self) -> Box<dyn Iterator<Item = (u32, Moments)> + '_> {
         let rewards = &self.streams.rewards;
         match &self.names {
@@ -269,7 +274,8 @@ impl State {
         if self.keeps_pool {
             return None;
         }
-        let histories = self.histories().map(|(_, history)| history);
+        let clusters = self.histories().filter(|&(key, _)| !self.is_parent(key));
+        let histories = clusters.map(|(_, history)| history);
         Some(histories.fold(Moments::default(), Moments::merge))
     }
 

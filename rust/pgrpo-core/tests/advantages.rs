@@ -9,8 +9,8 @@ mod usual;
 
 use pgrpo_core::estimators::{auto, batch, gdpo_multi, grpo, opo, rae};
 use pgrpo_core::{
-    AnyId, Batch, ClusterId, Error, Ids, Moments, NanPolicy, Normalizer, Options, Order, RULES,
-    Rule, Snapshot,
+    AnyId, Batch, ClusterId, Entry, Error, Ids, Moments, NanPolicy, Normalizer, Options, Order,
+    RULES, Rule, Snapshot,
 };
 use proptest::prelude::*;
 use usual::usual;
@@ -68,7 +68,7 @@ impl Column {
         let ids: Vec<ClusterId> = labels.map(|label| kind.id(label)).collect();
         let int = |id: &ClusterId| match id {
             ClusterId::Int(id) => *id,
-            ClusterId::Name(_) => unreachable!(),
+            _ => unreachable!(),
         };
         match kind {
             Kind::SmallI32 | Kind::NegativeI32 => {
@@ -95,6 +95,19 @@ impl Column {
 struct Given {
     weights: bool,
     norms: bool,
+    parents: bool,
+}
+
+impl Given {
+    /// Without parents where they are refused, for there is no prior to be borrowed.
+    fn for_options(self, options: &Options) -> Self {
+        Self { parents: self.parents && options.prior_count > 0.0, ..self }
+    }
+}
+
+/// The parent of each cluster. As their labels are those of clusters, so are their ids.
+fn parent_of(cluster: usize) -> usize {
+    cluster % 2
 }
 
 /// Passes a batch on, whichever the types of its ids.
@@ -113,18 +126,22 @@ fn with_batch<R: pgrpo_core::Real, T>(
         _ => rollout.group,
     };
     let groups = Column::new(group_kind, rollouts.iter().map(group_label));
+    let parents = Column::new(kind, rollouts.iter().map(|rollout| parent_of(rollout.cluster)));
     let weights: Vec<f64> = rollouts.iter().map(|rollout| rollout.weight).collect();
     let norms: Vec<f64> = rollouts.iter().map(|rollout| rollout.norm).collect();
     let lengths: Vec<f64> = rollouts.iter().map(|rollout| rollout.length).collect();
     clusters.with(|clusters| {
         groups.with(|groups| {
-            work(&Batch {
-                rewards,
-                clusters,
-                groups: Some(groups),
-                weights: given.weights.then_some(&weights),
-                score_norms: given.norms.then_some(&norms),
-                lengths: Some(&lengths),
+            parents.with(|parents| {
+                work(&Batch {
+                    rewards,
+                    clusters,
+                    groups: Some(groups),
+                    parents: given.parents.then_some(parents),
+                    weights: given.weights.then_some(&weights),
+                    score_norms: given.norms.then_some(&norms),
+                    lengths: Some(&lengths),
+                })
             })
         })
     })
@@ -141,6 +158,7 @@ fn advantages(
     given: Given,
 ) -> Result<Vec<f64>, Error> {
     let mut out = vec![f64::NAN; rollouts.len()];
+    let given = given.for_options(normalizer.options());
     with_batch(rollouts, &rewards(rollouts), kind, given, |batch| {
         normalizer.advantages(batch, &mut out)
     })?;
@@ -159,6 +177,7 @@ struct Seen {
     rollout: Rollout,
     call: usize,
     kept: f64,
+    kept_by_parent: f64,
 }
 
 /// Weight, weighted mean and weighted sum of squared deviations.
@@ -188,6 +207,8 @@ impl Stats {
 /// Everything seen so far, in full.
 #[derive(Clone, Debug, Default)]
 struct Oracle {
+    /// Whether parents are given.
+    parents: bool,
     seen: Vec<Seen>,
     calls: usize,
 }
@@ -210,14 +231,29 @@ impl Oracle {
                 seen.kept *= if touched { forgetting } else { 1.0 };
             }
         }
+        for parent in 0..2 {
+            let is_of = |r: &Rollout| parent_of(r.cluster) == parent;
+            let touched = batch.iter().any(|r| is_of(r) && r.weight > 0.0);
+            for seen in self.seen.iter_mut().filter(|seen| is_of(&seen.rollout)) {
+                seen.kept_by_parent *= if touched { forgetting } else { 1.0 };
+            }
+        }
         let call = self.calls;
-        self.seen.extend(batch.iter().map(|&rollout| Seen { rollout, call, kept: 1.0 }));
+        let (kept, kept_by_parent) = (1.0, 1.0);
+        let seen = batch.iter().map(|&rollout| Seen { rollout, call, kept, kept_by_parent });
+        self.seen.extend(seen);
         self.calls += 1;
     }
 
     fn values(&self, wanted: impl Fn(&Seen) -> bool) -> Vec<(f64, f64)> {
         let seen = self.seen.iter().filter(|seen| wanted(seen));
         seen.map(|seen| (seen.rollout.reward, seen.rollout.weight * seen.kept)).collect()
+    }
+
+    /// What came with a parent.
+    fn of_parent(&self, parent: usize) -> Vec<(f64, f64)> {
+        let seen = self.seen.iter().filter(|seen| parent_of(seen.rollout.cluster) == parent);
+        seen.map(|seen| (seen.rollout.reward, seen.rollout.weight * seen.kept_by_parent)).collect()
     }
 
     fn summed(&self, cluster: usize) -> Summed {
@@ -265,13 +301,22 @@ impl Oracle {
         let &Options { estimator, ddof, eps, sigma_floor, min_count, prior_count, .. } = options;
         let pool = self.values(|_| true);
         let pooled = stats(&pool).n;
+        // As many samples as the prior has, spread as those are.
+        let prior_of = |values: &[(f64, f64)]| -> Vec<(f64, f64)> {
+            let n = stats(values).n;
+            let share = if n > 0.0 { prior_count / n } else { 0.0 };
+            values.iter().map(|(r, w)| (*r, w * share)).collect()
+        };
         let summed: Vec<Summed> = (0..CLUSTERS).map(|cluster| self.summed(cluster)).collect();
         let histories: Vec<Stats> = (0..CLUSTERS)
             .map(|cluster| {
                 let mut values = self.values(|seen| seen.rollout.cluster == cluster);
-                if prior_count > 0.0 && pooled > 0.0 {
-                    values.extend(pool.iter().map(|(r, w)| (*r, w * prior_count / pooled)));
+                let mut prior = prior_of(&pool);
+                if self.parents {
+                    prior.extend(self.of_parent(parent_of(cluster)));
+                    prior = prior_of(&prior);
                 }
+                values.extend(prior);
                 stats(&values)
             })
             .collect();
@@ -440,7 +485,11 @@ fn batches(
 }
 
 fn given() -> impl Strategy<Value = Given> {
-    (any::<bool>(), any::<bool>()).prop_map(|(weights, norms)| Given { weights, norms })
+    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(weights, norms, parents)| Given {
+        weights,
+        norms,
+        parents,
+    })
 }
 
 fn options() -> impl Strategy<Value = Options> {
@@ -595,7 +644,9 @@ proptest! {
             let place = place_for(estimator, place);
             let options = Options { estimator, ..options.clone() };
             let normalizer = make(&options);
-            let (mut oracle, mut told) = (Oracle::default(), Told::default());
+            let mut told = Told::default();
+            let parents = given.for_options(&options).parents;
+            let mut oracle = Oracle { parents, ..Oracle::default() };
             for batch in &batches {
                 let (batch, less) = moved(batch, place);
                 let got = advantages(&normalizer, &batch, kind, given).unwrap();
@@ -619,10 +670,10 @@ proptest! {
     /// i32, i64, far and negative integers, strings and both together: the same advantages.
     #[test]
     fn ids_are_only_names(
-        batches in batches(1..4, 1..40, Given { weights: false, norms: true }),
+        batches in batches(1..4, 1..40, Given { weights: false, norms: true, parents: true }),
         options in options(),
     ) {
-        let given = Given { weights: false, norms: true };
+        let given = Given { weights: false, norms: true, parents: true };
         for estimator in RULES {
             let options = Options { estimator, ..options.clone() };
             let made: Vec<(Kind, Normalizer)> =
@@ -695,7 +746,7 @@ proptest! {
                 let rounded: Vec<Rollout> = batch.iter().zip(&rewards)
                     .map(|(&r, &reward)| Rollout { reward: f64::from(reward), ..r }).collect();
                 let mut got = vec![f32::NAN; rewards.len()];
-                with_batch(batch, &rewards, kind, given, |batch| {
+                with_batch(batch, &rewards, kind, given.for_options(&options), |batch| {
                     single.advantages(batch, &mut got)
                 }).unwrap();
                 let expected = advantages(&double, &rounded, kind, given).unwrap();
@@ -763,12 +814,12 @@ proptest! {
     /// (r - mean_p)/(sigma_p + eps) = scale ratio * grpo + bias term, for every ddof and group.
     #[test]
     fn corollary_3_1(
-        past in batches(0..3, 0..20, Given { weights: false, norms: false }),
-        now in batches(1, 1..40, Given { weights: false, norms: false }),
+        past in batches(0..3, 0..20, Given { weights: false, norms: false, parents: false }),
+        now in batches(1, 1..40, Given { weights: false, norms: false, parents: false }),
         ddof in 0_u8..2, eps in prop::sample::select(vec![1e-4, 1e-8, 0.1]),
         order in prop::sample::select(vec![Order::UpdateThenNormalize, Order::NormalizeThenUpdate]),
     ) {
-        let given = Given { weights: false, norms: false };
+        let given = Given { weights: false, norms: false, parents: false };
         let plain = Options { ddof, eps, order, ..usual() };
         let pgrpo = make(&plain);
         let grpo = make(&Options { estimator: &grpo::RULE, ..plain });
@@ -802,11 +853,11 @@ proptest! {
 
     #[test]
     fn advantages_are_bounded_by_the_count(
-        batches in batches(1..6, 1..30, Given { weights: false, norms: false }),
+        batches in batches(1..6, 1..30, Given { weights: false, norms: false, parents: false }),
         ddof in 0_u8..2, eps in prop::sample::select(vec![1e-4, 1e-100]), place in offsets(),
     ) {
         let normalizer = make(&Options { ddof, eps, ..usual() });
-        let given = Given { weights: false, norms: false };
+        let given = Given { weights: false, norms: false, parents: false };
         for batch in &batches {
             let (batch, _) = moved(batch, place);
             let got = advantages(&normalizer, &batch, Kind::SmallI32, given).unwrap();
@@ -844,11 +895,11 @@ proptest! {
 
     #[test]
     fn a_refused_batch_changes_nothing(
-        batches in batches(1, 2..30, Given { weights: true, norms: true }), at in 0_usize..30,
+        batches in batches(1, 2..30, Given { weights: true, norms: true, parents: false }), at in 0_usize..30,
         wrong in prop::sample::select(vec![-1.0, f64::NAN, f64::INFINITY, 1e100]),
         kind in prop::sample::select(KINDS.to_vec()),
     ) {
-        let given = Given { weights: true, norms: true };
+        let given = Given { weights: true, norms: true, parents: false };
         let rollouts = &batches[0];
         let rewards = rewards(rollouts);
         let index = at % rollouts.len();
@@ -965,7 +1016,8 @@ proptest! {
         place in offsets(),
     ) {
         for estimator in RULES.into_iter().filter(|rule| !keeps_order(rule)) {
-            let options = Options { estimator, ..usual() };
+            let prior_count = if given.parents { 4.0 } else { 0.0 };
+            let options = Options { estimator, prior_count, ..usual() };
             let tracked = Options { track_delta: true, ..options.clone() };
             let (whole, gathered) = (make(&options), make(&options));
             let shards = [make(&tracked), make(&tracked)];
@@ -1014,7 +1066,8 @@ proptest! {
         kind in prop::sample::select(KINDS.to_vec()), place in offsets(),
     ) {
         for estimator in RULES {
-            let normalizer = make(&Options { estimator, ..usual() });
+            let prior_count = if given.parents { 4.0 } else { 0.0 };
+            let normalizer = make(&Options { estimator, prior_count, ..usual() });
             let [first, second] = [&batches[0], &batches[1]].map(|batch| moved(batch, place).0);
             advantages(&normalizer, &first, kind, given).unwrap();
             let before = normalizer.snapshot();
@@ -1054,10 +1107,103 @@ fn plain<'a>(rewards: &'a [f64], clusters: &'a [i64]) -> Batch<'a, f64> {
         rewards,
         clusters: Ids::I64(clusters),
         groups: None,
+        parents: None,
         weights: None,
         score_norms: None,
         lengths: None,
     }
+}
+
+/// Persons 1 and 2 in cluster 7, person 3 in cluster 8.
+fn told<'a>(rewards: &'a [f64; 3]) -> Batch<'a, f64> {
+    Batch { parents: Some(Ids::I64(&[7, 7, 8])), ..plain(rewards, &[1, 2, 3]) }
+}
+
+#[test]
+fn a_history_borrows_from_its_parent_and_that_one_from_all() {
+    let options = Options { prior_count: 2.0, ..usual() };
+    let (normalizer, mut out) = (make(&options), [0.0; 3]);
+    normalizer.advantages(&told(&[0.0, 1.0, 5.0]), &mut out).unwrap();
+    // All: mean 2, squares 14. Cluster 7: mean 1/2 of 2, with 2 of all mean 5/4 of 4, squares
+    // 1/2 + 28/3 + 9/4 = 145/12. Person 1: 0, with 2 of those mean 5/6 of 3.
+    let m2 = 145.0 / 12.0 / 2.0 + (5.0_f64 / 4.0).powi(2) * 2.0 / 3.0;
+    let expected = -5.0 / 6.0 / ((m2 / 3.0).sqrt() + options.eps);
+    assert!(near(out[0], expected, 1e-15), "{} {expected}", out[0]);
+    // Who is new reads its parent's, who has a new parent all of them.
+    let newcomers = Batch { parents: Some(Ids::I64(&[7, 9])), ..plain(&[1.25, 2.0], &[4, 5]) };
+    normalizer.normalize(&newcomers, &mut out[..2]).unwrap();
+    assert_eq!(out[..2], [0.0, 0.0]);
+    assert_eq!(normalizer.snapshot().clusters.len(), 5);
+}
+
+#[test]
+fn parents_that_cannot_be_meant_are_refused() {
+    let normalizer = make(&Options { prior_count: 2.0, ..usual() });
+    let batch = Batch { parents: Some(Ids::I32(&[7, 8, 9])), ..plain(&[0.0; 3], &[1, 2, 1]) };
+    let refused = normalizer.update(&batch).unwrap_err().to_string();
+    assert_eq!(refused, "parents[2] is 9; expected 7, which cluster 1 has earlier in the call");
+    let few = Batch { parents: Some(Ids::I32(&[7])), ..batch };
+    assert!(matches!(
+        normalizer.update(&few),
+        Err(Error::Length { name: "parents", length: 1, .. })
+    ));
+    assert!(normalizer.snapshot().clusters.is_empty());
+    let without = make(&usual());
+    let refused = without.update(&told(&[0.0; 3]));
+    assert!(matches!(refused, Err(Error::Unsupported { what: "borrowing from parents", .. })));
+}
+
+#[test]
+fn clusters_of_parents_are_dropped_together() {
+    let normalizer = make(&Options { prior_count: 2.0, ..usual() });
+    normalizer.update(&told(&[0.0, 1.0, 5.0])).unwrap();
+    let before = normalizer.snapshot();
+    // The parent of that name is another than the cluster.
+    for refused in [
+        normalizer.alone().forget([AnyId::Int(1)]),
+        normalizer.alone().keep([1, 7].map(AnyId::Int)),
+    ] {
+        assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+    }
+    assert_eq!(normalizer.alone().forget([AnyId::Int(7)]), Ok(0));
+    assert_eq!(normalizer.snapshot(), before);
+    assert_eq!(normalizer.alone().forget([1, 2, 3].map(AnyId::Int)), Ok(3));
+    assert_eq!(normalizer.snapshot(), Snapshot::default());
+}
+
+/// Every reward of a call is in one history of a person and in one of a cluster. Each call adds 4 and 6
+/// to every history it touches, so that these have mean 5 and m2 == count in every valid state.
+#[test]
+fn parents_are_merged_whole_by_threads_at_once() {
+    const CALLS: usize = 2_000;
+    let normalizer = make(&Options { prior_count: 2.0, ..usual() });
+    let work = |number: i64| {
+        for call in 0..CALLS {
+            let person = number * 2 + i64::from(call % 2 == 0);
+            let (persons, clusters) = ([person; 2], [number % 2; 2]);
+            let batch =
+                Batch { parents: Some(Ids::I64(&clusters)), ..plain(&[4.0, 6.0], &persons) };
+            normalizer.advantages(&batch, &mut [0.0; 2]).unwrap();
+            if call % 64 == 0 {
+                for Entry { rewards, .. } in normalizer.snapshot().clusters {
+                    assert_eq!((rewards.mean(), rewards.m2), (5.0, rewards.count));
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let work = &work;
+        for number in 0..4 {
+            scope.spawn(move || work(number));
+        }
+    });
+    let snapshot = normalizer.snapshot();
+    let (parents, persons): (Vec<_>, Vec<_>) =
+        snapshot.clusters.iter().partition(|entry| entry.id.is_parent());
+    assert_eq!((parents.len(), persons.len()), (2, 8));
+    assert!(persons.iter().all(|entry| entry.rewards.count == CALLS as f64));
+    assert!(parents.iter().all(|entry| entry.rewards.count == 4.0 * CALLS as f64));
+    assert_eq!(snapshot.pool.count, 8.0 * CALLS as f64);
 }
 
 #[test]

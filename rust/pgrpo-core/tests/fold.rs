@@ -111,6 +111,7 @@ fn batch<'a, R>(rewards: &'a [R], ids: &'a [i32]) -> Batch<'a, R> {
         rewards,
         clusters: Ids::I32(ids),
         groups: None,
+        parents: None,
         weights: None,
         score_norms: None,
         lengths: None,

@@ -62,12 +62,17 @@ fn assert_refused(bytes: &[u8], reason: &str) {
 }
 
 fn ids() -> impl Strategy<Value = ClusterId> {
-    prop_oneof![
+    let names = prop_oneof![
         any::<i64>().prop_map(ClusterId::Int),
         (-2_i64..9).prop_map(ClusterId::Int),
         prop::collection::vec(any::<char>(), 0..9)
             .prop_map(|chars| ClusterId::Name(chars.into_iter().collect())),
-    ]
+    ];
+    (names, any::<bool>()).prop_map(
+        |(id, is_parent)| {
+            if is_parent { id.borrow().as_parent().into() } else { id }
+        },
+    )
 }
 
 /// Finite numbers of all magnitudes up to a bound, both zeros among them.
@@ -238,7 +243,7 @@ fn bad_ids_are_refused() {
         bytes[at] = byte;
         sealed(bytes)
     };
-    assert_refused(&changed(kinds, 2), "the id of cluster 0 is of kind 2; expected 0 or 1");
+    assert_refused(&changed(kinds, 4), "the id of cluster 0 is of kind 4; expected 0 to 3");
     assert_refused(
         &with_word(&bytes, words, 5),
         "the name of cluster 0 is of 5 bytes; expected at most 4",
@@ -261,7 +266,12 @@ fn bad_ids_are_refused() {
 #[test]
 fn clusters_stand_there_once() {
     let twice = |id: &ClusterId| vec![entry(id.clone()), entry(name("b")), entry(id.clone())];
-    for (id, shown) in [(ClusterId::Int(5), "5"), (name("a\n"), r#""a\n""#)] {
+    for (id, shown) in [
+        (ClusterId::Int(5), "5"),
+        (name("a\n"), r#""a\n""#),
+        (ClusterId::ParentInt(5), "5 (a parent)"),
+        (ClusterId::ParentName("a".to_owned()), r#""a" (a parent)"#),
+    ] {
         let reason = format!("cluster {shown} is there twice; expected once");
         let clusters = Snapshot { clusters: twice(&id), ..Snapshot::default() };
         assert_refused(&clusters.encode(), &reason);
@@ -269,7 +279,11 @@ fn clusters_stand_there_once() {
         assert_refused(&pending.encode(), &reason);
     }
     let alike = Snapshot {
-        clusters: vec![entry(ClusterId::Int(5)), entry(name("5"))],
+        clusters: [ClusterId::Int(5), name("5")]
+            .into_iter()
+            .flat_map(|id| [id.borrow().as_parent().into(), id])
+            .map(entry)
+            .collect(),
         ..Snapshot::default()
     };
     assert_eq!(Snapshot::decode(&alike.encode()), Ok(alike));

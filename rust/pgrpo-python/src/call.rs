@@ -132,6 +132,7 @@ pub(crate) struct Arguments<'a, 'py> {
     pub(crate) weights: Option<&'a Bound<'py, PyAny>>,
     pub(crate) score_norms: Option<&'a Bound<'py, PyAny>>,
     pub(crate) lengths: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) parents: Option<&'a Bound<'py, PyAny>>,
     pub(crate) out: Option<&'a Bound<'py, PyAny>>,
 }
 
@@ -152,6 +153,13 @@ pub(crate) fn call<'py>(
             groups => groups,
         },
     };
+    let parents = match arguments.parents {
+        None => None,
+        Some(parents) => match ids(parents, grid) {
+            None => return Ok(None),
+            parents => parents,
+        },
+    };
     let Arguments { weights, score_norms, lengths, .. } = *arguments;
     let mut columns = [const { None }; 3];
     for (column, argument) in columns.iter_mut().zip([weights, score_norms, lengths]) {
@@ -161,14 +169,13 @@ pub(crate) fn call<'py>(
         }
     }
     let [weights, score_norms, lengths] = columns;
+    let columns = Columns { clusters, groups, parents, weights, score_norms, lengths };
     match rewards {
         Reals::F32(rewards) => {
-            let parts = Parts { rewards, grid, clusters, groups, weights, score_norms, lengths };
-            call_parts(core, py, method, &parts, arguments)
+            call_parts(core, py, method, &Parts { rewards, grid, columns }, arguments)
         }
         Reals::F64(rewards) => {
-            let parts = Parts { rewards, grid, clusters, groups, weights, score_norms, lengths };
-            call_parts(core, py, method, &parts, arguments)
+            call_parts(core, py, method, &Parts { rewards, grid, columns }, arguments)
         }
     }
 }
@@ -198,6 +205,7 @@ fn call_parts<'py, R: Real + Element>(
                 arguments.weights,
                 arguments.score_norms,
                 arguments.lengths,
+                arguments.parents,
             ];
             let Some(out) = reals_mut::<R>(given, grid, &inputs) else { return Ok(None) };
             run(out)?;
@@ -218,24 +226,36 @@ fn call_parts<'py, R: Real + Element>(
 struct Parts<'a, 'py, R> {
     rewards: &'a [R],
     grid: Grid,
+    columns: Columns<'a, 'py>,
+}
+
+/// What a batch has beside its rewards.
+struct Columns<'a, 'py> {
     clusters: Ids<'a, 'py>,
     groups: Option<Ids<'a, 'py>>,
+    parents: Option<Ids<'a, 'py>>,
     weights: Option<Cow<'a, [f64]>>,
     score_norms: Option<Cow<'a, [f64]>>,
     lengths: Option<Cow<'a, [f64]>>,
 }
 
-impl<R> Parts<'_, '_, R> {
+impl<R: Real> Parts<'_, '_, R> {
     fn with_batch<T>(&self, work: impl FnOnce(&Batch<'_, R>) -> PyResult<T>) -> PyResult<T> {
-        let rewards = self.rewards;
-        let columns = [&self.weights, &self.score_norms, &self.lengths];
-        let [weights, score_norms, lengths] = columns.map(Option::as_deref);
-        self.clusters.with(|clusters| {
-            let batch = Batch { rewards, clusters, groups: None, weights, score_norms, lengths };
-            match &self.groups {
+        let Columns { clusters, groups, parents, weights, score_norms, lengths } = &self.columns;
+        let [weights, score_norms, lengths] = [weights, score_norms, lengths].map(Option::as_deref);
+        clusters.with(|clusters| {
+            let plain = Batch::new(self.rewards, clusters);
+            let batch = Batch { weights, score_norms, lengths, ..plain };
+            let with_groups = |batch: Batch<'_, R>| match groups {
                 None => work(&batch),
                 Some(groups) => {
                     groups.with(|groups| work(&Batch { groups: Some(groups), ..batch }))
+                }
+            };
+            match parents {
+                None => with_groups(batch),
+                Some(parents) => {
+                    parents.with(|parents| with_groups(Batch { parents: Some(parents), ..batch }))
                 }
             }
         })

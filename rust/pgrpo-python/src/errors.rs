@@ -19,6 +19,7 @@ pub(crate) fn to_python_of(error: Error, grid: Grid) -> PyErr {
     let index = match error {
         Error::NonFinite { index, .. }
         | Error::NonFiniteOf { index, .. }
+        | Error::Parents { index, .. }
         | Error::Weight { index, .. } => Some(index),
         _ => None,
     };
@@ -32,6 +33,7 @@ pub(crate) fn to_python_of(error: Error, grid: Grid) -> PyErr {
         Error::Length { .. }
         | Error::Size { .. }
         | Error::Changed { .. }
+        | Error::Parents { .. }
         | Error::GroupsRequired { .. }
         | Error::LengthsRequired { .. }
         | Error::NonFinite { .. }

@@ -16,7 +16,8 @@ use pyo3::prelude::*;
 /// What calling costs: the arguments of a [`Normalizer`](normalizer::Normalizer)'s method, and nothing
 /// done. For benchmarks.
 #[pyfunction]
-#[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
+#[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, parents, out, /))]
+#[expect(clippy::too_many_arguments, reason = "one for each column of a batch")]
 fn _noop(
     rewards: &Bound<'_, PyAny>,
     clusters: &Bound<'_, PyAny>,
@@ -24,9 +25,10 @@ fn _noop(
     weights: Option<&Bound<'_, PyAny>>,
     score_norms: Option<&Bound<'_, PyAny>>,
     lengths: Option<&Bound<'_, PyAny>>,
+    parents: Option<&Bound<'_, PyAny>>,
     out: Option<&Bound<'_, PyAny>>,
 ) {
-    let _ = (rewards, clusters, groups, weights, score_norms, lengths, out);
+    let _ = (rewards, clusters, groups, weights, score_norms, lengths, parents, out);
 }
 
 /// Called by the interpreter in the child of a fork.

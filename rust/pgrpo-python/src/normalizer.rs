@@ -152,7 +152,7 @@ impl Normalizer {
     }
 
     /// Fold a batch into the histories and return its advantages.
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, parents, out, /))]
     fn advantages<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -161,14 +161,16 @@ impl Normalizer {
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
         lengths: Option<&Bound<'py, PyAny>>,
+        parents: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
+        let arguments =
+            Arguments { rewards, clusters, groups, weights, score_norms, lengths, parents, out };
         slf.get().call(slf.py(), Method::Advantages, &arguments)
     }
 
     /// Fold a batch into the histories.
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, parents, /))]
     fn update<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -177,14 +179,16 @@ impl Normalizer {
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
         lengths: Option<&Bound<'py, PyAny>>,
+        parents: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let out = None;
         let arguments =
-            Arguments { rewards, clusters, groups, weights, score_norms, lengths, out: None };
+            Arguments { rewards, clusters, groups, weights, score_norms, lengths, parents, out };
         slf.get().call(slf.py(), Method::Update, &arguments)
     }
 
     /// Advantages by the histories as they are.
-    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, out, /))]
+    #[pyo3(signature = (rewards, clusters, groups, weights, score_norms, lengths, parents, out, /))]
     fn normalize<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
@@ -193,22 +197,26 @@ impl Normalizer {
         weights: Option<&Bound<'py, PyAny>>,
         score_norms: Option<&Bound<'py, PyAny>>,
         lengths: Option<&Bound<'py, PyAny>>,
+        parents: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
+        let arguments =
+            Arguments { rewards, clusters, groups, weights, score_norms, lengths, parents, out };
         slf.get().call(slf.py(), Method::Normalize, &arguments)
     }
 
     /// Take a batch out of the histories again.
-    #[pyo3(signature = (rewards, clusters, weights, /))]
+    #[pyo3(signature = (rewards, clusters, weights, parents, /))]
     fn retract<'py>(
         slf: &Bound<'py, Self>,
         rewards: &Bound<'py, PyAny>,
         clusters: &Bound<'py, PyAny>,
         weights: Option<&Bound<'py, PyAny>>,
+        parents: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (groups, score_norms, lengths, out) = (None, None, None, None);
-        let arguments = Arguments { rewards, clusters, groups, weights, score_norms, lengths, out };
+        let arguments =
+            Arguments { rewards, clusters, groups, weights, score_norms, lengths, parents, out };
         slf.get().call(slf.py(), Method::Retract, &arguments)
     }
 

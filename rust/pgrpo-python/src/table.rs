@@ -1,15 +1,18 @@
 //! Snapshots as ids and columns, which state dictionaries are made of.
 
 use numpy::{PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
-use pgrpo_core::{ClusterId, Entry, Moments, Snapshot};
+use pgrpo_core::{AnyId, ClusterId, Entry, Moments, Snapshot};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{IntoPyDict, PyDict, PyList};
 
 use crate::errors;
 
 /// Columns of a cluster: count, origin, offset, m2; then three sums each of parts, baseline and
 /// advantages.
 const COLUMNS: usize = 13;
+
+/// The id of a parent is in a dict, under this key.
+const PARENT: &str = "parent";
 
 /// Count, origin, offset and m2 of a history.
 type History = (f64, f64, f64, f64);
@@ -55,6 +58,8 @@ fn table<'py>(
         match &entry.id {
             ClusterId::Int(id) => ids.append(id)?,
             ClusterId::Name(name) => ids.append(name)?,
+            ClusterId::ParentInt(id) => ids.append([(PARENT, id)].into_py_dict(py)?)?,
+            ClusterId::ParentName(name) => ids.append([(PARENT, name)].into_py_dict(py)?)?,
         }
         let Moments { count, origin, offset, m2 } = entry.rewards;
         let [parts, baseline, advantages] = [entry.parts, entry.baseline, entry.advantages];
@@ -79,10 +84,14 @@ fn entries(ids: &Bound<'_, PyList>, columns: PyReadonlyArray2<'_, f64>) -> PyRes
     }
     let rows = columns.as_slice()?.chunks_exact(COLUMNS);
     let entries = ids.iter().zip(rows).map(|(id, row)| {
+        let parent = id.cast::<PyDict>().ok().map(|parent| parent.as_any().get_item(PARENT));
+        let is_parent = parent.is_some();
+        let id = parent.unwrap_or(Ok(id))?;
         let id = match id.extract() {
-            Ok(id) => ClusterId::Int(id),
-            Err(_) => ClusterId::Name(id.extract()?),
+            Ok(id) => AnyId::Int(id),
+            Err(_) => AnyId::Name(id.extract()?),
         };
+        let id = ClusterId::from(if is_parent { id.as_parent() } else { id });
         let &[count, origin, offset, m2, ref sums @ ..] = row else {
             unreachable!("rows have {COLUMNS} columns");
         };

@@ -111,7 +111,8 @@ fn every_handle_has_the_same_keys() {
     let ints = [0, 1, -1, 7, i64::MIN, i64::MAX].map(ClusterId::Int);
     let long = "long ".repeat(300);
     let names = ["", "7", "a", "a\0", "eight by", "eight byt", "größer", &long].map(name);
-    let ids: Vec<ClusterId> = ints.into_iter().chain(names).collect();
+    let ids = ints.into_iter().chain(names);
+    let ids: Vec<ClusterId> = ids.flat_map(|id| [id.borrow().as_parent().into(), id]).collect();
     assert!(ids.iter().all(|id| one.index().find(id.borrow()).is_none()));
     let keys: Vec<u32> = ids.iter().map(|id| one.index().key(id.borrow()).unwrap()).collect();
     assert_eq!(keys.iter().collect::<HashSet<_>>().len(), ids.len());
@@ -119,6 +120,7 @@ fn every_handle_has_the_same_keys() {
         assert_eq!(other.index().find(id.borrow()), Some(key));
         assert_eq!(other.index().key(id.borrow()).unwrap(), key);
         assert_eq!(other.index().id(key).as_ref(), Some(id));
+        assert_eq!(other.index().is_parent(key), id.is_parent());
     }
     assert_eq!(other.index().keys().collect::<Vec<_>>(), keys, "in the order in which they came");
     assert_eq!(one.index().id(0), None);
