@@ -356,7 +356,8 @@ def test_rows_of_plain_arrays_go_straight_to_the_core(dtype: str) -> None:
         [[name] * 3 for name in ROW_IDS],
     ]  # fmt: skip
     for clusters in sources:
-        found = core.advantages(rewards, clusters, None, np.ones(4), np.ones((4, 3)), None, None)
+        columns = None, np.ones(4), np.ones((4, 3)), None, None
+        found = core.advantages(rewards, clusters, *columns, None)
         assert (found.shape, found.dtype) == ((4, 3), np.dtype(dtype))
     for clusters in (
         np.arange(3),
@@ -365,8 +366,8 @@ def test_rows_of_plain_arrays_go_straight_to_the_core(dtype: str) -> None:
         ROW_IDS[:3],
         [["a"] * 2] * 4,
     ):
-        assert core.update(rewards, clusters, None, None, None, None) is NotImplemented
-    assert core.update(np.ones(4), np.ones((4, 1), int), None, None, None, None) is NotImplemented
+        assert core.update(rewards, clusters, *[None] * 5) is NotImplemented
+    assert core.update(np.ones(4), np.ones((4, 1), int), *[None] * 5) is NotImplemented
 
 
 def test_groups_of_rows_may_be_given() -> None:

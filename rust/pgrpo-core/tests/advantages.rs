@@ -715,7 +715,7 @@ proptest! {
             for batch in &batches {
                 let expected = advantages(&whole, batch, kind, given).unwrap();
                 let mut got = vec![0.0; batch.len()];
-                with_batch(batch, &rewards(batch), kind, given, |batch| {
+                with_batch(batch, &rewards(batch), kind, given.for_options(&options), |batch| {
                     if options.order == Order::UpdateThenNormalize {
                         halves.update(batch).unwrap();
                         halves.normalize(batch, &mut got).unwrap();
