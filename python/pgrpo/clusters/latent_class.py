@@ -32,12 +32,8 @@ from pgrpo.config import Section
 from pgrpo.errors import CheckpointError, DataError
 from pgrpo.types import ClusterId, Example, FloatArray, Json
 
-SHORT_RUN = 20
-"""Steps of EM after which the best start is chosen: it goes on alone, for most of the steps are needed
-to come to rest and not to tell a good start from a bad one."""
-
 MAX_STEPS = 2000
-"""Steps of EM at most."""
+"""Steps of EM from one start, at most."""
 
 REST = 1e-7
 """The fit is at rest where a step of EM gains less log-likelihood than this for each choice (nats)."""
@@ -324,33 +320,28 @@ class _Fit:
 
 
 def _best(choices: _Choices, config: LatentClass.Config) -> _Fit:
-    """The fit of the best start, at rest.
+    """The fit of the best start.
 
     A start gives each class everybody's coefficients and a standard normal draw: so different that
     people are told apart at once, and no more than they may well be, for attributes have variance 1.
+    All starts are followed until they are at rest, for none can be given up early: the order of 24
+    starts of five classes on the electricity panel had a rank correlation with their last one of .31
+    after 20 steps, and of .92 after 80, when most were at rest.
     """
-    everybody = _maximised(
-        choices,
-        np.ones(choices.x.shape[1]),
-        np.zeros(choices.x.shape[2]),
-        config.penalty,
-    )
-    shape = config.num_clusters, len(everybody)
-    runs = [
-        _em(
-            choices,
-            everybody + np.random.default_rng((config.seed, start)).standard_normal(shape),
-            config.penalty,
-        )
-        for start in range(config.n_init)
-    ]
-    begun = [(next(islice(run, SHORT_RUN, None)), run) for run in runs]
-    fit, run = max(begun, key=lambda entry: entry[0].objective)
-    for better in islice(run, MAX_STEPS):
-        gain, fit = better.objective - fit.objective, better
-        if gain < REST * choices.x.shape[1]:
-            break
-    return fit
+    num_situations, width = choices.x.shape[1:]
+    everybody = _maximised(choices, np.ones(num_situations), np.zeros(width), config.penalty)
+    fits: list[_Fit] = []
+    for start in range(config.n_init):
+        rng = np.random.default_rng((config.seed, start))
+        coefficients = everybody + rng.standard_normal((config.num_clusters, width))
+        run = _em(choices, coefficients, config.penalty)
+        fit = next(run)
+        for better in islice(run, MAX_STEPS):
+            gain, fit = better.objective - fit.objective, better
+            if gain < REST * num_situations:
+                break
+        fits.append(fit)
+    return max(fits, key=lambda fit: fit.objective)
 
 
 def _em(choices: _Choices, coefficients: FloatArray, penalty: float) -> Iterator[_Fit]:
