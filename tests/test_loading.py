@@ -48,12 +48,11 @@ def _load_in_child(config: ModelConfig, given: dict[str, Any], environment: dict
     torch.set_num_threads(1)
     with connect(ParallelConfig(timeout_s=60)) as ranks:
         model = load_language_model(config, mesh=ranks.mesh, **given)
-        parts = [p.to_local() for p in model.model.parameters()]
+        weights: list[Any] = list(model.model.parameters())
         found = {
             "all": everything(model),
             "saved": model.weights(keep=ranks.leads),
-            "part": sum(part.numel() for part in parts)
-            / sum(p.numel() for p in model.model.parameters()),
+            "part": sum(w.to_local().numel() for w in weights) / sum(w.numel() for w in weights),
             "mapped": mapped_files(),
         }
         ranks.gather(list)

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
@@ -123,6 +122,7 @@ class Sharded:
         # What is told is told through the processors, whatever carries gradients.
         self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
         self._agreed: list[BaseException] = [] if agreed is None else agreed
+        self._mesh: DeviceMesh | None = None
         self.leads = self._rank == 0
 
     def share(self, costs: Sequence[float]) -> range:
@@ -177,20 +177,22 @@ class Sharded:
         """See `Ranks.beside`."""
         return Sharded(self._config, self._agreed)
 
-    @cached_property
+    @property
     def mesh(self) -> DeviceMesh:
         """See `Ranks.mesh`."""
-        from torch.distributed.device_mesh import DeviceMesh
+        if self._mesh is None:
+            from torch.distributed.device_mesh import DeviceMesh
 
-        grid = torch.arange(self.size).view(self._config.replicate, -1)
-        # A mesh that makes its groups itself has them wait for ten or thirty minutes.
-        groups = [
-            dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=self._timeout)[0]
-            for ranks in (grid.T, grid)
-        ]
-        return DeviceMesh.from_group(
-            groups, device_type(), mesh=grid, mesh_dim_names=("replicate", "shard")
-        )
+            grid = torch.arange(self.size).view(self._config.replicate, -1)
+            # A mesh that makes its groups itself has them wait for ten or thirty minutes.
+            groups: list[Any] = [
+                dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=self._timeout)[0]
+                for ranks in (grid.T, grid)
+            ]
+            self._mesh = DeviceMesh.from_group(
+                groups, device_type(), mesh=grid, mesh_dim_names=("replicate", "shard")
+            )
+        return self._mesh
 
     def _raise_together(self, mine: _Outcome, told: Sequence[tuple[Any, _Said | None]]) -> None:
         """Raise an error on every rank if there is one on any: that of the first rank that has a
