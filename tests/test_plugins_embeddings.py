@@ -393,7 +393,7 @@ def test_people_are_clustered_by_what_they_wrote(site, static):
 
 
 def test_a_person_counts_by_each_different_text_once(site, static):
-    # Three times the cat is one cat: by the mean of rows, ann would be with the cat alone.
+    # Three times the cat is one cat: by the mean of all rows ann would be with who said cat alone.
     people = {
         "ann": ["cat", "cat", "cat", "car"],
         "bob": ["car"],
@@ -410,6 +410,14 @@ def test_a_person_counts_by_each_different_text_once(site, static):
     fitted.fit(list(people), np.empty((4, 0)), rows(people))
     assigned = dict(zip(people, fitted.assign(list(people), np.empty((4, 0))), strict=True))
     assert assigned["ann"] == assigned["cem"] != assigned["bob"]
+
+
+def test_the_number_of_texts_does_not_tell_on_a_person(site):
+    direction = importlib.import_module("pgrpo_embeddings.encoder").direction
+    few, many = np.eye(4, dtype=np.float32)[:1], np.eye(4, dtype=np.float32)
+    assert direction(few).tolist() == [1, 0, 0, 0]
+    assert direction(many).tolist() == [0.5] * 4
+    assert direction(np.array([[1, 0], [-1, 0]], dtype=np.float32)).tolist() == [0, 0]
 
 
 def test_histories_may_stand_in_columns(site, static):

@@ -13,16 +13,16 @@ from pgrpo.clusters.kmeans import KMeans
 from pgrpo.errors import CheckpointError, DataError, PluginError
 from pgrpo.types import ClusterId, Example, FloatArray, Json
 
-from .encoder import Encoder, EncoderConfig, mean_vector, texts_of
+from .encoder import Encoder, EncoderConfig, direction, texts_of
 
 
 class TextEmbeddings:
     """k-means on the mean embedding of each person's texts; cluster 0 is the largest.
 
-    The different texts of a person's rows of the training period become unit vectors, a person the mean
-    of its own, and these [U, D] are standardised and clustered as `kmeans` does with features. Whoever
-    has no text, or was not there, is put by its features: to the cluster whose people have the nearest
-    mean of them, standardised. `assign_texts` does it by texts.
+    The different texts of a person's rows of the training period become unit vectors, a person the
+    direction of their mean, and these [U, D] are standardised and clustered as `kmeans` does features.
+    Whoever has no text, or was not there, is put by its features: to the cluster whose people have the
+    nearest mean of them, standardised. `assign_texts` does it by texts.
     """
 
     reads_answers = True
@@ -106,14 +106,14 @@ class TextEmbeddings:
         return self._kmeans.assign([""] * len(points), points)
 
     def _embed(self, texts: Sequence[Sequence[str]]) -> FloatArray:
-        """[U, D] mean vectors of the texts of each person; each different text is encoded once."""
+        """[U, D] the direction of each person's texts; each different text is encoded once."""
         if self._encoder is None:
             # Not before, for a run that goes on needs none.
             self._encoder = Encoder(self._config)
         different = list(dict.fromkeys(text for one in texts for text in one))
         row_of = {text: row for row, text in enumerate(different)}
         vectors = self._encoder(different)
-        return np.array([mean_vector(vectors[[row_of[text] for text in one]]) for one in texts])
+        return np.array([direction(vectors[[row_of[text] for text in one]]) for one in texts])
 
     def state_dict(self) -> dict[str, Json]:
         """User -> cluster; scale and centres of the embeddings, for `assign_texts`; and those of the

