@@ -97,7 +97,7 @@ def main() -> None:
     for num in CLUSTERS:
         found = range(len(users))
         if num < len(users):
-            kmeans = KMeans(KMeans.Config(num_clusters=num))
+            kmeans = KMeans(KMeans.Config(num_clusters=num, n_init=10, seed=0))
             kmeans.fit(users, features, dataset.train)
             found = cast("list[int]", kmeans.assign(users, features))
         clusters[num] = np.array(found)[person]

@@ -182,7 +182,8 @@ def test_retracting_undoes() -> None:
     before = normalizer.state_dict()
     with pytest.raises(DataError, match=r"cluster \"c0\" \(a parent\) holds .* cannot retract"):
         # The persons have as many, the cluster has not.
-        everything = [person for person, s in normalizer.snapshot().items() for _ in range(s.count)]
+        counts = {person: int(stats.count) for person, stats in normalizer.snapshot().items()}
+        everything = [person for person, count in counts.items() for _ in range(count)]
         normalizer.retract([5.0] * len(everything), everything, parents=["c0"] * len(everything))
     assert normalizer.state_dict() == before
 
