@@ -43,10 +43,10 @@ class Told:
     def fit(self, users: Any, features: Any, examples: Any) -> None:
         pass
 
-    def assign(self, users: list[str], features: Any) -> list[ClusterId]:
+    def assign(self, users: Sequence[str], features: Any) -> list[ClusterId]:
         return [max(self.told[user], key=lambda key: self.told[user][key]) for user in users]
 
-    def memberships(self, users: list[str], features: Any) -> list[Shares]:
+    def memberships(self, users: Sequence[str], features: Any) -> list[Shares]:
         return [self.told[user] for user in users]
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_soft_membership_counts_people_by_their_weights() -> None:
     before = divide(
         Told({"u0": {"a": 0.6, "b": 0.4}, "u1": {"a": 0.6, "b": 0.4}}), dataset, soft=True
     )
-    told = {"u0": {"x": 0.9, "y": 0.1}, "u1": {"y": 0.8, "x": 0.2}}
+    told: dict[str, Shares] = {"u0": {"x": 0.9, "y": 0.1}, "u1": {"y": 0.8, "x": 0.2}}
     after = divide_again(before, Told(told), dataset, 4, soft=True)
     assert after.shares is not None
     assert after.shares["u0"] == {"a": pytest.approx(0.9), "b": pytest.approx(0.1)}
@@ -150,7 +150,9 @@ def groups_of(
         scores = {name: random.normal(3 * user, 1 + user, size) for name in rewards}
         if size > 2:
             scores[rewards[0]][0] = np.nan
-        groups.append(Group(tuple(rollouts), sum(scores.values()), np.zeros(size), scores))
+        groups.append(
+            Group(tuple(rollouts), np.sum([*scores.values()], axis=0), np.zeros(size), scores)
+        )
     return groups
 
 
@@ -185,7 +187,7 @@ def test_histories_go_with_their_people(options: Tree, seed: int, soft: bool, na
     random = np.random.default_rng(seed)
     names = ("r", "s") if options is SEVERAL else ("r",)
     known = people(rewards=names, **(options if options is SEVERAL else {}))
-    chosen = {**options, "nan_policy": "zero", "track_diagnostics": True}
+    chosen: Tree = {**options, "nan_policy": "zero", "track_diagnostics": True}
     went, stayed = (ClusterNormalizer(name, **chosen) for _ in range(2))
     sums = ClusterNormalizer("pgrpo", nan_policy="zero")
     before, after = random_shares(random, soft), random_shares(random, soft)
@@ -199,7 +201,6 @@ def test_histories_go_with_their_people(options: Tree, seed: int, soft: bool, na
         Entries.of(groups, rewards, after).advantages(stayed, {})
         Entries.of(groups, shaped, after).fold(sums, {})
         known.fold(groups, rewards)
-    assert went.state_dict() != stayed.state_dict()
     known.regroup(went, after, of="advantages")
     replaced = ClusterNormalizer("pgrpo", nan_policy="zero")
     known.regroup(replaced, after, of="sums")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ class Told:
     def fit(self, users: Any, features: Any, examples: Any) -> None:
         pass
 
-    def assign(self, users: list[str], features: Any) -> list[ClusterId]:
+    def assign(self, users: Sequence[str], features: Any) -> list[ClusterId]:
         if self.assigned is not None:
             return [self.assigned] * len(users)
         return [max(self.told[user], key=self.told[user].get) for user in users]
 
-    def memberships(self, users: list[str], features: Any) -> list[Mapping[ClusterId, float]]:
+    def memberships(self, users: Sequence[str], features: Any) -> list[Mapping[ClusterId, float]]:
         return [self.told[user] for user in users if user in self.told]
 
     def state_dict(self) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Collector:
         is_soft = members.division.shares is not None
         # What groups alone make of rewards is the same to every cluster.
         self._reads_clusters = not is_soft or self._rule.reads_histories
-        self._history = estimator.history
+        self._estimator = estimator
         own = estimator.history == "cluster" and self._reads_clusters
         # What a control arm keeps is of no cluster.
         self._of_rewards = self.normalizer.rewards if own else {}
@@ -352,9 +352,9 @@ class Collector:
     def _shares(self) -> tuple[Mapping[str, Shares], Mapping[str, Shares]]:
         """User -> the clusters whose histories its rewards enter, and those that advantages read."""
         members, seed = self._members, derive_seed(self._run.seed, "control")
-        read = members.shares(self._history, seed)
+        read = members.shares(self._estimator.history, seed)
         if not self._reads_clusters:
-            keys = members.histories(self._history, seed)
+            keys = members.histories(self._estimator.history, seed)
             read = {user: {key: 1.0} for user, key in keys.items()}
         return members.shares("cluster", seed), read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from pgrpo.clusters.assignment import Shares
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.types import ClusterId, FloatArray, Group
 
-Columns: TypeAlias = Mapping[str, "FloatArray | Sequence[ClusterId] | None"]
+Columns: TypeAlias = Mapping[str, Any]
 """What else a rule reads of rollouts, [N] each; None of what it does not read."""
 
 
@@ -64,11 +64,12 @@ class Entries:
         if all(len(each) == 1 for each in of):
             keys = [key for each in of for key in each]
             return cls(rewards, None, keys, [rollout.group_id for rollout in rollouts], None)
-        rewarded = np.isfinite(rewards).reshape(len(rollouts), -1).any(1).tolist()
+        known = np.isfinite(rewards).reshape(len(rollouts), -1).any(axis=1)
+        rewarded = set(np.flatnonzero(known).tolist())
         numbers: dict[tuple[int, ClusterId], int] = {}
         rows: list[tuple[int, ClusterId, int, float]] = []
         for place, (rollout, each) in enumerate(zip(rollouts, of, strict=True)):
-            entered = each if rewarded[place] else {max(each, key=lambda key: each[key]): 1.0}
+            entered = each if place in rewarded else {max(each, key=lambda key: each[key]): 1.0}
             for key, weight in entered.items():
                 number = numbers.setdefault((rollout.group_id, key), len(numbers))
                 rows.append((place, key, number, weight))
@@ -83,7 +84,9 @@ class Entries:
         found = normalizer(
             self.rewards[self.places], self.keys, self.groups, self.weights, **self._spread(columns)
         )
-        return np.bincount(self.places, self.weights * found, minlength=len(self.rewards))
+        advantages = np.zeros(len(self.rewards))
+        np.add.at(advantages, self.places, self.weights * found)
+        return advantages
 
     def fold(self, normalizer: ClusterNormalizer, columns: Columns) -> None:
         """Let the rewards enter a normalizer's histories; `columns` as above."""
@@ -91,7 +94,7 @@ class Entries:
         columns = columns if self.places is None else self._spread(columns)
         normalizer.update(rewards, self.keys, self.groups, self.weights, **columns)
 
-    def _spread(self, columns: Columns) -> dict[str, FloatArray | None]:
+    def _spread(self, columns: Columns) -> Columns:
         return {
             name: None if column is None else np.asarray(column)[self.places]
             for name, column in columns.items()

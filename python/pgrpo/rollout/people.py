@@ -188,7 +188,8 @@ def _read_with_prior(
     that are distributed as those of all users together."""
     count, mean, std = np.zeros((3, num_users))
     for number, stats in known.items():
-        count[number], mean[number], std[number] = stats.count, stats.mean, stats.std
+        place = int(number)
+        count[place], mean[place], std[place] = stats.count, stats.mean, stats.std
     pool_mean = float(count @ mean / count.sum())
     pool_variance = float(count @ (std**2 + (mean - pool_mean) ** 2) / count.sum())
     weight = count / (count + PRIOR_COUNT)
@@ -212,7 +213,9 @@ def _regrouped(
     sums = {name: np.array(of_people[name], np.float64)[rows] for name in SUMS}
 
     def total(values: FloatArray) -> FloatArray:
-        return np.bincount(cells, values, minlength=len(names))
+        found = np.zeros(len(names))
+        np.add.at(found, cells, values)
+        return found
 
     counts = weights * sums["count"]
     count = total(counts)
