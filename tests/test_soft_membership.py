@@ -59,7 +59,9 @@ def shares(weights: Mapping[Any, Any]) -> Mapping[ClusterId, float]:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50).filter(lambda weights: sum(weights) > 0))
 def test_what_is_left_out_of_weights_is_negligible(drawn: list[float]) -> None:
-    weights = {cluster: weight / sum(drawn) for cluster, weight in enumerate(drawn)}
+    weights: dict[ClusterId, float] = {
+        cluster: weight / sum(drawn) for cluster, weight in enumerate(drawn)
+    }
     kept = shares(weights)
     left_out = [weight for cluster, weight in weights.items() if cluster not in kept]
     assert sum(left_out) <= NEGLIGIBLE * (1 + 1e-12)
@@ -218,7 +220,7 @@ def test_a_rollout_without_reward_is_counted_once_and_enters_no_history() -> Non
     rewards = np.concatenate([group.rewards for group in groups])
     rewards[[1, 6]] = np.nan
     normalizer = ClusterNormalizer("pgrpo", nan_policy="zero")
-    shares = {user: {0: 0.4, 1: 0.6} for user in USERS}
+    shares: dict[str, dict[ClusterId, float]] = {user: {0: 0.4, 1: 0.6} for user in USERS}
     found = Entries.of(groups, rewards, shares).advantages(normalizer, {})
     assert (found[[1, 6]] == 0).all() and (found[[0, 2, 3, 4, 5, 7]] != 0).all()
     assert normalizer.num_nonfinite == 2
@@ -289,7 +291,7 @@ def test_a_run_normalises_by_weighted_histories(tmp_path: Path) -> None:
                 mean, std = history[cluster]
                 expected += weight * (sample["reward"] - mean) / (std + 1e-4)
             assert sample["advantage"] == pytest.approx(expected, rel=1e-9)
-    assert record["clusters"]["2"]["num_rollouts"] == 0, "nobody belongs to it most"
+        assert record["clusters"]["2"]["num_rollouts"] == 0, "nobody belongs to it most"
 
 
 @pytest.mark.parametrize("mixed", [0.25], indirect=True)

@@ -79,13 +79,14 @@ class Entries:
     def advantages(self, normalizer: ClusterNormalizer, columns: Columns) -> FloatArray:
         """[N] what a normalizer makes of the rewards, which enter its histories; `columns` [N] are what
         else its rule reads."""
-        if self.places is None:
+        places, weights = self.places, self.weights
+        if places is None or weights is None:
             return normalizer(self.rewards, self.keys, self.groups, **columns)
         found = normalizer(
-            self.rewards[self.places], self.keys, self.groups, self.weights, **self._spread(columns)
+            self.rewards[places], self.keys, self.groups, weights=weights, **self._spread(columns)
         )
         advantages = np.zeros(len(self.rewards))
-        np.add.at(advantages, self.places, self.weights * found)
+        np.add.at(advantages, places, weights * found)
         return advantages
 
     def fold(self, normalizer: ClusterNormalizer, columns: Columns) -> None:
