@@ -123,7 +123,7 @@ class Assembly:
         if self.config.clustering.name != "saved":
             return None
         known = self.members.state_dict()["assignment"]
-        assert isinstance(known, Mapping)
+        assert isinstance(known, dict)
         return frozenset(user for user in self.dataset.users if user not in known)
 
     @cached_property
