@@ -29,13 +29,13 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from pgrpo.clusters.assignment import cluster_users
+from pgrpo.clusters.assignment import cluster_users, user_shares
 from pgrpo.config.checks import check
 from pgrpo.config.sections import ClusteringConfig, PluginSection, RewardConfig
 from pgrpo.data import DataPluginConfig
 from pgrpo.data.personas import PersonasConfig, load_personas
 from pgrpo.errors import ConfigError, PgrpoError, PluginError
-from pgrpo.plugins.hookspecs import Clusterer, Reward
+from pgrpo.plugins.hookspecs import Clusterer, Reward, SoftClusterer
 from pgrpo.plugins.registry import load_registry
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.types import (
@@ -285,6 +285,23 @@ def check_clusterer(
             )
         return f"{len(text):,} characters of JSON restore it"
 
+    def memberships() -> str:
+        clusterer, clusters = done[0]
+        if not isinstance(clusterer, SoftClusterer):
+            raise _SkippedError("without a method memberships each user belongs to one cluster")
+        shares = user_shares(clusterer, data, clusters)
+        restored = build()
+        cluster_users(restored, data, json.loads(json.dumps(clusterer.state_dict())))
+        again = user_shares(restored, data, clusters)
+        for user, weights in shares.items():
+            if again[user] != weights:
+                raise PluginError(
+                    f"user {user!r} has the weights {dict(weights)} and, restored from the state, "
+                    f"{dict(again[user])}"
+                )
+        mean = sum(map(len, shares.values())) / len(shares)
+        return f"a user belongs to {_figure(mean)} on average, with weights of sum 1"
+
     def unseen() -> str:
         clusterer, clusters = done[0]
         strangers = [f"unseen {user}" for user in users]
@@ -317,6 +334,7 @@ def check_clusterer(
     suite.run("determinism", determinism, "shape")
     suite.run("assignment", assignment, "shape")
     suite.run("state", state, "shape")
+    suite.run("memberships", memberships, "state")
     suite.run("unseen users", unseen, "shape")
     suite.run("speed", speed, "shape")
     return suite.checks
