@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from chat_server import Answer, Server
 
 # Before transformers is imported, which reads it then.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -96,6 +97,21 @@ def tiny_model(family: str, seed: int = 0, precision: str = "fp32") -> LanguageM
 @pytest.fixture(params=list(FAMILIES))
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """Starts chat endpoints."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[Server] = []
+
+    def start(answer: Callable[[str, int], Answer], refuses: str | None = None) -> Server:
+        servers.append(Server(answer, refuses))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 def naive_truncated(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chat_server import Answer, say
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -172,77 +171,6 @@ def test_persona_rewards_each_example_by_its_own_columns():
 
 
 # --- the judge -------------------------------------------------------------------------------
-
-Answer = tuple[int, dict[str, str], str]
-
-
-class Server:
-    """Answers chat requests by a function of the question and of how often it has been asked."""
-
-    def __init__(self, answer: Callable[[str, int], Answer]) -> None:
-        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.most_at_once = self.at_once = self.num_connections = 0
-        lock = threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"  # which keeps connections open
-
-            def setup(handler) -> None:
-                super().setup()
-                with lock:
-                    self.num_connections += 1
-
-            def finish(handler) -> None:
-                super().finish()
-                with lock:
-                    self.num_connections -= 1
-
-            def do_POST(handler) -> None:
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                question = body["messages"][0]["content"]
-                with lock:
-                    self.at_once += 1
-                    self.most_at_once = max(self.most_at_once, self.at_once)
-                    times = sum(r[2]["messages"][0]["content"] == question for r in self.requests)
-                    self.requests.append((handler.path, dict(handler.headers), body))
-                status, headers, text = answer(question, times)
-                with lock:
-                    self.at_once -= 1
-                handler.send_response(status)
-                for name, value in headers.items():
-                    handler.send_header(name, value)
-                handler.send_header("Content-Length", str(len(text.encode())))
-                handler.end_headers()
-                handler.wfile.write(text.encode())
-
-            def log_message(handler, *_: Any, **__: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def say(text: str) -> Answer:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[Server] = []
-
-    def start(answer: Callable[[str, int], Answer]) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def judge_section(url: str, **settings: object) -> RewardConfig:

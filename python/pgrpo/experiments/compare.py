@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pgrpo.config.checks import suggest
 from pgrpo.config.sections import EstimatorConfig
 from pgrpo.config.toml import flat, resolved_tree
-from pgrpo.errors import ConfigError, RunFolderError
+from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
 from pgrpo.report import Verdict, write_report
 from pgrpo.runs.config import Config, parse_config
-from pgrpo.runs.disk import disk_errors
+from pgrpo.runs.disk import locked
 from pgrpo.runs.display import Display
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.trainer import train
@@ -52,7 +50,7 @@ def compare(
         folder = RunFolder(out / name)
         if folder.holds_run:
             _check_same(folder.config(), planned, folder.path)
-    with _locked(out):
+    with locked(out):
         for seed in seeds:
             peers: dict[str, dict[int, float]] = {}
             for arm in arms:
@@ -111,14 +109,3 @@ def _check_same(found: Config, planned: Config, folder: Path) -> None:
                 f"{folder} holds a run with {key} = {old.get(key, 'none')}, not "
                 f"{new.get(key, 'none')}; choose another --out"
             )
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Generator[None]:
-    with disk_errors(f"{out} cannot be used"):
-        out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunFolderError(f"{out} is in use by another process") from None

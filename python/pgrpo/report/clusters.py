@@ -315,7 +315,14 @@ def _page(found: Analysis, subject: Subject, said: Verdict) -> str:
         *([f"rewards: {found.rewards.about}"] if found.rewards else []),
     ]
     title = f"Clusters by {subject.clustering.name} on {subject.data}"
-    return document(title, " · ".join(facts), said, sections, page.charts, version("pgrpo"))
+    return document(
+        title=title,
+        facts=" · ".join(facts),
+        verdict=said,
+        sections=sections,
+        charts=page.charts,
+        version=version("pgrpo"),
+    )
 
 
 def _map(page: _Page) -> Section | None:

@@ -480,6 +480,62 @@ def flows(
     return {"data": [trace], "layout": layout}
 
 
+def outcomes(names: Sequence[str], parts: Mapping[str, tuple[Sequence[float], str]]) -> Figure:
+    """Shares as stacked horizontal bars that fill one row per name, with a dashed line at a half;
+    `parts` are shares and colour by what they are of."""
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": label(part, 60),
+            "y": list(range(len(names))),
+            "x": _values(shares),
+            "text": [f"{share:.0%}" if share > 0 else "" for share in shares],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "textfont": {"color": "#ffffff", "size": 12},
+            "marker": {"color": color},
+            "hovertemplate": "%{x:.1%}",
+        }
+        for part, (shares, color) in parts.items()
+    ]
+    layout = _row_layout(70 + 38 * len(names), names, "share of pairs")
+    layout["xaxis"] |= {"range": [-0.02, 1.02], "tickformat": ".0%"}
+    layout |= {"barmode": "stack", "bargap": 0.3, "uniformtext": {"mode": "hide", "minsize": 11}}
+    layout["shapes"] = [_reference(0.5, vertical=True) | {"layer": "above"}]
+    return {"data": traces, "layout": layout}
+
+
+def intervals(
+    names: Sequence[str],
+    shares: Sequence[tuple[float, float | None, float | None]],
+    color: str,
+    title: str,
+) -> Figure:
+    """One row per name: a share with the ends of its interval, and a dashed line at a half."""
+    known = [(row, share, low, high) for row, (share, low, high) in enumerate(shares)
+             if low is not None and high is not None]  # fmt: skip
+    traces: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": _values([share for _, share, _, _ in known]),
+            "y": [row for row, *_ in known],
+            "error_x": {"type": "data", "symmetric": False, "thickness": 2, "width": 5,
+                        "array": _values([high - share for _, share, _, high in known]),
+                        "arrayminus": _values([share - low for _, share, low, _ in known]),
+                        "color": color},
+            "marker": {"color": color, "size": 10},
+            "hovertemplate": "%{x:.1%}",
+        }
+    ]  # fmt: skip
+    layout = _row_layout(76 + 32 * len(names), names, label(title, 80))
+    layout["xaxis"] |= {"range": [-0.02, 1.02], "tickformat": ".0%"}
+    layout["shapes"] = [_reference(0.5, vertical=True)]
+    return {"data": traces, "layout": layout}
+
+
 def extent(curves: Sequence[Curve]) -> Range | None:
     """Least and greatest value drawn by `lines`."""
     parts = [part for c in curves for part in (c.mean, c.low, c.high, c.raw)]

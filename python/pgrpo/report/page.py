@@ -46,31 +46,36 @@ SECTIONS = (
 
 
 def render(study: Study) -> str:
-    """The page as one HTML document that loads nothing from outside itself."""
+    """The page of runs."""
     page = Context(study)
-    sections = [section for make in SECTIONS if (section := make(page)) is not None]
     return document(
-        _title(study), _facts(page), verdict(study), sections, page.charts, _versions(study)
+        title=_title(study),
+        facts=_facts(page),
+        verdict=verdict(study),
+        sections=[section for make in SECTIONS if (section := make(page)) is not None],
+        charts=page.charts,
+        version=_versions(study),
     )
 
 
 def document(
+    *,
     title: str,
     facts: str,
-    said: Verdict,
+    verdict: Verdict,
     sections: Sequence[Section],
     charts: Mapping[str, Figure],
-    versions: str,
+    version: str,
 ) -> str:
-    """Sections as one HTML document that loads nothing from outside itself.
+    """A page as one HTML document that loads nothing from outside itself.
 
     Args:
-        title: the page's.
-        facts: what stands below it, in one line.
-        said: the outcome in words, above all sections.
-        sections: in reading order.
-        charts: id of each chart that the sections place -> the figure.
-        versions: of the package that made what the page tells of.
+        title: of the page.
+        facts: the size of what is shown, in one line.
+        verdict: what it says first.
+        sections: what follows.
+        charts: the figures that they name.
+        version: of the package that made what is shown.
     """
     environment = Environment(
         loader=PackageLoader("pgrpo.report"),
@@ -83,10 +88,10 @@ def document(
     return environment.get_template("page.html").render(
         title=title,
         facts=facts,
-        verdict=said,
+        verdict=verdict,
         sections=sections,
         figures=charts,
-        version=versions,
+        version=version,
         # These three are our own.
         css=Markup(_asset("page.css")),  # noqa: S704
         plotly=Markup(plotly),  # noqa: S704

@@ -1,4 +1,5 @@
-r"""What a judge's reply says: the one number in it, on the judge's scale.
+r"""What a judge's reply says: the one number in it, on the judge's scale, or which of two answers is
+better.
 
 A reply may be the bare number, a sentence, JSON, or a verdict behind pages of reasoning, and the number
 may stand on a scale of its own ("8 out of 10", "4/5", "70%", `{"score": 7, "max": 10}`). What is read
@@ -9,6 +10,13 @@ that occurs decides, and where it gives two different numbers, nothing is read:
 2. named: `Score: 7`, `**Rating** = 7`, `<score>7</score>`, `[[7]]`, `\boxed{7}`, `{"score": 7}`;
 3. on the judge's scale in so many words: `7/10` where the judge gives up to 10;
 4. any other number.
+
+Of two answers, A and B, the better one is read from the first of these forms that occurs:
+
+1. named as the last word: `Final verdict: B`;
+2. named: `{"winner": "A"}`, `Winner: **B**`, `[[A]]`, `<winner>tie</winner>`;
+3. all that the reply says: `A`, `Answer B.`, `It's a tie`;
+4. said: `Answer A is slightly better`, `I prefer Response B`, `Answer B wins`.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 # Bounded, for a reply of nothing but digits would take a time that grows with their square.
 _NUMBER = r"[-+]?(?:\d[\d.,]{0,40}\d|\d{1,40}|\.\d{1,40})"
@@ -45,6 +53,32 @@ _BETWEEN = re.compile(r",?\s*(?:[-\u2013\u2014~]|to|or)\s*", re.IGNORECASE)
 _END = re.compile(rf"(?P<number>{_NUMBER})(?P<scale>[\s./]*(?:/|out\b)[^a-z]*(?:of)?[\d\s.]*)?\Z")
 _CLOSED = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _OPENED = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+
+Side: TypeAlias = Literal["A", "B", "tie"]
+"""Which of two answers is better, by what they are called."""
+
+_ANSWER = r"(?:answer|response|option|reply|assistant|completion)"
+# "A" is also an article, so that only capitals are answers, and "a tie" is read before them.
+_TIE = r"(?:an?\s+)?(?P<tie>tie|draw|neither|both|equal(?:ly\s+good)?)"
+_SIDE = (
+    rf"(?i:{_TIE}|(?:{_ANSWER}[\s_*]*)?(?-i:(?P<side>[AB])))(?![\w'\u2019])"
+    # "A or B" names neither.
+    rf"(?!\s*(?:[,/&]|\bor\b|\band\b)\s*(?i:{_ANSWER}\s*)?[AB]\b)"
+)
+_WINNER = r"(?:winner|winning|verdict|preferred|preference|better|best|choice|judge?ment)"
+_NAMED_SIDE = re.compile(
+    rf"(?:(?<![a-zA-Z])(?i:(?P<last>(?:final|overall)[\s_-]*)?{_WINNER}(?:[\s_-]*{_ANSWER})?)"
+    rf"{_SIGNS}(?i::|=|\bis\b){_SIGNS}"
+    rf"|\[\[\s*|(?i:<\w*?{_WINNER}>)\s*|\\boxed\{{\s*(?:\\text\{{)?){_SIDE}"
+)
+_BARE_SIDE = re.compile(rf"[\W_]*(?:(?i:it\s*(?:'|\u2019|\s+i)s)\s+)?{_SIDE}[\W_]*")
+_SAID_SIDE = re.compile(
+    rf"(?i:\b{_ANSWER})\s+(?P<side>[AB])\s+(?i:wins\b"
+    r"|(?:is|was|seems|appears)\s+(?:(?!not?\b|as\b|no\b)\w+\s+){0,3}?"
+    r"(?:better|best|superior|stronger|preferable|preferred|winner)\b)"
+    rf"|(?i:\bprefer\s+{_ANSWER})\s+(?P<liked>[AB])(?!\w)"
+)
+_SIDE_KEY = re.compile(rf"(?:(?P<last>.*(?:final|overall).*)|.*{_WINNER}.*)")
 
 
 class _Figure(NamedTuple):
@@ -77,6 +111,66 @@ def read_verdict(reply: str, low: float, high: float, *, cut: bool = False) -> f
     return value if low <= value <= high else None
 
 
+def read_preference(reply: str, *, cut: bool = False) -> Side | None:
+    """Which of two answers, A and B, a reply calls the better one; None where it names none, or both.
+
+    Args:
+        reply: what the judge said.
+        cut: whether a limit of tokens ended the reply: what it says in so many words may then have
+            gone on with a "but".
+    """
+    text = _conclusion(reply)
+    if text is None:
+        return None
+    found = list(_sides(text, cut))
+    first = min((form for form, _ in found), default=0)
+    sides: set[Side] = {side for form, side in found if form == first}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _sides(text: str, cut: bool) -> Iterator[tuple[int, Side]]:
+    """All verdicts of a text, each with its form as above."""
+    rest, start = "", 0
+    for value, brace, end in _objects(text):
+        named = list(_sides_named_in(value))
+        if named:
+            yield from named
+            rest, start = f"{rest}{text[start:brace]} ", end
+    text = rest + text[start:]
+    for match in _NAMED_SIDE.finditer(text):
+        yield 1 if match["last"] else 2, _side(match)
+    bare = _BARE_SIDE.fullmatch(text)
+    if bare is not None:
+        yield 3, _side(bare)
+    for match in () if cut else _SAID_SIDE.finditer(text):
+        yield 4, "A" if "A" in (match["side"], match["liked"]) else "B"
+
+
+def _sides_named_in(tree: Any) -> Iterator[tuple[int, Side]]:
+    """Sides that stand under a name in a JSON value."""
+    if isinstance(tree, Sequence) and not isinstance(tree, str):
+        for entry in cast(Sequence[Any], tree):
+            yield from _sides_named_in(entry)
+    if not isinstance(tree, Mapping):
+        return
+    for key, value in cast(Mapping[str, Any], tree).items():
+        name = _SIDE_KEY.fullmatch(key.lower())
+        if isinstance(value, Mapping | list):
+            yield from _sides_named_in(value)
+        elif name is not None and isinstance(value, str):
+            # Where there is but a name, small letters are one too.
+            said = value.strip().upper() if len(value.strip()) == 1 else value
+            match = _BARE_SIDE.fullmatch(said)
+            if match is not None:
+                yield 1 if name["last"] else 2, _side(match)
+
+
+def _side(match: re.Match[str]) -> Side:
+    if match["tie"]:
+        return "tie"
+    return "A" if match["side"] == "A" else "B"
+
+
 def _conclusion(reply: str) -> str | None:
     """What stands behind the reasoning; the reasoning where nothing does, None where it has no end."""
     reasoning, *rest = _CLOSED.split(reply)
@@ -99,18 +193,25 @@ def _figures(text: str, low: float, high: float) -> Iterator[_Figure]:
     """All numbers of a text."""
     text = _without_the_scale(text, low, high)
     rest, start = "", 0
+    for value, brace, end in _objects(text):
+        named = list(_named_in(value, low, high))
+        if named:
+            yield from named
+            rest, start = f"{rest}{text[start:brace]} ", end
+    yield from _figures_of_words(rest + text[start:], high)
+
+
+def _objects(text: str) -> Iterator[tuple[Any, int, int]]:
+    """The JSON objects in a text: value, begin and end, none within another."""
+    start = 0
     for brace in re.finditer(r"\{", text):
         if brace.start() < start:
             continue
         try:
-            value, end = json.JSONDecoder().raw_decode(text, brace.start())
+            value, start = json.JSONDecoder().raw_decode(text, brace.start())
         except ValueError:
             continue
-        named = list(_named_in(value, low, high))
-        if named:
-            yield from named
-            rest, start = f"{rest}{text[start : brace.start()]} ", end
-    yield from _figures_of_words(rest + text[start:], high)
+        yield value, brace.start(), start
 
 
 def _figures_of_words(text: str, high: float) -> Iterator[_Figure]:

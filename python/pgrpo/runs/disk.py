@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Generator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pgrpo.errors import RunFolderError
 
@@ -45,3 +49,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Make a folder, if it is not there, and have it alone.
+
+    Raises:
+        RunFolderError: another process has it, or the disk refuses.
+    """
+    with disk_errors(f"{folder} cannot be used"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunFolderError(f"{folder} is in use by another process") from None

@@ -95,6 +95,11 @@ def take_interrupt() -> bool:
     return waiting
 
 
+def interrupt_waits() -> bool:
+    """Whether an interrupt waits for the end of what is held, which may then be brought about."""
+    return _state.waiting
+
+
 def interrupt() -> None:
     """Do what a signal does that comes in the middle of what is held, for a process in which another
     thread than the main one, where Python hears signals, does the work."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
@@ -129,12 +129,12 @@ class Assembly:
     @cached_property
     def scorer(self) -> Scorer:
         """Rewards of training."""
-        return self._scorer(self.config.rewards)
+        return self.scorer_of(self.config.rewards)
 
     @cached_property
     def held_out_scorer(self) -> Scorer:
         """Rewards of held-out completions: those of training, unless the config has others."""
-        return self._scorer(self.config.evaluation) if self.config.evaluation else self.scorer
+        return self.scorer_of(self.config.evaluation) if self.config.evaluation else self.scorer
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -203,7 +203,13 @@ class Assembly:
             self.ranks.beside(),
         )
 
-    def _scorer(self, sections: Sequence[RewardConfig]) -> Scorer:
+    def scorer_of(self, sections: Sequence[RewardConfig]) -> Scorer:
+        """Any rewards, as these parts of a run would use them.
+
+        Raises:
+            ConfigError: there is no such cluster as one is for, or none is for a cluster.
+            PluginError: one cannot be built.
+        """
         _check_clusters(sections, self.members.about)
         rewards = [(section, self._reward(section)) for section in sections]
         return self._open.enter_context(Scorer(rewards))

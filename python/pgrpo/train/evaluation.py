@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,19 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
     return [dataset.evaluation[place] for place in places]
 
 
+def within_budget(costs: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of as few runs of neighbours as a budget allows; what alone costs more has a run of
+    its own."""
+    start = 0
+    while start < len(costs):
+        end, used = start, 0
+        while end < len(costs) and (end == start or used + costs[end] <= budget):
+            used += costs[end]
+            end += 1
+        yield start, end
+        start = end
+
+
 def evaluate(
     step: int,
     engine: Engine,
@@ -83,15 +96,9 @@ def evaluate(
         )
 
     scored: list[Group] = []
-    start = 0
     # All processes make as many calls, for weights may have to be brought together in each.
-    while start < len(prompts):
-        end, used = start, 0
-        while end < len(prompts) and (end == start or used + costs[end] <= budget):
-            used += costs[end]
-            end += 1
+    for start, end in within_budget(costs, budget):
         scored += ranks.gather(partial(part, start, end))
-        start = end
     values = np.array([group.rewards for group in scored])
     ranks.gather(partial(_require_reward, values))
     places: dict[str, list[int]] = {}

@@ -1,0 +1,951 @@
+"""Two policies judged pair by pair: by an endpoint that fails over real sockets, and by rewards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from chat_server import Answer, Server, say
+from conftest import PEAK, WITH_PEAK, Tree, changed, contents, install_plugin, start, train
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pgrpo.cli import main
+from pgrpo.data.personas import (
+    PersonasConfig,
+    load_personas,
+    persona_reward,
+    persona_utility,
+)
+from pgrpo.experiments.opinions import JudgeConfig
+from pgrpo.report.pairs import rates, share_of, wilson
+from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Rubric
+from pgrpo.rewards.verdict import read_preference
+from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.judgement import OpinionRecord, PairRecord, ShareRecord, Store
+from pgrpo.types import Example
+
+Serve = Callable[..., Server]
+Capture = pytest.CaptureFixture[str]
+
+# --- what a reply says -----------------------------------------------------------------------
+
+REPLIES: list[tuple[str, str | None]] = [
+    ("A", "A"),
+    ("Answer B.", "B"),
+    ("**B**", "B"),
+    ("tie", "tie"),
+    ("It's a tie", "tie"),
+    ('{"winner": "A"}', "A"),
+    ('{"winner": "b"}', "B"),
+    ('{"winner": "Answer A"}', "A"),
+    ('{"reason": "B is longer, and A is better", "winner": "tie"}', "tie"),
+    ('Here:\n```json\n{"verdict": {"winner": "B"}}\n```', "B"),
+    ('{"reason": "it is', None),
+    ('{"winner": "A", "reason": "it is', "A"),
+    ('{"reason": "x", "winner": "B"', "B"),
+    ('{"winner": "A or B"}', None),
+    ('{"winner": 1}', None),
+    ('[{"winner": "A"}, {"winner": "B"}]', None),
+    ("Winner: **B**", "B"),
+    ("The winner is Answer A.", "A"),
+    ("The better answer is B", "B"),
+    ("Winner: a tie", "tie"),
+    ("Winner: A or B", None),
+    ("Winner: A\nWinner: B", None),
+    ("Verdict: A\nFinal verdict: B", "B"),
+    ("Answer A: fine. Answer B: poor. Winner: A", "A"),
+    ("Reasoning about A and B ... [[A]]", "A"),
+    ("[[C]]", None),
+    ("<winner>tie</winner>", "tie"),
+    ("$\\boxed{B}$", "B"),
+    ("<think>Winner: A</think>\nB", "B"),
+    ("<think>Winner: A", None),
+    ("Answer A is slightly better", "A"),
+    ("Answer A is better than Answer B.", "A"),
+    ("Answer A is not better", None),
+    ("Answer A is better in style, Answer B is better in fit", None),
+    ("I prefer Response B", "B"),
+    ("Answer B wins", "B"),
+    ("A good answer", None),
+    ("The winner is a clear one", None),
+    ("7", None),
+    ("great", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("reply", "side"), REPLIES)
+def test_a_reply_names_one_side_or_is_unreadable(reply: str, side: str | None) -> None:
+    assert read_preference(reply) == side
+
+
+def test_what_a_cut_reply_says_in_words_may_have_gone_on() -> None:
+    assert read_preference("Answer A is better", cut=True) is None
+    assert read_preference('{"winner": "A", "reason": "it', cut=True) == "A"
+
+
+@given(st.text("AB tie{}[]:\"'winerasw\n", max_size=60))
+def test_any_reply_can_be_read(reply: str) -> None:
+    assert read_preference(reply) in {"A", "B", "tie", None}
+
+
+@pytest.mark.parametrize("part", ["A ", "winner ", "Answer A is ", "{", "[[", "final ", " ", "**"])
+def test_a_reply_that_goes_on_and_on_is_read_at_once(part: str) -> None:
+    begin = time.monotonic()
+    read_preference(part * 9000)
+    assert time.monotonic() - begin < 1.0  # squares of its length take minutes
+
+
+# --- statistics ------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_intervals_are_those_of_scipy(trials: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, trials))
+    found = wilson(successes, trials)
+    expected = stats.binomtest(successes, trials).proportion_ci(method="wilsoncc")
+    assert (found.share, found.low, found.high) == pytest.approx(
+        (successes / trials, expected.low, expected.high), abs=1e-12
+    )
+
+
+def pair(outcome: str | None, user: str) -> PairRecord:
+    return PairRecord.model_validate(
+        {"prompt": "p", "user": user, "cluster": "0", "a": "x", "b": "y", "outcome": outcome}
+    )
+
+
+def test_where_everybody_has_one_pair_intervals_are_wilsons() -> None:
+    outcomes = ["a"] * 12 + ["tie"] * 5 + ["b"] * 3 + [None] * 4
+    found = rates([pair(outcome, f"u{i}") for i, outcome in enumerate(outcomes)])
+    assert (found.num_pairs, found.num_people, found.wins, found.ties, found.losses) == (
+        20,
+        20,
+        12,
+        5,
+        3,
+    )
+    assert (found.win, found.tie, found.loss) == (wilson(12, 20), wilson(5, 20), wilson(3, 20))
+    assert found.decided == wilson(12, 15)
+    assert found.winner == "a"  # .548 to .943
+    nobody = rates([])
+    assert nobody.win.share is None and nobody.winner == "level"
+
+
+@pytest.mark.parametrize(("wins", "winner"), [(5, "level"), (6, "a")])
+def test_who_wins_all_has_won_where_a_coin_would_not(wins: int, winner: str) -> None:
+    """As the exact test has it: of five a coin takes all in one of sixteen, of six in one of 32."""
+    assert (stats.binomtest(wins, wins).pvalue < 0.05) == (winner == "a")
+    pairs = [pair("a", f"u{i}") for i in range(wins)]
+    assert rates(pairs).winner == winner
+    assert rates([pair("b", p.user) for p in pairs]).winner == winner.replace("a", "b")
+
+
+def drawn(counts: np.ndarray) -> list[PairRecord]:
+    """Pairs of people with so many wins, ties and losses [people, 3]."""
+    return [
+        pair(outcome, f"u{user}")
+        for user, row in enumerate(counts)
+        for outcome, number in zip(("a", "tie", "b"), row, strict=True)
+        for _ in range(int(number))
+    ]
+
+
+def test_where_people_have_several_pairs_these_are_worth_fewer() -> None:
+    rng = np.random.default_rng(3)
+    tastes = rng.dirichlet([1, 0.5, 0.7], size=40)
+    counts = np.array([rng.multinomial(6, taste) for taste in tastes])
+    found = rates(drawn(counts))
+    assert (found.num_people, found.num_pairs) == (40, 240)
+    wins, ties, losses = counts.T.astype(float)
+    z, t = stats.norm.ppf(0.975), stats.t.ppf(0.975, 39)
+    for record, part in ((found.win, wins), (found.tie, ties), (found.loss, losses)):
+        p = part.sum() / 240
+        assert record.share == pytest.approx(p)
+        # The jackknife over people, which for equal sizes is the same variance.
+        left_out = np.array([(part.sum() - one) / 234 for one in part])
+        variance = 39 / 40 * ((left_out - left_out.mean()) ** 2).sum()
+        n = p * (1 - p) / variance * (z / t) ** 2
+        assert 40 < n < 200 and record.trials == pytest.approx(n)
+        # What the ends of such an interval are, by its definition.
+        for end in (record.low, record.high):
+            assert end is not None
+            reach = z * np.sqrt(end * (1 - end) / n) + 0.5 / n
+            assert abs(end - p) == pytest.approx(reach)
+    decided = stats.bootstrap(
+        (wins, losses),
+        lambda a, b, axis=-1: a.sum(axis) / (a.sum(axis) + b.sum(axis)),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert (found.decided.low, found.decided.high) == pytest.approx(
+        (decided.low, decided.high), abs=0.03
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_an_interval_holds_its_share(counts: list[tuple[int, int]]) -> None:
+    wins, losses = np.array(counts, float).T
+    found = share_of(wins, wins + losses)
+    if found.share is None:
+        assert not wins.any() and not losses.any()
+        return
+    assert found.low is not None and found.high is not None and found.trials is not None
+    assert 0 <= found.low <= found.share <= found.high <= 1
+    assert 1 <= found.trials <= (wins + losses).sum()
+    other = share_of(losses, wins + losses)
+    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low))
+
+
+@pytest.mark.parametrize(("people", "winner"), [(1, "level"), (5, "level"), (6, "a")])
+def test_people_who_all_agree_are_as_many_trials_however_many_their_pairs(
+    people: int, winner: str
+) -> None:
+    found = rates([pair("a", f"u{i % people}") for i in range(200)])
+    assert found.winner == winner
+    assert found.decided == wilson(people, people)
+
+
+def excludes_a_half(found: ShareRecord) -> bool:
+    assert found.low is not None and found.high is not None
+    return not found.low <= 0.5 <= found.high
+
+
+@pytest.mark.parametrize("people", [3, 6, 12, 30])
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+def test_level_policies_are_seldom_said_to_have_won(people: int, alike: float) -> None:
+    """Where people have tastes of their own, a second pair of a person tells little after the first."""
+    rng = np.random.default_rng([people, int(10 * alike)])
+    won = naive = 0
+    for _ in range(200):
+        likes = rng.random(people) < 0.5
+        own = rng.random((people, 20)) < np.where(likes, 0.5 + alike / 2, 0.5 - alike / 2)[:, None]
+        wins = own.sum(1).astype(float)
+        won += excludes_a_half(share_of(wins, np.full(people, 20.0)))
+        naive += excludes_a_half(wilson(wins.sum(), 20 * people))
+    assert won / 200 < 0.096  # 5 % and three standard errors
+    assert alike == 0.0 or naive / 200 > 0.096  # what takes pairs for independent
+
+
+def test_a_lead_beyond_noise_is_said() -> None:
+    rng = np.random.default_rng(0)
+    wins = rng.binomial(4, 0.7, size=60)
+    assert rates(drawn(np.stack([wins, 0 * wins, 4 - wins], 1))).winner == "a"
+    assert rates(drawn(np.stack([4 - wins, 0 * wins, wins], 1))).winner == "b"
+
+
+# --- the question ----------------------------------------------------------------------------
+
+EXAMPLE = Example("play {me} something", "u7", columns={"taste": "jazz", "cluster": "unread"})
+
+
+def asked(rubric: Tree | None = None, example: Example = EXAMPLE, **endpoint: Any) -> Any:
+    section = PairEndpoint.model_validate({"url": "http://127.0.0.1:9/v1", "model": "m"} | endpoint)
+    judge = PairJudge(section, Rubric.model_validate(rubric or {}))
+    return judge.question(example, "above average in likes War", "{b} one", "two {a}")
+
+
+def test_a_judge_is_told_of_the_person_the_request_both_answers_and_the_criteria() -> None:
+    text = asked().text
+    assert "What is known of the person: above average in likes War\n" in text
+    assert "<request>\nplay {me} something\n</request>" in text
+    assert "<answer_a>\n{b} one\n</answer_a>" in text and "<answer_b>\ntwo {a}\n</answer_b>" in text
+    for name, what in Rubric().criteria.items():
+        assert f"- {name}: {what}" in text
+    assert '{"reason": one sentence, "winner": "A", "B" or "tie"}' in text
+    text = asked(
+        {"person": "{user} of {cluster} hears {taste}", "criteria": {"x": "y {prompt}"}}
+    ).text
+    assert "person: u7 of above average in likes War hears jazz\n" in text
+    assert "- x: y {prompt}" in text and "coherence" not in text
+
+
+def test_questions_are_known_by_their_content_and_not_by_where_they_are_asked() -> None:
+    key = asked().key
+    assert asked(url="http://127.0.0.1:10/v1", retries=0, structured=False).key == key
+    others = [
+        asked(model="n"),
+        asked(parameters={"temperature": 1.0}),
+        asked({"criteria": {"x": "y"}}),
+        asked({"reason": False}),
+        asked(example=Example("play me nothing", "u7")),
+        asked({"person": "{taste}"}),
+    ]
+    section = PairEndpoint(url="http://127.0.0.1:9/v1", model="m")
+    judge = PairJudge(section, Rubric())
+    about = "above average in likes War"
+    others += [
+        judge.question(EXAMPLE, about, "two {a}", "{b} one"),
+        judge.question(EXAMPLE, about, "{b} one", "two"),
+        judge.question(EXAMPLE, "", "{b} one", "two {a}"),
+    ]
+    assert len({key, *(question.key for question in others)}) == 1 + len(others)
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+CHANGES: Tree = {"data.num_examples": 96, "run.num_steps": 2, "run.eval_prompts": 24}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return train(folder / "one", CHANGES), train(folder / "other", {**CHANGES, "run.seed": 1})
+
+
+NUM_PROMPTS = 24
+
+
+def answers(question: str) -> tuple[str, str]:
+    found = re.search(
+        r"<answer_a>\n(.*?)\n</answer_a>.*<answer_b>\n(.*?)\n</answer_b>", question, re.DOTALL
+    )
+    assert found
+    return found[1], found[2]
+
+
+def worth(text: str) -> int:
+    """What a text is worth to the judge of these tests: few values, so that some tie."""
+    return zlib.crc32(text.encode()) % 5
+
+
+USAGE = {"prompt_tokens": 300, "completion_tokens": 20}
+
+
+def fair(question: str, *_: Any) -> Answer:
+    a, b = map(worth, answers(question))
+    winner = "A" if a > b else "B" if b > a else "tie"
+    return say(json.dumps({"reason": f"{a} to {b}", "winner": winner}), usage=USAGE)
+
+
+def settings(server: Server | None = None, **changes: Any) -> Tree:
+    endpoint = {
+        "url": server.url if server else "http://127.0.0.1:9/v1",
+        "model": "the judge",
+        "pause_s": 0.01,
+        "max_concurrency": 4,
+    }
+    tree = {"num_prompts": NUM_PROMPTS, "endpoint": endpoint}
+    return changed(tree, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def command(runs: tuple[Path, Path | str], out: Path, tree: Tree, *options: str) -> list[str]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.parent / f"{out.name}.toml"
+    path.write_text(tomli_w.dumps(tree))
+    return ["judge", *map(str, runs), "--judge", str(path), "--out", str(out), *options]
+
+
+def judged(runs: tuple[Path, Path | str], out: Path, tree: Tree, *options: str) -> Tree:
+    assert main(command(runs, out, tree, *options)) == 0
+    return json.loads((out / "judge.json").read_text())
+
+
+def pairs_of(out: Path) -> list[Tree]:
+    return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+
+
+def columns_of(run: Path) -> dict[tuple[str, str], Any]:
+    """User and prompt -> columns of a held-out example."""
+    data = RunFolder(run).config().data
+    assert isinstance(data, PersonasConfig)
+    return {(e.user, e.text): e.columns for e in load_personas(data).evaluation}
+
+
+def questions(server: Server) -> list[str]:
+    return [body["messages"][0]["content"] for _, _, body in server.requests]
+
+
+def results(out: Path) -> dict[str, bytes]:
+    found = contents(out)
+    return {name: found[name] for name in ("judge.json", "pairs.jsonl", "judge.html")}
+
+
+def test_two_runs_by_an_endpoint(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    server, out = serve(fair), tmp_path / "out"
+    record = judged(runs, out, settings(server))
+    said = capsys.readouterr().out
+    pairs = pairs_of(out)
+    assert len(pairs) == NUM_PROMPTS == record["num_pairs"] == record["num_prompts"]
+    for found in pairs:
+        a, b = worth(found["a"]), worth(found["b"])
+        outcome = "a" if a > b else "b" if b > a else "tie"
+        assert found["outcome"] == outcome
+        assert found["votes"] == ([] if found["a"] == found["b"] else [outcome, outcome])
+    different = [found for found in pairs if found["a"] != found["b"]]
+    assert len(different) > NUM_PROMPTS / 2
+    # Each pair was asked for in both orders, and with a form.
+    assert Counter(map(answers, questions(server))) == Counter(
+        order for p in different for order in ((p["a"], p["b"]), (p["b"], p["a"]))
+    )
+    assert {body["response_format"]["type"] for *_, body in server.requests} == {"json_schema"}
+
+    counts = Counter(found["outcome"] for found in pairs)
+    overall = record["overall"]
+    assert (overall["wins"], overall["ties"], overall["losses"]) == (
+        counts["a"],
+        counts["tie"],
+        counts["b"],
+    )
+    assert sum(cluster["num_pairs"] for cluster in record["clusters"].values()) == NUM_PROMPTS
+    for name, cluster in record["clusters"].items():
+        own = Counter(found["outcome"] for found in pairs if found["cluster"] == name)
+        assert (cluster["wins"], cluster["losses"]) == (own["a"], own["b"])
+        assert record["about"][name] == RunFolder(runs[0]).info().clusters[name].about
+    assert record["consistent"]["share"] == 1.0 and record["flipped"] == 0
+    assert record["usage"] == {
+        "requests": len(server.requests),
+        "prompt_tokens": 300 * len(server.requests),
+        "completion_tokens": 20 * len(server.requests),
+        "cost": None,
+    }
+    # Decided pairs against the rewards that both runs were trained by.
+    columns = columns_of(runs[0])
+    agree: list[bool] = []
+    for found in pairs:
+        own = columns[found["user"], found["prompt"]]
+        rewards = [persona_reward(own, found[side]) for side in ("a", "b")]
+        assert found["held_out"] == pytest.approx(rewards)
+        if found["outcome"] != "tie" and rewards[0] != rewards[1]:
+            agree.append((rewards[0] > rewards[1]) == (found["outcome"] == "a"))
+    assert record["num_compared"] == len(agree)
+    assert record["agreement"]["share"] == pytest.approx(np.mean(agree))
+    # Greedy completions are those of the run's last evaluation.
+    logged = {
+        (str(s.user), s.prompt): s.completion for s in RunFolder(runs[0]).held_out if s.step == 2
+    }
+    same = [p for p in pairs if (p["user"], p["prompt"]) in logged]
+    assert same and all(logged[p["user"], p["prompt"]] == p["a"] for p in same)
+
+    names = {"a": "one/run", "b": "other/run"}
+    winner = overall["winner"]
+    headline = f"{names[winner]} won against" if winner in names else "are level."
+    page = (out / "judge.html").read_text()
+    assert headline in said and headline in page and "Who won with whom" in page
+    assert "default-src 'none'" in page  # and so it loads nothing
+    # Once more, and nothing is asked or changed.
+    before, earlier = len(server.requests), results(out)
+    judged(runs, out, settings(server))
+    assert len(server.requests) == before and results(out) == earlier
+    capsys.readouterr()
+    judged(runs, out, settings(server), "--json")
+    assert json.loads(capsys.readouterr().out) == record | {"report": str(out / "judge.html")}
+
+
+def test_a_judge_that_always_names_the_first_answer_tells_nothing(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    server = serve(lambda *_: say("[[A]]"))
+    record = judged(runs, tmp_path / "out", settings(server))
+    different = record["num_pairs"] - record["num_identical"]
+    assert record["overall"]["ties"] == record["num_pairs"]
+    assert record["overall"]["winner"] == "level" and record["overall"]["decided"]["share"] is None
+    assert record["flipped"] == different and record["consistent"]["share"] == 0
+    assert record["first"]["share"] == 1.0 and record["first"]["low"] > 0.5
+
+
+def test_a_vote_and_a_tie_are_a_tie_but_no_contradiction(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    def answer(question: str, _: int) -> Answer:
+        a, b = answers(question)
+        return say("A" if a < b else "tie")
+
+    record = judged(runs, tmp_path / "out", settings(serve(answer)))
+    assert record["overall"]["ties"] == record["num_pairs"]
+    assert record["flipped"] == 0 and record["consistent"]["share"] == 0
+    assert record["first"]["share"] == 1.0
+
+
+def test_samples_are_paired_one_by_one(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    record = judged(
+        runs, tmp_path / "out", settings(serve(fair), num_samples=3, temperature=2.0, seed=4)
+    )
+    pairs = pairs_of(tmp_path / "out")
+    assert record["num_pairs"] == 3 * NUM_PROMPTS == len(pairs)
+    prompts = [found["prompt"] for found in pairs]
+    assert prompts == [prompt for prompt in prompts[::3] for _ in range(3)]
+    assert len({found["a"] for found in pairs[:30]}) > 10
+    again = judged(
+        runs, tmp_path / "again", settings(serve(fair), num_samples=3, temperature=2.0, seed=4)
+    )
+    assert again == record
+    other = judged(
+        runs, tmp_path / "other", settings(serve(fair), num_samples=3, temperature=2.0, seed=5)
+    )
+    assert other["num_pairs"] == 3 * NUM_PROMPTS
+    assert [p["a"] for p in pairs_of(tmp_path / "other")] != [p["a"] for p in pairs]
+
+
+def test_the_model_that_a_run_began_with(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    record = judged((runs[0], "base"), tmp_path / "out", settings(serve(fair)))
+    assert record["b"] == {"name": "tiny before training", "run": str(runs[0]), "step": 0}
+    assert record["a"]["step"] == 2
+    # Those are the completions of the evaluation before the first step.
+    logged = {
+        (str(s.user), s.prompt): s.completion for s in RunFolder(runs[0]).held_out if s.step == 0
+    }
+    same = [p for p in pairs_of(tmp_path / "out") if (p["user"], p["prompt"]) in logged]
+    assert same and all(logged[p["user"], p["prompt"]] == p["b"] for p in same)
+
+
+def test_the_best_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", PEAK)
+    both = (
+        train(tmp_path / "one", WITH_PEAK),
+        train(tmp_path / "other", {**WITH_PEAK, "run.seed": 1}),
+    )
+    record = judged(both, tmp_path / "out", settings(serve(fair), num_prompts=4), "--best")
+    assert (record["a"]["step"], record["b"]["step"]) == (5, 5)
+
+
+# --- an endpoint that fails ------------------------------------------------------------------
+
+
+def faulty(question: str, times: int) -> Answer:
+    """Fails for a first time in one of six ways, by the question."""
+    status, headers, text = fair(question)
+    match zlib.crc32(question.encode()) % 7:
+        case 0 if times == 0:
+            return 429, {"Retry-After": "0"}, "slow down"
+        case 1 if times == 0:
+            return 500, {}, "oops"
+        case 2 if times == 0:
+            return status, {"Content-Length": str(len(text.encode()))}, text[: len(text) // 2]
+        case 3 if times == 0:
+            return 503, {"Retry-After": "Fri, 27 Nov 2026 00:00:00 GMT"}, "later"
+        case 4 if times == 0:
+            time.sleep(3)  # longer than request_timeout_s
+        case _:
+            pass
+    return status, headers, text
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """What a judgement by a faultless endpoint comes to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    server = Server(fair)
+    try:
+        judged(runs, out, settings(server))
+    finally:
+        server.close()
+    return results(out)
+
+
+def test_what_recovers_changes_nothing(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, undisturbed: dict[str, bytes]
+) -> None:
+    server = serve(faulty)
+    judged(
+        runs,
+        tmp_path / "out",
+        settings(server, endpoint__request_timeout_s=1.0, endpoint__max_concurrency=16),
+    )
+    assert results(tmp_path / "out") == undisturbed
+    asked = Counter(questions(server))
+    kinds = {zlib.crc32(question.encode()) % 7 for question in asked}
+    assert {0, 1, 2, 3, 4} <= kinds
+    for question, times in asked.items():
+        assert times == (2 if zlib.crc32(question.encode()) % 7 < 5 else 1)
+
+
+@pytest.mark.parametrize("form", [lambda reply: reply, lambda reply: f"Winner: {reply['winner']}"])
+def test_a_server_that_refuses_the_form_is_asked_without(
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    serve: Serve,
+    undisturbed: dict[str, bytes],
+    form: Callable[[Tree], Any],
+) -> None:
+    def answer(question: str, _: int) -> Answer:
+        reply = form(json.loads(json.loads(fair(question)[2])["choices"][0]["message"]["content"]))
+        return say(reply if isinstance(reply, str) else json.dumps(reply), usage=USAGE)
+
+    server = serve(answer, refuses="response_format")
+    record = judged(runs, tmp_path / "out", settings(server))
+    assert 1 <= server.num_refused <= 4  # as many as were asked before the first was refused
+    assert not any("response_format" in body for *_, body in server.requests)
+    assert record == json.loads(undisturbed["judge.json"])
+    server = serve(answer, refuses="response_format")
+    judged(runs, tmp_path / "plain", settings(server, endpoint__structured=False))
+    assert server.num_refused == 0
+
+
+def test_unreadable_replies_are_counted_and_not_paid_for_again(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    def answer(question: str, _: int) -> Answer:
+        return (
+            say("dunno", usage=USAGE) if zlib.crc32(question.encode()) % 4 == 0 else fair(question)
+        )
+
+    server, out = serve(answer), tmp_path / "out"
+    many = settings(server, max_unreadable=0.02)
+    assert main(command(runs, out, many)) == 2
+    said = capsys.readouterr().err
+    assert "'dunno'" in said and "2 of the last" in said and "max_unreadable = 0.02" in said
+    assert "the same command goes on" in said
+    record = judged(runs, out, settings(server, max_unreadable=1.0))
+    assert max(Counter(questions(server)).values()) == 1
+    pairs = pairs_of(out)
+    unreadable = [p for p in pairs if p["outcome"] is None]
+    assert record["num_unreadable"] == len(unreadable) > 0
+    assert all("dunno" in p["replies"] and None in p["votes"] for p in unreadable)
+    assert record["overall"]["num_pairs"] == NUM_PROMPTS - len(unreadable)
+    assert f"{len(unreadable)} have no verdict" in capsys.readouterr().out
+
+
+def test_questions_that_cannot_be_asked_leave_the_others_their_answers(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, undisturbed: dict[str, bytes]
+) -> None:
+    ill = True
+
+    def answer(question: str, _: int) -> Answer:
+        bad = ill and zlib.crc32(question.encode()) % 6 == 0
+        return (400, {}, "context too long") if bad else fair(question)
+
+    server, out = serve(answer), tmp_path / "out"
+    record = judged(runs, out, settings(server, endpoint__max_concurrency=1))
+    assert record["num_failed"] == sum(p["outcome"] is None for p in pairs_of(out)) > 0
+    assert "context too long" in record["notes"][0]
+    answered = len(server.requests)
+    ill = False
+    judged(runs, out, settings(server, endpoint__max_concurrency=1))
+    assert results(out) == undisturbed
+    # Only what had failed was asked again.
+    assert len(server.requests) - answered == int(record["notes"][0].split()[0])
+
+
+def test_a_judge_that_is_not_there_is_given_up(
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    serve: Serve,
+    capsys: Capture,
+    undisturbed: dict[str, bytes],
+) -> None:
+    server, out = serve(lambda *_: (500, {}, "out of order")), tmp_path / "out"
+    tree = settings(server, endpoint__retries=1, endpoint__max_concurrency=2)
+    assert main(command(runs, out, tree)) == 2
+    said = capsys.readouterr().err
+    assert (
+        "out of order" in said and "(2 attempts)" in said and "goes on with what is saved" in said
+    )
+    assert len(server.requests) <= 2 * (8 + 1)
+    assert not (out / "judge.json").exists()
+    judged(runs, out, settings(serve(fair)))
+    assert results(out) == undisturbed
+
+
+def test_requests_keep_to_a_rate(runs: tuple[Path, Path], tmp_path: Path, serve: Serve) -> None:
+    begun: list[float] = []
+
+    def answer(question: str, times: int) -> Answer:
+        begun.append(time.monotonic())
+        return (429, {"Retry-After": "0"}, "") if not times else fair(question)
+
+    judged(
+        runs,
+        tmp_path / "out",
+        settings(serve(answer), num_prompts=4, endpoint__max_per_second=20.0),
+    )
+    assert len(begun) > 8  # repetitions count as well
+    # 50 ms apart when they are sent; the first may be late.
+    assert begun[-1] - begun[0] >= 0.5 * 0.05 * (len(begun) - 1)
+
+
+# --- killed and continued --------------------------------------------------------------------
+
+
+def test_a_killed_judgement_goes_on_and_pays_nothing_twice(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, undisturbed: dict[str, bytes]
+) -> None:
+    """SIGKILL while a question is under way: that one, which nobody got an answer to, is asked again."""
+    victims: dict[int, Any] = {}
+    out = tmp_path / "out"
+
+    def answer(question: str, times: int) -> Answer:
+        number = len(server.requests)
+        if number in victims and victims[number] is None:
+            victims[number] = question
+            os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.2)  # it is dead before it is answered
+        return fair(question)
+
+    server = serve(answer)
+    tree = settings(server, endpoint__max_concurrency=1)
+    for number in (1, 7, 20):
+        victims[number] = None
+        process = start(*command(runs, out, tree))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    # As if it had died in the middle of a line.
+    lines = (out / "opinions.jsonl").read_bytes()
+    with open(out / "opinions.jsonl", "ab") as file:
+        file.write(lines.splitlines()[-1][:25])
+    judged(runs, out, tree)
+    again = {question: n for question, n in Counter(questions(server)).items() if n > 1}
+    assert again == {question: 1 + n for question, n in Counter(victims.values()).items()}
+    assert results(out) == undisturbed
+
+
+@pytest.mark.parametrize("kill_at", [2, 6, 11, 16, 23, 31, 47, 60])
+def test_killed_at_any_moment_it_comes_to_the_same(
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    serve: Serve,
+    undisturbed: dict[str, bytes],
+    kill_at: int,
+) -> None:
+    """Before its n-th operation on a file of the folder."""
+    server, out = serve(fair), tmp_path / "out"
+    arguments = command(runs, out, settings(server))
+    process = start(*arguments, kill_at=kill_at, folder=out)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert main(arguments) == 0
+    assert results(out) == undisturbed
+    # What was under way, or answered and not yet written.
+    assert sum(times - 1 for times in Counter(questions(server)).values()) <= 4
+
+
+def test_ctrl_c_waits_for_what_is_under_way(
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    serve: Serve,
+    capsys: Capture,
+    undisturbed: dict[str, bytes],
+) -> None:
+    number = itertools.count(1)
+
+    def answer(question: str, _: int) -> Answer:
+        if next(number) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return fair(question)
+
+    server, out = serve(answer), tmp_path / "out"
+    assert main(command(runs, out, settings(server))) == 130
+    assert f"interrupted; the same command goes on with what is saved in {out}" in (
+        capsys.readouterr().err
+    )
+    assert 9 <= len(server.requests) < 20
+    assert len((out / "opinions.jsonl").read_text().splitlines()) == len(server.requests)
+    judged(runs, out, settings(server))
+    assert max(Counter(questions(server)).values()) == 1
+    assert results(out) == undisturbed
+
+
+def test_a_folder_is_one_judgements(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert main(command(runs, out, settings())) == 2
+    assert f"{out} is in use by another process" in capsys.readouterr().err
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "opinions.jsonl"
+    path.write_text('{"key": "k", "reply": "A", "side": "A"}\n{"key": 3}\n')
+    with pytest.raises(Exception, match=r"opinions.jsonl line 2 is damaged"):
+        Store(path, OpinionRecord)
+
+
+# --- money -----------------------------------------------------------------------------------
+
+PRICES = {"prompt": 10.0, "completion": 50.0}
+EACH = (300 * 10 + 20 * 50) / 1e6
+
+
+def test_a_budget_ends_a_judgement_and_a_larger_one_goes_on(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    server, out = serve(fair), tmp_path / "out"
+    part = settings(server, prices=PRICES, budget=EACH * 20.5)
+    record = judged(runs, out, part)
+    assert len(server.requests) == 20
+    assert record["usage"]["cost"] == pytest.approx(20 * EACH)
+    assert "budget of" in record["notes"][0] and "budget of" in capsys.readouterr().out
+    assert record["num_unasked"] > 0
+    # Both orders of a pair are asked for together.
+    assert record["overall"]["num_pairs"] == 10 + record["num_identical"]
+    judged(runs, out, part)
+    assert len(server.requests) == 20
+    record = judged(runs, out, settings(server, prices=PRICES, budget=1.0))
+    assert max(Counter(questions(server)).values()) == 1
+    assert record["num_unasked"] == 0 and record["notes"] == []
+    assert record["usage"]["cost"] == pytest.approx(EACH * len(server.requests))
+
+
+def test_a_budget_needs_to_be_told_what_was_used(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    server = serve(lambda *_: say("A"))
+    tree = settings(server, prices=PRICES, budget=1.0)
+    assert main(command(runs, tmp_path / "out", tree)) == 2
+    assert "tell no usage" in capsys.readouterr().err
+    assert len(server.requests) == 1
+
+
+# --- a reward as a judge ---------------------------------------------------------------------
+
+COUNTING = """
+from pgrpo.plugins import hookimpl
+
+said = []
+
+def longest(rollouts):
+    said.extend(rollout.completion for rollout in rollouts)
+    return [None if "dope" in r.completion else float(len(r.completion)) for r in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("longest", longest)
+"""
+
+
+def test_a_reward_judges_without_an_endpoint(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tree = {"num_prompts": NUM_PROMPTS, "reward": {"name": "persona_utility"}}
+    record = judged(runs, out, tree)
+    columns = columns_of(runs[0])
+    for found in pairs_of(out):
+        own = columns[found["user"], found["prompt"]]
+        a, b = (persona_utility(own, found[side]) for side in ("a", "b"))
+        assert found["rewards"] == [a, b]
+        assert found["outcome"] == ("a" if a > b else "b" if b > a else "tie")
+        assert found["votes"] == []
+    assert record["kind"] == "reward" and record["consistent"]["share"] is None
+    # Utility and reward order answers to one prompt alike.
+    assert record["agreement"]["share"] == 1.0
+    assert "there is no order" in (out / "judge.html").read_text()
+
+
+def test_a_plugin_judges_and_is_called_once_for_each_answer(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", COUNTING)
+    out = tmp_path / "out"
+    record = judged(runs, out, {"num_prompts": NUM_PROMPTS, "reward": {"name": "longest"}})
+    import my_plugin  # pyright: ignore[reportMissingImports]
+
+    pairs = pairs_of(out)
+    assert Counter(my_plugin.said) == Counter(p[side] for p in pairs for side in ("a", "b"))
+    none = [p for p in pairs if "dope" in p["a"] + p["b"]]
+    assert record["num_unreadable"] == len(none) == sum(p["outcome"] is None for p in pairs)
+    for found in pairs:
+        more = len(found["a"]) - len(found["b"])
+        expected = None if found in none else "a" if more > 0 else "b" if more < 0 else "tie"
+        assert found["outcome"] == expected
+    before = len(my_plugin.said)
+    assert judged(runs, out, {"num_prompts": NUM_PROMPTS, "reward": {"name": "longest"}}) == record
+    assert len(my_plugin.said) == before
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({}, "expected [endpoint] or [reward], one of them"),
+        (settings(reward={"name": "persona"}), "expected [endpoint] or [reward], one of them"),
+        (settings(endpoint__url="localhost"), "endpoint.url: expected an address that begins with"),
+        (settings(endpoint__modle="x"), "unknown key endpoint.modle; did you mean 'model'?"),
+        (settings(temperature=1.0), "temperature has no effect here"),
+        (settings(budget=1.0), "budget needs [prices]"),
+        (settings(rubric={"template": "{a}"}), "template does not contain {b}"),
+        (
+            settings(rubric={"person": "{tast}"}),
+            "rubric.person names {tast}, the example has only:",
+        ),
+        (
+            settings(endpoint__parameters={"response_format": {}}),
+            "parameters has a response_format of its own",
+        ),
+        ({"reward": {"name": "persona"}, "rubric": {}}, "rubric has no effect here"),
+        ({"reward": {"name": "personna"}}, "there is no reward 'personna'; did you mean"),
+        (
+            settings(endpoint__api_key_env="NO_SUCH_KEY"),
+            "NO_SUCH_KEY, named by api_key_env, is not",
+        ),
+    ],
+)
+def test_a_file_that_describes_no_judge(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: Capture, tree: Tree, words: str
+) -> None:
+    assert main(command(runs, tmp_path / "out", tree)) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_runs_that_cannot_be_compared(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    def refused(*both: Path) -> str:
+        capsys.readouterr()
+        assert main(command((both[0], both[1]), tmp_path / "out", settings())) == 2
+        return capsys.readouterr().err
+
+    strange = train(tmp_path / "strange", {**CHANGES, "data.num_examples": 88})
+    said = refused(runs[0], strange)
+    assert f"{runs[0]} has data.num_examples = 96 and {strange} has 88" in said
+    assert "both runs are" in refused(runs[0], runs[0])
+    assert "is not a run folder" in refused(runs[0], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_what_others_wrote_as_text(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    nasty = "<script>alert(1)</script>"
+
+    def answer(question: str, _: int) -> Answer:
+        a, b = answers(question)
+        return say(json.dumps({"reason": nasty, "winner": "A" if a > b else "B"}))
+
+    judged(runs, tmp_path / "out", settings(serve(answer), endpoint__model=nasty))
+    page = (tmp_path / "out" / "judge.html").read_text()
+    assert nasty not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_the_sections_of_the_file_are_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "judge.md").read_text()
+    own = JudgeConfig.model_fields.keys() | PairEndpoint.model_fields.keys()
+    own |= Rubric.model_fields.keys() | {"prompt", "completion"}
+    assert not {name for name in own if f"`{name}`" not in page}
+    (shown,) = re.findall(r"^```toml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert (
+        shown in (Path(__file__).parents[1] / "examples" / "judges" / "endpoint.toml").read_text()
+    )
