@@ -33,7 +33,7 @@ from pgrpo.train.build import Assembly
 from pgrpo.train.evaluation import evaluate, held_out
 from pgrpo.train.policy import Policy
 from pgrpo.train.trainer import Trainer
-from pgrpo.types import Example, Group, Prompt, Rollout
+from pgrpo.types import ClusterId, Example, Group, Prompt, Rollout
 
 Capture = pytest.CaptureFixture[str]
 
@@ -329,13 +329,18 @@ def test_warnings_are_shown_once_and_kept(
     assert f"{len(warnings)} warning" in page
 
 
+def read_by(collector: Collector) -> dict[str, ClusterId]:
+    """User -> the one history that its advantages are read from."""
+    return {user: key for user, own in collector._histories_of.items() for key in own}
+
+
 def test_the_shuffled_arm_reads_the_histories_of_others(run: Path, tmp_path: Path) -> None:
     estimator = {"name": "pgrpo", "history": "shuffled"}
     config = parse_config(tiny_run({**ALL, "estimator": estimator}))
     folder = RunFolder(tmp_path / "shuffled")
     with folder, Assembly(config) as parts:
         trainer = Trainer(parts, folder, Display("x", 4))
-        own, read = parts.members.histories("cluster", 0), trainer.collector._history_of
+        own, read = parts.members.histories("cluster", 0), read_by(trainer.collector)
         assert own.keys() == read.keys()
         assert Counter(own.values()) == Counter(read.values()), "clusters of the same sizes"
         assert own != read
@@ -434,7 +439,7 @@ def test_each_of_several_rewards_is_normalised_by_itself(
         assert updated[place] == has_any.sum()
         assert record["num_unrewarded"] == (~has_any).sum()
         groups = np.repeat(np.arange(NUM_PROMPTS), GROUP)
-        keys = [collector._history_of[rollout.prompt.example.user] for rollout in rollouts]
+        keys = [read_by(collector)[rollout.prompt.example.user] for rollout in rollouts]
         norms = [sum((1 - math.exp(x)) ** 2 for x in r.rollout_logprobs) for r in rollouts]
         expected = np.zeros(len(samples))
         for at, (name, oracle) in enumerate(zip(NAMES, oracles, strict=True)):
