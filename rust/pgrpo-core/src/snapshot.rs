@@ -299,8 +299,8 @@ fn decode_table(rest: &mut &[u8], num_entries: u64, names: u64) -> Result<Vec<En
                 };
                 let name = str::from_utf8(name)
                     .map_err(|error| refused(format!("the name of cluster {row}: {error}")))?;
-                let named = if kind == NAME { ClusterId::Name } else { ClusterId::ParentName };
-                named(name.to_owned())
+                let make = if kind == NAME { ClusterId::Name } else { ClusterId::ParentName };
+                make(name.to_owned())
             }
             kind => {
                 return Err(refused(format!(

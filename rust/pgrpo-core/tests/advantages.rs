@@ -1115,7 +1115,7 @@ fn plain<'a>(rewards: &'a [f64], clusters: &'a [i64]) -> Batch<'a, f64> {
 }
 
 /// Persons 1 and 2 in cluster 7, person 3 in cluster 8.
-fn told<'a>(rewards: &'a [f64; 3]) -> Batch<'a, f64> {
+fn told(rewards: &[f64; 3]) -> Batch<'_, f64> {
     Batch { parents: Some(Ids::I64(&[7, 7, 8])), ..plain(rewards, &[1, 2, 3]) }
 }
 
