@@ -31,12 +31,17 @@ pub(crate) enum Ids<'a, 'py> {
 impl Ids<'_, '_> {
     /// Hands the ids on in the form of the core.
     pub(crate) fn with<T>(&self, work: impl FnOnce(pgrpo_core::Ids<'_>) -> T) -> T {
+        work(self.view(&mut Vec::new()))
+    }
+
+    /// The ids in the form of the core; `space` is filled with those that lie in objects.
+    pub(crate) fn view<'s, 'o: 's>(&'o self, space: &'s mut Vec<AnyId<'o>>) -> pgrpo_core::Ids<'s> {
         match self {
-            Self::I32(ids) => work(pgrpo_core::Ids::I32(ids)),
-            Self::I64(ids) => work(pgrpo_core::Ids::I64(ids)),
+            Self::I32(ids) => pgrpo_core::Ids::I32(ids),
+            Self::I64(ids) => pgrpo_core::Ids::I64(ids),
             Self::Objects(objects) => {
-                let ids: Vec<AnyId<'_>> = objects.iter().filter_map(any_id).collect();
-                work(pgrpo_core::Ids::Any(&ids))
+                space.extend(objects.iter().filter_map(any_id));
+                pgrpo_core::Ids::Any(space)
             }
         }
     }

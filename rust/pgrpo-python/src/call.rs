@@ -172,10 +172,10 @@ pub(crate) fn call<'py>(
     let columns = Columns { clusters, groups, parents, weights, score_norms, lengths };
     match rewards {
         Reals::F32(rewards) => {
-            call_parts(core, py, method, &Parts { rewards, grid, columns }, arguments)
+            call_parts(core, py, method, &Parts { rewards, grid, columns: &columns }, arguments)
         }
         Reals::F64(rewards) => {
-            call_parts(core, py, method, &Parts { rewards, grid, columns }, arguments)
+            call_parts(core, py, method, &Parts { rewards, grid, columns: &columns }, arguments)
         }
     }
 }
@@ -226,7 +226,7 @@ fn call_parts<'py, R: Real + Element>(
 struct Parts<'a, 'py, R> {
     rewards: &'a [R],
     grid: Grid,
-    columns: Columns<'a, 'py>,
+    columns: &'a Columns<'a, 'py>,
 }
 
 /// What a batch has beside its rewards.
@@ -241,23 +241,12 @@ struct Columns<'a, 'py> {
 
 impl<R: Real> Parts<'_, '_, R> {
     fn with_batch<T>(&self, work: impl FnOnce(&Batch<'_, R>) -> PyResult<T>) -> PyResult<T> {
-        let Columns { clusters, groups, parents, weights, score_norms, lengths } = &self.columns;
+        let Columns { clusters, groups, parents, weights, score_norms, lengths } = self.columns;
         let [weights, score_norms, lengths] = [weights, score_norms, lengths].map(Option::as_deref);
-        clusters.with(|clusters| {
-            let plain = Batch::new(self.rewards, clusters);
-            let batch = Batch { weights, score_norms, lengths, ..plain };
-            let with_groups = |batch: Batch<'_, R>| match groups {
-                None => work(&batch),
-                Some(groups) => {
-                    groups.with(|groups| work(&Batch { groups: Some(groups), ..batch }))
-                }
-            };
-            match parents {
-                None => with_groups(batch),
-                Some(parents) => {
-                    parents.with(|parents| with_groups(Batch { parents: Some(parents), ..batch }))
-                }
-            }
-        })
+        let [mut own, mut of_groups, mut of_parents] = [const { Vec::new() }; 3];
+        let plain = Batch::new(self.rewards, clusters.view(&mut own));
+        let groups = groups.as_ref().map(|groups| groups.view(&mut of_groups));
+        let parents = parents.as_ref().map(|parents| parents.view(&mut of_parents));
+        work(&Batch { groups, parents, weights, score_norms, lengths, ..plain })
     }
 }
