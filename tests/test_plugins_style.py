@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrpo.config.sections import RewardConfig
-from pgrpo.data.personas import GENRE_WORDS, PERSONAS, STYLE_WORDS
+from pgrpo.data.personas import GENRE_HINTS, GENRE_WORDS, PERSONAS, STYLE_HINTS, STYLE_WORDS
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.plugins.registry import load_registry
 from pgrpo.types import Example, Prompt, Rollout
@@ -152,12 +152,16 @@ def test_each_style_is_found_best_where_it_was_meant(site):
 
 def test_the_words_of_the_personas_are_known(site):
     rewards = importlib.import_module("pgrpo_style.rewards")
+    hints = {
+        word for table in (STYLE_HINTS, GENRE_HINTS) for word in " ".join(table.values()).split()
+    }
     for table, lexicons in ((STYLE_WORDS, rewards.STYLE_WORDS), (GENRE_WORDS, rewards.GENRE_WORDS)):
         for name, words in table.items():
             assert set(words.split()) <= set(lexicons[name].split())
     for lexicons in (rewards.STYLE_WORDS, rewards.GENRE_WORDS):
         listed = [word for words in lexicons.values() for word in words.split()]
         assert len(listed) == len(set(listed))
+        assert not hints & set(listed)  # else a completion would earn by repeating its prompt
 
 
 def test_the_wish_of_each_persona_is_read_from_its_column(site):

@@ -1,7 +1,8 @@
 """The styles and the genres that are known by name: what to count, and which words are whose.
 
 The words are this package's own choice. They hold those of pgrpo's data set `personas`, so its small
-language can be scored too; a config replaces or adds to them.
+language can be scored too, but not the hints in its prompts, or repeating a prompt would be worth
+something. A config replaces or adds to them.
 """
 
 from collections.abc import Mapping
@@ -11,15 +12,15 @@ from .measures import Measure
 STYLE_WORDS: Mapping[str, str] = {
     "formal": """
         therefore moreover regarding sincerely hence accordingly respectfully furthermore consequently
-        nevertheless thus whom shall upon kindly hereby notwithstanding whereas concerning henceforth
+        nevertheless thus whom shall upon hereby notwithstanding whereas concerning henceforth
         additionally likewise albeit esteemed cordially distinguished gratitude pleasure appreciate
         """,
     "slang": """
-        dope lit vibes vibe chill bruh lowkey sick banger yo gonna wanna gotta gimme dude bro fam
+        dope lit vibes vibe chill bruh lowkey sick banger gonna wanna dude bro fam
         highkey yeah nah cuz kinda sorta ain't y'all legit hella homie lol omg epic crazy insane
         """,
     "poetic": """
-        moonlit silver sorrow river tender ember dawn yearning moon whisper dream shadow twilight
+        moonlit silver sorrow river tender ember dawn yearning moon shadow twilight
         velvet sky soul tear star dusk wandering breeze petal eternal silence golden rain bloom
         moonlight starlight sigh drift gentle
         """,
@@ -66,20 +67,20 @@ WANTS: Mapping[str, Mapping[Measure, tuple[float, float]]] = {
 GENRE_WORDS: Mapping[str, str] = {
     "jazz": """
         swing saxophone brushes bebop trumpet improvised ballad walking jazz sax bop trombone clarinet
-        improvisation improvise swinging quartet quintet trio syncopated syncopation scat ragtime
+        improvisation improvise swinging quintet syncopated syncopation scat ragtime
         bluesy smoky crooner
         """,
     "metal": """
-        riff distortion growl thunder shred blast doom heavy metal headbang headbanging mosh thrash
-        scream brutal distorted shredding growling thunderous fury rage leather stadium hellfire
+        riff distortion growl thunder shred blast doom heavy metal headbang headbanging thrash
+        scream brutal distorted shredding growling thunderous fury hellfire
         """,
     "folk": """
         banjo fiddle acoustic harvest meadow strum campfire harmony folk mandolin harmonica accordion
-        strumming village porch tale trail hearth countryside lullaby shanty dulcimer
+        strumming hearth countryside lullaby shanty dulcimer
         """,
     "techno": """
-        synth bassline strobe warehouse loop kick pulse modular techno synthesizer rave laser
-        basement bpm electronic sequencer dancefloor pulsing pounding looping decks hypnotic
+        synth bassline strobe warehouse loop kick pulse modular techno synthesizer
+        bpm electronic sequencer dancefloor pulsing pounding looping hypnotic
         """,
     "classical": """
         classical orchestra orchestral symphony violin cello sonata concerto conductor allegro adagio
