@@ -159,7 +159,9 @@ def test_a_misspelt_plugin_gets_a_suggestion():
     registry = load_registry()
     with pytest.raises(PluginError, match="no reward 'choise'; did you mean 'choice'"):
         registry.reward(RewardConfig(name="choise"))
-    with pytest.raises(PluginError, match="no clusterer 'zzz'; known: column, gaussian_mixture, hdbscan, kmeans"):
+    with pytest.raises(
+        PluginError, match="no clusterer 'zzz'; known: column, gaussian_mixture, hdbscan, kmeans"
+    ):
         registry.clusterer(ClusteringConfig(name="zzz"))
 
 
