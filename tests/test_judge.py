@@ -95,6 +95,7 @@ def test_a_reply_names_one_side_or_is_unreadable(reply: str, side: str | None) -
 
 def test_what_a_cut_reply_says_in_words_may_have_gone_on() -> None:
     assert read_preference("Answer A is better", cut=True) is None
+    assert read_preference('{"winner": ' + "[" * 100_000) is None, "nested too deep to be read"
     assert read_preference('{"winner": "A", "reason": "it', cut=True) == "A"
 
 

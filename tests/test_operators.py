@@ -80,3 +80,16 @@ def test_log_probabilities_have_the_gradients_of_log_softmax(temperature: float)
         gradients.append(leaf.grad)
     torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
+class RoundedLastRMSNorm(LlamaRMSNorm):
+    """As of OLMo 2: the weight multiplies before the product is brought to the precision of x."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * normed).to(hidden_states.dtype)
+
+
+def test_a_norm_that_differs_in_another_precision_alone_is_left_alone() -> None:
+    assert replace_norms(RoundedLastRMSNorm(8)) == 0

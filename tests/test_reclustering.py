@@ -588,6 +588,16 @@ EVERY = "clustering.recluster_every is 2"
             "came after it; expected 1",
         ),
         (
+            {"clustering.name": "saved"},
+            f"{EVERY}, and people of clustering.name = 'saved' stay in the clusters that were saved; "
+            "expected 0",
+        ),
+        (
+            {"estimator": {"name": "pgrpo", "history": "user", "prior_count": 4.0}},
+            f"{EVERY}, and with estimator.history = 'user' people borrow from clusters that others "
+            "have been in; expected estimator.prior_count = 0",
+        ),
+        (
             {
                 "generation": {"engine": "vllm", "max_new_tokens": 3},
                 "run.pipeline": "one_step_off",

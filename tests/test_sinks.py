@@ -182,6 +182,7 @@ def test_events_are_read_by_tensorboard(tmp_path: Path) -> None:
         "reward": [(1, 0.5)],
         "clusters/a/count": [(1, 3.0)],
         "clusters/a/num_rollouts": [(1, 0.0)],
+        "assignment_version": [(1, 0.0)],
     }
     events.step(StepRecord(step=2, reward=0.75), [])
     events.evaluation(evaluation_record(2))

@@ -116,21 +116,24 @@ def user_shares(
                 f"clusterer {name} assigned user {user!r} to cluster {cluster!r}, whose weight is "
                 f"{weights.get(cluster, 0.0):g}; expected one of the largest weight, {largest:g}"
             )
-        shares[user] = _weighty(weights)
+        shares[user] = _weighty(weights, cluster)
     return shares
 
 
-def _weighty(weights: Shares) -> Shares:
-    """Weights without the least ones, divided by their sum; in their own order."""
+def _weighty(weights: Shares, cluster: ClusterId) -> Shares:
+    """Weights without the least ones, but for that of the user's own cluster, divided by their sum; in
+    their own order."""
     left_out, negligible = 0.0, set[ClusterId]()
-    for cluster, weight in sorted(weights.items(), key=lambda item: item[1]):
+    for each, weight in sorted(weights.items(), key=lambda item: item[1]):
         left_out += weight
         if left_out > NEGLIGIBLE:
             break
-        negligible.add(cluster)
-    kept = {cluster: weight for cluster, weight in weights.items() if cluster not in negligible}
+        negligible.add(each)
+    # Of very many equal weights, the own cluster's may be among the least.
+    negligible.discard(cluster)
+    kept = {each: weight for each, weight in weights.items() if each not in negligible}
     total = math.fsum(kept.values())
-    return {cluster: weight / total for cluster, weight in kept.items()}
+    return {each: weight / total for each, weight in kept.items()}
 
 
 def _users(dataset: Dataset) -> tuple[list[str], FloatArray]:

@@ -399,9 +399,13 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         tensors: Sequence[Tensor] = ctx.saved_tensors
-        # Each query is in one block, keys and values in several.
+        # Each query is in one block; keys and values are in several,
         of_query = torch.empty_like(tensors[0])
-        sums = [torch.zeros_like(tensor) for tensor in tensors[1:]]
+        # and what these add up to must not be rounded each time.
+        sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            for x in tensors[1:]
+        ]
         for block in ctx.blocks:
             parts = [part.detach().requires_grad_() for part in block.of(tensors)]
             with torch.enable_grad():
@@ -412,7 +416,7 @@ class _Blocks(torch.autograd.Function):
             query.copy_(first)
             for total, gradient in zip(totals, others, strict=True):
                 total.add_(gradient)
-        return None, None, of_query, *sums
+        return None, None, of_query, *(x.to(tensors[0].dtype) for x in sums)
 
 
 def _in_blocks(

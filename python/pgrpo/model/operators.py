@@ -97,15 +97,23 @@ def _same_forward(norm: Any) -> Callable[[Any, Tensor], Tensor] | None:
     names = [n for n in ("variance_epsilon", "eps") if isinstance(getattr(norm, n, None), float)]
     if not isinstance(weight, Tensor) or len(names) != 1:
         return None
-    # On a CPU, for the weights may be anywhere, or nowhere yet.
+    # On a CPU, for the weights may be anywhere, or nowhere yet; and in all precisions that it may meet,
+    # whatever its own is by now, so that all processes decide alike.
+    eps: float = getattr(norm, names[0])
     numbers = torch.Generator().manual_seed(0)
-    trial = torch.rand(weight.shape, generator=numbers).to(weight.dtype)
-    x = torch.randn(3, *weight.shape, generator=numbers).to(weight.dtype)
-    with torch.no_grad():
-        expected: Tensor = torch.func.functional_call(norm, {"weight": trial}, x)
-        for offset in (False, True):
-            eps: float = getattr(norm, names[0])
-            if torch.equal(cast(Tensor, _RMSNorm.apply(x, trial, eps, offset)), expected):
+    trial = torch.rand(weight.shape, generator=numbers)
+    x = torch.randn(3, *weight.shape, generator=numbers)
+    wide, narrow = torch.float32, torch.bfloat16
+    for offset in (False, True):
+
+        def agrees(of_weight: torch.dtype, of_x: torch.dtype, *, offset: bool = offset) -> bool:
+            w, read = trial.to(of_weight), x.to(of_x)
+            expected: Tensor = torch.func.functional_call(norm, {"weight": w}, read)
+            found = cast(Tensor, _RMSNorm.apply(read, w, eps, offset))
+            return found.dtype == expected.dtype and torch.equal(found, expected)
+
+        with torch.no_grad():
+            if all(agrees(*each) for each in ((wide, wide), (wide, narrow), (narrow, narrow))):
                 return lambda module, x: cast(
                     Tensor, _RMSNorm.apply(x, module.weight, getattr(module, names[0]), offset)
                 )

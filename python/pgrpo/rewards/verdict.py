@@ -209,7 +209,8 @@ def _objects(text: str) -> Iterator[tuple[Any, int, int]]:
             continue
         try:
             value, start = json.JSONDecoder().raw_decode(text, brace.start())
-        except ValueError:
+        except (ValueError, RecursionError):
+            # The latter of what is nested a thousand deep.
             continue
         yield value, brace.start(), start
 

@@ -323,7 +323,8 @@ class Collector:
     def _has_signal(self, group: Group) -> bool:
         """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
         rewards, columns = self._columns([group])
-        rule = ClusterNormalizer(self._rule.name, nan_policy="zero", **self._several)
+        # A group's part in a cluster may count for less than one reward.
+        rule = ClusterNormalizer(self._rule.name, nan_policy="zero", min_count=0.0, **self._several)
         entries = Entries.of([group], rewards, self._histories_of)
         # Alone it has nobody to borrow from.
         return bool(entries.advantages(rule, {**columns, "parents": None}).any())

@@ -157,6 +157,11 @@ class Config(Section):
         """Refuse what cannot go on where users are divided again."""
         every = f"clustering.recluster_every is {self.clustering.recluster_every}"
         estimator = self.estimator
+        if self.clustering.name == "saved":
+            raise ValueError(
+                f"{every}, and people of clustering.name = 'saved' stay in the clusters that were "
+                "saved; expected 0"
+            )
         if estimator.name in NOT_OF_PEOPLE:
             raise ValueError(
                 f"{every}, and estimator {estimator.name!r} keeps sums that cannot be told apart by "
