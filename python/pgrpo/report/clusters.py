@@ -473,7 +473,7 @@ def _counts(page: _Page) -> Section:
         blocks.insert(0, Grid(_panels(page, candidates)))
     how = (
         "The best mean rank in all measures is recommended, of equal ones fewer clusters; differences "
-        "below 0.01 are ties, and reward information counts only where p < 0.05."
+        "below the second decimal are ties, and reward information counts only where p < 0.05."
         if found.candidates
         else f"No others are compared: {page.subject.clustering.name} is not told how many to make."
     )
