@@ -64,7 +64,7 @@ class Served:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
+def start_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
     """Starts servers that ask for an API key."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     started: list[Served] = []

@@ -76,11 +76,11 @@ def test_each_process_has_a_vllm(tmp_path: Path, alone: Path) -> None:
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_processes_share_a_server_that_is_killed(
-    tmp_path: Path, serve: Callable[..., Served], adapters: bool
+    tmp_path: Path, start_vllm: Callable[..., Served], adapters: bool
 ) -> None:
     """Whichever process meets the new server first gives it the weights again."""
     changes: Tree = {**LONGER, **(ADAPTERS if adapters else {})}
-    server = serve(changes)
+    server = start_vllm(changes)
     server.wait()
     remote = {**changes, "generation.vllm": {"servers": [server.url], "retry_s": START_S}}
     one, config = tmp_path / "one", write(tmp_path / "one", remote)

@@ -14,10 +14,10 @@ pytest_plugins = ["serving"]
 
 
 def test_one_step_off_and_adapters_with_a_server(
-    tmp_path: Path, serve: Callable[..., Served]
+    tmp_path: Path, start_vllm: Callable[..., Served]
 ) -> None:
     changes = {**SMALL, "model.lora": {"rank": 4, "alpha": 64}}
-    server = serve(changes)
+    server = start_vllm(changes)
     server.wait()
     remote = {
         **changes,

@@ -55,7 +55,7 @@ def holds_key(folder: Path) -> list[str]:
 
 
 def test_a_server_is_killed_and_restarted_in_mid_run(
-    tmp_path: Path, serve: Callable[..., Served], capfd: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, start_vllm: Callable[..., Served], capfd: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes: Tree = {
         "model.name": SMOLLM2,
@@ -63,7 +63,7 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
         "run.num_steps": 4,
         "run.samples_per_step": 16,
     }
-    server = serve(changes)
+    server = start_vllm(changes)
     whole = tmp_path / "whole" / "run"
     config = write(tmp_path / "whole", changes)
     assert main(["train", str(config), "--out", str(whole)]) == 0  # vLLM in this process
@@ -95,11 +95,11 @@ def test_a_server_is_killed_and_restarted_in_mid_run(
 
 
 def test_served_samples_are_cut_and_stopped_as_in_this_process(
-    tmp_path: Path, serve: Callable[..., Served]
+    tmp_path: Path, start_vllm: Callable[..., Served]
 ) -> None:
     sampling = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "stop": ["7", "2 w"]}
     changes: Tree = {**SMALL, **{f"generation.{name}": v for name, v in sampling.items()}}
-    server = serve(changes)
+    server = start_vllm(changes)
     whole, run = tmp_path / "whole" / "run", tmp_path / "remote" / "run"
     assert main(["train", str(write(tmp_path / "whole", changes)), "--out", str(whole)]) == 0
     server.wait()
@@ -113,13 +113,13 @@ def test_served_samples_are_cut_and_stopped_as_in_this_process(
 
 def test_servers_that_stay_away_stop_the_run_and_it_can_go_on(
     tmp_path: Path,
-    serve: Callable[..., Served],
+    start_vllm: Callable[..., Served],
     capfd: Any,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two servers: the loss of one is survived, that of both is not."""
-    one, two = serve(SMALL), serve(SMALL)
+    one, two = start_vllm(SMALL), start_vllm(SMALL)
     one.wait()
     two.wait()
     check_what_does_not_fit(tmp_path, one, capfd, monkeypatch)
