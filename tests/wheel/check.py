@@ -126,7 +126,11 @@ def installed_files():
     pages = [
         f"report/templates/{name}" for name in ("page.html", "blocks.html", "page.css", "page.js")
     ]
-    for name in ("py.typed", "normalizer/_core.pyi", "experiments/demo.toml", *pages):
+    template = [
+        f"plugins/template/{name}"
+        for name in ("README.md", "my_plugin.py", "pyproject.toml", "run.toml", "test_my_plugin.py")
+    ]
+    for name in ("py.typed", "normalizer/_core.pyi", "experiments/demo.toml", *pages, *template):
         needed = f"pgrpo/{name}"
         assert Path(needed) in files, f"{needed} is missing"
     assert any(f.name == "LICENSE" for f in files), "LICENSE is missing"
@@ -138,6 +142,7 @@ def installed_files():
         for f in files
         if not (
             (f.parts[0] == "pgrpo" and f.suffix in plain and "test" not in str(f))
+            or f.as_posix().removeprefix("pgrpo/") in template
             or f.parts[0] == f"pgrpo-{version}.dist-info"
             or f.stem == "pgrpo"  # the command
         )
