@@ -1,8 +1,9 @@
 r"""The update's share of the machine's own speed of matrix products, in the same precision.
 
 SmolLM2-135M learns from 8 prompts x 8 completions of 8 tokens. An update's FLOPs are those of its
-matrix products, forward and backward, as `pgrpo plan` counts them, which are torch's own count
-(tests/test_plan.py): attention over the whole square, no norms, no softmax, no optimizer. The machine's
+matrix products, forward and backward, as `pgrpo plan` counts them: attention over the whole square
+and once (blocks leave out what causality hides, and the backward pass computes their scores again), no
+norms, no softmax, no optimizer. The machine's
 speed is that of one large product of square matrices, measured before and after each update on as many
 threads.
 

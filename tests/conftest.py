@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from pgrpo.cli import main
+from pgrpo.clusters.division import divide
 from pgrpo.clusters.given import Column
 from pgrpo.clusters.membership import Membership
 from pgrpo.model.attention import ATTENTION
@@ -155,7 +156,7 @@ def members(cluster_of: Mapping[str, ClusterId]) -> Membership:
     """Users who belong to these clusters."""
     rows = [Example("", user, {"cluster": cluster}) for user, cluster in cluster_of.items()]
     users = {user: np.empty(0) for user in cluster_of}
-    return Membership(Column(Column.Config(column="cluster")), Dataset(rows, [], users, ()))
+    return Membership(divide(Column(Column.Config(column="cluster")), Dataset(rows, [], users, ())))
 
 
 # Runs of a second or two, through the command line.

@@ -19,6 +19,7 @@ from test_report import HOSTILE, parse
 
 from pgrpo.cli import main
 from pgrpo.clusters.analysis import Candidate, analyse, best
+from pgrpo.clusters.division import divide
 from pgrpo.clusters.kmeans import KMeans
 from pgrpo.clusters.measures import (
     RewardInformation,
@@ -267,6 +268,14 @@ def test_a_number_that_cannot_be_made_is_left_out_and_told():
     found = analyse(kmeans(2), dataset, configured=2, ks=[3, 400], note=told.append)
     assert [each.num_clusters for each in found.candidates] == [2, 3]
     assert any("400 clusters cannot be made: num_clusters is 400" in text for text in told)
+
+    def random(num: int | None) -> Any:
+        settings: Any = {"name": "random", "num_clusters": num or 2, "sizes": [3, 1]}
+        return load_registry().clusterer(ClusteringConfig(**settings))
+
+    fixed = analyse(random, dataset, configured=2, ks=[3], note=told.append)
+    assert [each.num_clusters for each in fixed.candidates] == [2]
+    assert any("3 clusters cannot be made" in text and "sizes" in text for text in told)
     many = analyse(kmeans(2), dataset, configured=2, ks=[9])
     assert many.candidates[-1].stability is None, "half of the users are fewer than nine"
 
@@ -359,8 +368,10 @@ def test_a_run_tells_what_clusters_know_of_its_rewards(run: Path, tmp_path: Path
             cluster["about"]
         }
     members = Membership(
-        load_registry().clusterer(ClusteringConfig(name="kmeans", num_clusters=3)),  # pyright: ignore[reportCallIssue]
-        personas(),
+        divide(
+            load_registry().clusterer(ClusteringConfig(name="kmeans", num_clusters=3)),  # pyright: ignore[reportCallIssue]
+            personas(),
+        )
     )
     assert all(members.cluster(user) == cluster for user, cluster in saved["assignment"].items())
 
@@ -605,15 +616,17 @@ def test_known_people_keep_their_cluster_and_others_are_assigned_as_it_was_fitte
         f"new {user}": dataset.users[user] for user in new
     }
     other = Dataset([], [], users, dataset.feature_names)
-    members = Membership(clusterer(saved), other)
+    members = Membership(divide(clusterer(saved), other))
     # Whatever their features are now.
     assert all(members.cluster(user) == content["assignment"][user] for user in known)
     # The same features as somebody who was there.
     assert all(members.cluster(f"new {user}") == content["assignment"][user] for user in new)
-    file = Membership(clusterer(saved / "clusters.json"), other)
+    file = Membership(divide(clusterer(saved / "clusters.json"), other))
     assert file.histories("cluster", 0) == members.histories("cluster", 0)
 
-    pooled = Membership(clusterer(saved, unseen="pooled"), Dataset([], [], users, ("x",) * 8))
+    pooled = Membership(
+        divide(clusterer(saved, unseen="pooled"), Dataset([], [], users, ("x",) * 8))
+    )
     assert all(pooled.cluster(user) == content["assignment"][user] for user in known)
     assert {pooled.cluster(f"new {user}") for user in new} == {"unseen"}
     assert pooled.about["unseen"]["num_users"] == len(new)
@@ -622,16 +635,16 @@ def test_known_people_keep_their_cluster_and_others_are_assigned_as_it_was_fitte
 def test_a_state_needs_no_file(saved: Path, tmp_path: Path):
     shutil.copytree(saved, tmp_path / "gone")
     dataset = personas()
-    first = Membership(clusterer(tmp_path / "gone"), dataset)
+    first = Membership(divide(clusterer(tmp_path / "gone"), dataset))
     state = json.loads(json.dumps(first.state_dict(), sort_keys=True))
     shutil.rmtree(tmp_path / "gone")
-    again = Membership(clusterer(tmp_path / "gone"), dataset, state)
+    again = Membership(divide(clusterer(tmp_path / "gone"), dataset, state))
     assert again.histories("cluster", 0) == first.histories("cluster", 0)
     assert again.state_dict() == first.state_dict()
     with pytest.raises(CheckpointError, match="damaged: assignment"):
         clusterer(tmp_path).load_state_dict({**state, "assignment": {"u": 0.5}})
     with pytest.raises(DataError, match=r"does not exist; pgrpo cluster writes it"):
-        Membership(clusterer(tmp_path / "gone"), dataset)
+        Membership(divide(clusterer(tmp_path / "gone"), dataset))
 
 
 @pytest.mark.parametrize(
@@ -653,7 +666,7 @@ def test_a_file_that_does_not_fit_is_refused(saved: Path, tmp_path: Path, change
     dataset = personas()
     stranger = {"stranger": np.zeros(8)} | dict(dataset.users)
     with pytest.raises(DataError, match=words):
-        Membership(clusterer(tmp_path), Dataset([], [], stranger, dataset.feature_names))
+        Membership(divide(clusterer(tmp_path), Dataset([], [], stranger, dataset.feature_names)))
 
 
 def test_a_cluster_of_the_name_of_the_unseen_is_refused(saved: Path, tmp_path: Path):
@@ -661,7 +674,7 @@ def test_a_cluster_of_the_name_of_the_unseen_is_refused(saved: Path, tmp_path: P
     content["assignment"]["user-0"] = "unseen"
     (tmp_path / "clusters.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="have one called 'unseen'"):
-        Membership(clusterer(tmp_path, unseen="pooled"), personas())
+        Membership(divide(clusterer(tmp_path, unseen="pooled"), personas()))
 
 
 def test_people_whom_the_saved_clusterer_cannot_assign_are_named(tmp_path: Path, capsys: Capture):
@@ -670,7 +683,9 @@ def test_people_whom_the_saved_clusterer_cannot_assign_are_named(tmp_path: Path,
     dataset = personas()
     users = {"stranger": np.zeros(8)} | dict(dataset.users)
     with pytest.raises(DataError, match="1 of 41 users are not in the saved clusters") as error:
-        Membership(clusterer(tmp_path / "out"), Dataset([], [], users, dataset.feature_names))
+        Membership(
+            divide(clusterer(tmp_path / "out"), Dataset([], [], users, dataset.feature_names))
+        )
     assert "user 'stranger' has no row" in str(error.value) and "'pooled'" in str(error.value)
 
 

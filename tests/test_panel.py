@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 
 from pgrpo.cli import main
+from pgrpo.clusters.division import divide
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.checks import check
 from pgrpo.config.sections import ClusteringConfig
@@ -373,7 +374,7 @@ def test_faulty_settings_are_refused_at_load(change, message):
 
 def clusters_of(dataset: Dataset, num_clusters: int = 2) -> Any:
     section = ClusteringConfig.model_validate({"name": "kmeans", "num_clusters": num_clusters})
-    return Membership(load_registry().clusterer(section), dataset).histories("cluster", 0)
+    return Membership(divide(load_registry().clusterer(section), dataset)).histories("cluster", 0)
 
 
 def test_baselines_tell_taste_of_all_from_taste_of_clusters_and_people(tmp_path):

@@ -12,8 +12,8 @@ from conftest import install_plugin, write_config
 
 from pgrpo.cli import main
 from pgrpo.errors import ConfigError, PluginError
-from pgrpo.plugins import conformance
-from pgrpo.plugins.conformance import Check
+from pgrpo.train import conformance
+from pgrpo.train.conformance import Check
 
 HEADER = """
 import asyncio, itertools, random, time, uuid

@@ -340,7 +340,7 @@ prompt = Prompt(Example("Say it.", "u"), 0, (1,))
 say = lambda text: Rollout(prompt, 0, (1,), text, (0.0,), False)
 print(registry.rewards["brevity"].distribution)
 print(reward([say("one"), say("one two three four five"), say("")]))
-from pgrpo.plugins import conformance
+from pgrpo.train import conformance
 print([check.name for check in conformance.check_reward("brevity") if check.outcome != "ok"])
 """
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import Reference
 
 from pgrpo.clusters.assignment import NEGLIGIBLE, user_shares
+from pgrpo.clusters.division import divide
 from pgrpo.clusters.membership import Membership
 from pgrpo.errors import ConfigError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer
@@ -105,7 +106,7 @@ def test_memberships_that_are_none_are_refused(
     memberships: Mapping[str, Any], assigned: ClusterId, sentence: str
 ) -> None:
     with pytest.raises(PluginError) as caught:
-        Membership(Told(memberships, assigned), people("u", "v"), soft=True)
+        Membership(divide(Told(memberships, assigned), people("u", "v"), soft=True))
     assert sentence in str(caught.value)
 
 
@@ -123,7 +124,7 @@ def test_a_clusterer_without_memberships_is_refused(tmp_path: Path) -> None:
 
 def test_arms_have_shares_of_their_own() -> None:
     told = {f"u{n}": {"a": 0.25, "b": 0.75} if n < 8 else {"c": 1.0} for n in range(12)}
-    members = Membership(Told(told), people(*told), soft=True)
+    members = Membership(divide(Told(told), people(*told), soft=True))
     assert members.shares("cluster", 0) == told
     assert members.shares("one", 0) == {user: {0: 1.0} for user in told}
     shuffled = members.shares("shuffled", 0)
@@ -131,7 +132,7 @@ def test_arms_have_shares_of_their_own() -> None:
     assert sorted(map(str, shuffled.values())) == sorted(map(str, told.values()))
     keys = members.histories("shuffled", 0)
     assert {user: max(own, key=own.__getitem__) for user, own in shuffled.items()} == keys
-    hard = Membership(Told(told), people(*told))
+    hard = Membership(divide(Told(told), people(*told)))
     assert hard.shares("shuffled", 0) == {user: {key: 1.0} for user, key in keys.items()}
 
 

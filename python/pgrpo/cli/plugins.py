@@ -12,9 +12,9 @@ from pgrpo.errors import ConfigError, PluginError
 from pgrpo.runs.terminal import printable
 
 if TYPE_CHECKING:
-    from pgrpo.plugins.conformance import Check
     from pgrpo.plugins.registry import Plugin, Registry
     from pgrpo.runs.config import Config
+    from pgrpo.train.conformance import Check
     from pgrpo.types import Dataset
 
 
@@ -80,9 +80,9 @@ def check(
 ) -> None:
     """Try installed plugins as a run uses them; exit code 1 where one does not bear it."""
     from pgrpo.config.toml import apply_override
-    from pgrpo.plugins import conformance
     from pgrpo.plugins.registry import load_registry
     from pgrpo.runs.config import load_config
+    from pgrpo.train import conformance
 
     registry = load_registry()
     named = _named(registry, name)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pgrpo.clusters.assignment import cluster_users
 from pgrpo.clusters.description import Description, describe
+from pgrpo.clusters.features import standardised
 from pgrpo.clusters.measures import (
     RewardInformation,
     agreement,
@@ -19,9 +20,8 @@ from pgrpo.clusters.measures import (
     means,
     reward_information,
     silhouettes,
-    standardised,
 )
-from pgrpo.errors import DataError
+from pgrpo.errors import ConfigError, DataError
 from pgrpo.plugins.hookspecs import Clusterer
 from pgrpo.types import ClusterId, Dataset, Example, FloatArray, Json
 
@@ -166,7 +166,8 @@ def analyse(
         note(f"{num} clusters")
         try:
             clusters = cluster_users(make(num), dataset)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
+            # The former where another setting goes with the number, as the sizes of `random` do.
             note(f"{num} clusters cannot be made: {error}")
             continue
         candidates[num], _ = measured(num, clusters)

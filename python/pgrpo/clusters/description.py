@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from pgrpo.clusters.features import deviation
+from pgrpo.clusters.features import standardised
 from pgrpo.types import ClusterId, FloatArray
 
 _NOTABLE_Z = 0.1
@@ -33,7 +33,7 @@ def describe(
     `about` names up to two features each whose mean in the cluster lies furthest above and below
     the mean of all users, in standard deviations z; |z| under 0.1 is not worth a word.
     """
-    z = (features - features.mean(axis=0)) / deviation(features)
+    z = standardised(features)
     members: dict[ClusterId, list[int]] = {}
     for index, cluster_id in enumerate(assignment):
         members.setdefault(cluster_id, []).append(index)

@@ -54,6 +54,11 @@ class Scale:
         return np.ascontiguousarray((features - self.mean) / self.std)
 
 
+def standardised(features: FloatArray) -> FloatArray:
+    """[U, F] with mean 0 and standard deviation 1; a constant feature becomes 0."""
+    return (features - features.mean(axis=0)) / deviation(features)
+
+
 def deviation(features: FloatArray) -> FloatArray:
     """[F] standard deviation; 1 for a constant feature, whose own would be rounding."""
     return np.where(np.ptp(features, axis=0) > 0, features.std(axis=0), 1.0)

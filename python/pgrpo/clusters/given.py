@@ -80,11 +80,8 @@ class Column:
         return {"cluster_of": dict(self._cluster_of)}
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Take over user -> cluster."""
-        clusters = state.get("cluster_of")
-        if not isinstance(clusters, Mapping):
-            raise CheckpointError("the clusterer's state has no 'cluster_of'")
-        self._cluster_of = dict(cast(Mapping[str, ClusterId], clusters))
+        """Take over user -> cluster; raises CheckpointError where there is none."""
+        self._cluster_of = dict(_cluster_of(state))
 
 
 class Single:
@@ -177,10 +174,7 @@ class Random:
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Take over user -> cluster; raises CheckpointError where there is none."""
-        clusters = state.get("cluster_of")
-        if not isinstance(clusters, Mapping):
-            raise CheckpointError("the clusterer's state has no 'cluster_of'")
-        cluster_of = cast(Mapping[str, int], clusters)
+        cluster_of = cast(Mapping[str, int], _cluster_of(state))
         for user, cluster in cluster_of.items():
             if cluster not in range(len(self._sizes)):
                 raise CheckpointError(
@@ -188,3 +182,10 @@ class Random:
                     f"{len(self._sizes)}"
                 )
         self._cluster_of = dict(cluster_of)
+
+
+def _cluster_of(state: Mapping[str, Json]) -> Mapping[str, ClusterId]:
+    clusters = state.get("cluster_of")
+    if not isinstance(clusters, Mapping):
+        raise CheckpointError("the clusterer's state has no 'cluster_of'")
+    return cast(Mapping[str, ClusterId], clusters)

@@ -13,7 +13,6 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from pgrpo.clusters.features import deviation
 from pgrpo.types import ClusterId, FloatArray
 
 PERMUTATIONS = 2000
@@ -154,11 +153,6 @@ def silhouettes(points: FloatArray, clusters: Sequence[ClusterId]) -> FloatArray
     if not 2 <= len(np.unique(labels)) < len(labels):
         return None
     return np.asarray(silhouette_samples(points, labels), dtype=np.float64)
-
-
-def standardised(features: FloatArray) -> FloatArray:
-    """[U, F] with mean 0 and standard deviation 1; a constant feature becomes 0."""
-    return (features - features.mean(axis=0)) / deviation(features)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,48 +9,20 @@ import numpy as np
 
 from pgrpo.clusters.assignment import Shares
 from pgrpo.clusters.description import Description
-from pgrpo.clusters.division import Division, divide
+from pgrpo.clusters.division import Division
 from pgrpo.errors import DataError
-from pgrpo.plugins.hookspecs import Clusterer
-from pgrpo.types import ClusterId, Dataset, Json
+from pgrpo.types import ClusterId, Json
 
 
 class Membership:
     """The one owner of user -> cluster in a run.
 
     Args:
-        clusterer: what divides the users; it is fitted here, or restored.
-        dataset: whose users are divided.
-        state: what `state_dict` of an earlier run returned, to be taken over instead of fitting.
-        soft: users may belong to several clusters (`shares`); `cluster` is then the one they belong to
-            most.
-
-    Attributes:
-        division: who belongs where.
-
-    Raises:
-        ConfigError: the clusterer knows no soft membership.
-        PluginError: the clusterer raised, or returned something that names no clusters.
+        division: who belongs where; where users are divided again, another takes its place.
     """
 
-    division: Division
-
-    def __init__(
-        self,
-        clusterer: Clusterer,
-        dataset: Dataset,
-        state: Mapping[str, Json] | None = None,
-        *,
-        soft: bool = False,
-    ) -> None:
-        self.division = divide(clusterer, dataset, state, soft=soft)
-
-    @classmethod
-    def of(cls, division: Division) -> Membership:
-        """The membership that another process has told of."""
-        made = cls.__new__(cls)
-        made.division = division
-        return made
+    def __init__(self, division: Division) -> None:
+        self.division = division
 
     @property
     def about(self) -> Mapping[str, Description]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pgrpo.report.figures import shorten
+from pgrpo.report.figures import Figure, shorten
 from pgrpo.report.statistics import Estimate
 from pgrpo.report.verdict import number
 
@@ -71,6 +71,23 @@ class Chart:
     id: str
     label: str
     height: int
+
+
+class Charts:
+    """A page in the making, which collects its charts as they are placed.
+
+    Attributes:
+        charts: id of each -> its figure.
+    """
+
+    def __init__(self) -> None:
+        self.charts: dict[str, Figure] = {}
+
+    def place(self, figure: Figure, label: str) -> Chart:
+        """A chart's place in the page."""
+        name = f"figure-{len(self.charts)}"
+        self.charts[name] = figure
+        return Chart(name, label, figure["layout"]["height"])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pgrpo.report import figures
 from pgrpo.report.blocks import (
     Block,
     Cell,
-    Chart,
+    Charts,
     Grid,
     Key,
     Panel,
@@ -31,7 +31,6 @@ from pgrpo.report.blocks import (
     legend,
     section,
 )
-from pgrpo.report.figures import Figure
 from pgrpo.report.page import document
 from pgrpo.report.statistics import Estimate
 from pgrpo.report.verdict import Verdict, enumerate_words, number, percent, plural
@@ -263,12 +262,12 @@ def _silhouettes(found: Analysis) -> dict[ClusterId, float]:
     return {cluster: sum(own) / len(own) for cluster, own in values.items()}
 
 
-class _Page:
+class _Page(Charts):
     """One page in the making; charts are collected as they are placed."""
 
     def __init__(self, found: Analysis, subject: Subject) -> None:
+        super().__init__()
         self.found, self.subject = found, subject
-        self.charts: dict[str, Figure] = {}
         self.shown = shown(found)
         names = [str(cluster) for cluster in self.shown]
         few = len(names) <= len(figures.ARM_COLORS)
@@ -276,11 +275,6 @@ class _Page:
         self.colors = figures.arm_colors(names) if few else figures.cluster_colors(names, None)
         num = len(found.sampled)
         self.drawn = found.sampled[np.linspace(0, num - 1, min(num, DRAWN)).round().astype(int)]
-
-    def place(self, figure: Figure, label: str) -> Chart:
-        name = f"figure-{len(self.charts)}"
-        self.charts[name] = figure
-        return Chart(name, label, figure["layout"]["height"])
 
     def legend(self) -> Block:
         return legend({f"cluster {name}": color for name, color in self.colors.items()})

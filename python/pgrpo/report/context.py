@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pgrpo.report import figures
-from pgrpo.report.blocks import Chart, Grid, Key, Panel
+from pgrpo.report.blocks import Charts, Grid, Key, Panel
 from pgrpo.report.figures import Figure, Line
 from pgrpo.report.study import EACH, Study
 from pgrpo.report.verdict import enumerate_words, percent, plural
 
 
-class Context:
-    """One page in the making; charts are collected as they are placed."""
+class Context(Charts):
+    """The page of a study in the making."""
 
     def __init__(self, study: Study) -> None:
+        super().__init__()
         self.study = study
-        self.charts: dict[str, Figure] = {}
         self.arm_colors = figures.arm_colors([arm.name for arm in study.arms])
         self.cluster_colors = figures.cluster_colors(study.shown, study.minority)
         self.explained = False
@@ -54,12 +54,6 @@ class Context:
             about=" · ".join([*users, *about]),
             full=info.about,
         )
-
-    def place(self, figure: Figure, label: str) -> Chart:
-        """A chart's place in the page."""
-        name = f"figure-{len(self.charts)}"
-        self.charts[name] = figure
-        return Chart(name, label, figure["layout"]["height"])
 
     def drawing(self) -> str:
         """How curves over the steps are drawn, said in full once."""

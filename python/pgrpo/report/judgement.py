@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from pgrpo.report import figures
-from pgrpo.report.blocks import Block, Cell, Chart, Folded, Section, Table, folded, legend, section
-from pgrpo.report.figures import Figure
+from pgrpo.report.blocks import Block, Cell, Charts, Folded, Section, Table, folded, legend, section
 from pgrpo.report.page import document
 from pgrpo.report.verdict import Verdict, enumerate_words, isolated, percent, plural
 from pgrpo.runs.judgement import JudgementRecord, PairRecord, RatesRecord, ShareRecord, Winner
@@ -83,12 +82,12 @@ def render(
     )
 
 
-class _Page:
-    """The sections of one page; charts are collected as they are placed."""
+class _Page(Charts):
+    """The sections of one page."""
 
     def __init__(self, record: JudgementRecord) -> None:
+        super().__init__()
         self.record = record
-        self.charts: dict[str, Figure] = {}
         names = [record.a.name, record.b.name]
         self._a, self._b = names
         self._colors = figures.arm_colors(names)
@@ -115,7 +114,7 @@ class _Page:
         )
         blocks: list[Block] = [
             legend(colors),
-            self._place(outcomes, "Wins, ties and losses of each cluster"),
+            self.place(outcomes, "Wins, ties and losses of each cluster"),
         ]
         if record.overall.decided.share is not None:
             decided = figures.intervals(
@@ -124,7 +123,7 @@ class _Page:
                 self._colors[self._a],
                 f"share of decided pairs that {self._a} won",
             )
-            blocks.append(self._place(decided, f"Share of decided pairs that {self._a} won"))
+            blocks.append(self.place(decided, f"Share of decided pairs that {self._a} won"))
         blocks.append(self._table(listed))
         return section(
             "Who won with whom",
@@ -280,11 +279,6 @@ class _Page:
 
     def _said(self, winner: Winner | None) -> str:
         return {"a": self._a, "b": self._b, "tie": "tie", None: "none"}[winner]
-
-    def _place(self, figure: Figure, label: str) -> Chart:
-        name = f"figure-{len(self.charts)}"
-        self.charts[name] = figure
-        return Chart(name, label, figure["layout"]["height"])
 
 
 def _by_cluster(record: JudgementRecord) -> list[str]:

@@ -107,15 +107,13 @@ class Assembly:
         saved = self.state and self.state["clusterer"]
         if self.state and self.state["assignment"] is not None:
             # Whom users were divided by then is not known any more.
-            return Membership.of(
-                Division.from_json(self.state["clusterer"], self.state["assignment"])
-            )
+            return Membership(Division.from_json(self.state["clusterer"], self.state["assignment"]))
 
         def fit() -> Division:
             clusterer = self.registry.clusterer(section)
             return divide(clusterer, dataset, saved, soft=section.soft)
 
-        return Membership.of(self.ranks.first(fit))
+        return Membership(self.ranks.first(fit))
 
     @cached_property
     def new_people(self) -> frozenset[str] | None:

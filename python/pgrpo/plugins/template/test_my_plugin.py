@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from pgrpo.plugins import conformance
+from pgrpo.train import conformance
 from pgrpo.types import Example, Json, Prompt, Rollout
 
 from my_plugin import LIKED, Halves, Liked, Tastes

@@ -2,7 +2,7 @@
 
 `pgrpo plugins check NAME` prints what is found here, and a plugin's own tests may ask for it:
 
-    from pgrpo.plugins import conformance
+    from pgrpo.train import conformance
 
     def test_it_conforms():
         assert conformance.failed(conformance.check_reward("brevity", {"limit": 4})) == []
