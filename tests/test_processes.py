@@ -201,13 +201,15 @@ stop = threading.Event()
 
 def scribble(ids):
     while not stop.is_set():
-        ids[rng.integers(0, len(ids), 100)] = 1_500_000
-        ids[rng.integers(0, len(ids), 100)] = -1
+        ids[::7] = 1_500_000
+        ids[3::7] = -1
         ids[:] = 3
 
 
 refused = 0
-for number in range(100):
+for number in range(10_000):
+    if refused == 5:
+        break
     normalizer = ClusterNormalizer(num_threads=1 + number % 2)
     ids = np.full(len(rewards), 3, np.int32)
     stop.clear()
@@ -227,5 +229,6 @@ print(refused)
 
 
 def test_ids_that_change_in_the_middle_of_a_call_are_an_error() -> None:
-    # At times a call sees none of the changes, or only such as do no harm.
-    assert 0 < int(output(SCRIBBLES)) <= 100
+    # A call may see none of the changes, or only such as do no harm: a third of them on two idle cores,
+    # nearly all where the threads share one core. So calls are made until five were refused.
+    assert int(output(SCRIBBLES)) == 5
