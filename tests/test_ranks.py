@@ -33,7 +33,14 @@ TIMEOUT_S = 120
 
 # Five groups a step and eleven held-out prompts are shared unevenly, and of four processes some get none
 # of two groups.
-UNEVEN = {"run.prompts_per_step": 5, "run.eval_prompts": 11, "run.num_steps": 4}
+# Adam's first steps are of full length, along gradients that are nothing but rounding too: at a learning
+# rate of 5e-3 the fourth gradient's norm is off by 1.6e-5 on some processors, at this one by 2e-7.
+UNEVEN = {
+    "run.prompts_per_step": 5,
+    "run.eval_prompts": 11,
+    "run.num_steps": 4,
+    "optimizer.learning_rate": 1e-3,
+}
 
 
 def _rank_in_child(
