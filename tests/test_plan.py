@@ -308,6 +308,21 @@ def test_ranks_divide_what_they_hold(shards: int) -> None:
     assert alone.unsharded == 0 < together.unsharded < 8 * QWEN_SIZE
 
 
+def test_gradients_are_beside_activations_only_after_an_earlier_pass() -> None:
+    once = replace(tiny_setup(64, 4, 512, 64), token_budget=10**9)
+    (work,) = passes(once, once.prompts)
+    twice = replace(once, token_budget=work.tokens // 2)
+    alone, second = memory(QWEN, once), memory(QWEN, twice)
+    assert (alone.accumulated, second.accumulated) == (0, alone.gradients)
+    # Of one pass activations make room for gradients, layer by layer.
+    assert alone.peak == alone.held + alone.activations + max(alone.logits, alone.backward)
+    assert second.peak == pytest.approx(
+        second.held + second.gradients + second.activations + max(second.logits, second.backward)
+    )
+    small = replace(once, prompts=1, group_size=1, prompt_tokens=2, completion_tokens=2)
+    assert memory(QWEN, small).peak >= memory(QWEN, small).held + alone.gradients
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm", "servers"])
 def test_what_ranks_send_each_other(engine: str) -> None:
     # A step of one pass, after whose update the weights are put together once for generation.

@@ -215,6 +215,9 @@ class Memory:
     weights: float
     """Its part of them."""
     gradients: float
+    """All of them, from the end of an update's backward pass to the beginning of the next update."""
+    accumulated: float
+    """Gradients that earlier passes of an update have left when the activations of another are kept."""
     moments: float
     reference: float
     engine: float
@@ -234,13 +237,14 @@ class Memory:
     @property
     def held(self) -> float:
         """At all times."""
-        return self.weights + self.gradients + self.moments + self.reference + self.engine
+        return self.weights + self.moments + self.reference + self.engine
 
     @property
     def peak(self) -> float:
         """At most: in the update, at its logits or at its last layer, or in generation."""
-        update = self.unsharded + self.activations + max(self.logits, self.backward)
-        return self.held + max(update, self.generation)
+        backward = self.activations + self.accumulated + max(self.logits, self.backward)
+        update = self.unsharded + max(backward, self.gradients)
+        return self.held + max(update, self.gradients + self.generation)
 
 
 def _in_blocks(shape: Shape, setup: Setup, scores: float) -> bool:
@@ -298,7 +302,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     weights = (frozen * w + shape.num_trained * t) / ranks
     trained_share = shape.num_trained / shape.num_parameters
     groups = ceil(setup.own_prompts / setup.minibatches)
-    work = passes(setup, groups)[0]
+    work, *others = passes(setup, groups)
     layer = layer_activations(shape, setup, work)
     stream = work.tokens * shape.hidden * setup.stream_bytes
     converted = 2.0 * shape.matrices if setup.precision == "autocast" else 0.0
@@ -328,9 +332,11 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     engine = shape.num_parameters * a / setup.engine_ranks + setup.engine_bytes
     if setup.engine != "transformers":
         generation = engine if setup.engine == "vllm" and setup.engine_sleeps else 0.0
+    gradients = shape.num_trained * t / ranks
     return Memory(
         weights=weights,
-        gradients=shape.num_trained * t / ranks,
+        gradients=gradients,
+        accumulated=gradients if others else 0.0,
         moments=2 * shape.num_trained * t / ranks,
         reference=shape.num_parameters * w / ranks if setup.reference == "weights" else 0.0,
         engine=engine if setup.engine == "vllm" and not setup.engine_sleeps else 0.0,
