@@ -207,6 +207,8 @@ class PrefixCache:
         self._lengths = torch.tensor([len(p) for p in prompts], device=device)
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hidden: dict[int | None, Tensor | None] = {}
+        """Of this token, by the window of a layer."""
 
     def position_ids(self) -> Tensor:
         """[1, B * G] position of the token that is added next."""
@@ -215,7 +217,7 @@ class PrefixCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        """See `Groups.attend`; the caller raises `length` after each pass over the layers."""
+        """See `Groups.attend`; the first pass fills the prompts' part."""
         if layer not in self._prompt:
             self._prompt[layer] = self.prefill.pad_prompts(key), self.prefill.pad_prompts(value)
             return self.prefill.attend(layer, query, key, value, options)
@@ -236,19 +238,31 @@ class PrefixCache:
         q_group = q.view(b, g, heads, r, d).transpose(1, 2).reshape(b, heads, g * r, d)
         to_prompt = (q_group @ prompt_key.mT).view(b, heads, g, r, length)
         to_own = (q @ own_key.mT).view(b, g, heads, r, t + 1).transpose(1, 2)
-        at = (self._lengths + t)[:, None]
-        positions = torch.arange(length, device=at.device)[None]
-        seen = _visible(at, positions, options.window) & (positions < self._lengths[:, None])
-        own_seen = _visible(
-            at, self._lengths[:, None] + torch.arange(t + 1, device=at.device), options.window
-        )
-        mask = torch.cat([seen, own_seen], dim=1)[:, None, None, None]
         scores = _cap(torch.cat([to_prompt, to_own], dim=-1), options.softcap)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+        if options.window not in self._hidden:
+            self._hidden[options.window] = self._hidden_keys(length, options.window)
+        if (hidden := self._hidden[options.window]) is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = scores.softmax(-1).to(value.dtype)
         from_prompt = weights[..., :length].reshape(b, heads, g * r, length) @ prompt_value
         from_own = weights[..., length:].transpose(1, 2).reshape(b * g, heads, r, t + 1) @ own_value
         out = from_prompt.view(b, heads, g, r, d).transpose(1, 2).reshape(b * g, heads, r, d)
         return (out + from_own).reshape(b * g, heads * r, d)
+
+    def next_token(self) -> None:
+        """To be called after each pass over the layers that added a token."""
+        self.length += 1
+        self._hidden.clear()
+
+    def _hidden_keys(self, num_prompt_keys: int, window: int | None) -> Tensor | None:
+        """[B, 1, 1, 1, P + t + 1] what the token that is added does not see; None if it sees all."""
+        at = (self._lengths + self.length)[:, None]
+        device = at.device
+        positions = torch.arange(num_prompt_keys, device=device)[None]
+        seen = _visible(at, positions, window) & (positions < self._lengths[:, None])
+        own = self._lengths[:, None] + torch.arange(self.length + 1, device=device)
+        hidden = ~torch.cat([seen, _visible(at, own, window)], dim=1)
+        return hidden[:, None, None, None] if bool(hidden.any()) else None
 
 
 def _visible(at: Tensor, other: Tensor, window: int | None) -> Tensor:

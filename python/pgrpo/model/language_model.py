@@ -212,7 +212,7 @@ class LanguageModel:
     def extend(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
         """Decoder over one more token of each completion: [N] -> [N, hidden]."""
         rows = self._decode(tokens[None], cache.position_ids(), cache)
-        cache.length += 1
+        cache.next_token()
         return rows
 
     def logits(self, hidden: Tensor, permitted: Tensor | None = None) -> Tensor:

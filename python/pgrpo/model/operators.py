@@ -23,18 +23,29 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rows: Tensor, ids: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(logits, rows, ids)
         ctx.temperature = temperature
-        scaled = logits if temperature == 1 else logits / temperature
-        return scaled[rows, ids] - scaled.logsumexp(-1)[rows]
+        sums = torch.empty_like(logits[:, 0])
+        for part in _blocks(logits):
+            scaled = logits[part] if temperature == 1 else logits[part] / temperature
+            sums[part] = scaled.logsumexp(-1)
+        return logits[rows, ids] / temperature - sums[rows]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         logits, rows, ids = ctx.saved_tensors
         wanted: Tensor = gradients[0] / ctx.temperature
         of_row = wanted.new_zeros(len(logits)).index_add_(0, rows, wanted)
-        scaled = logits if ctx.temperature == 1 else logits / ctx.temperature
-        gradient = scaled.softmax(-1).mul_(-of_row[:, None])
+        gradient = torch.empty_like(logits)
+        for part in _blocks(logits):
+            scaled = logits[part] if ctx.temperature == 1 else logits[part] / ctx.temperature
+            torch.softmax(scaled, -1, out=gradient[part]).mul_(-of_row[part, None])
         gradient.index_put_((rows, ids), wanted, accumulate=True)
         return gradient, None, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """All rows of logits, on a CPU as many at a time as its caches hold beside what is made of them."""
+    rows = 16 if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,14 +55,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
-        wide = x.float()
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed, inverse = _rms_normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
-        normed = wide * inverse if wide is x else wide.mul_(inverse)
-        if offset:
-            return normed.mul_(1.0 + weight.float()).to(x.dtype)
-        return weight * normed.to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -69,6 +76,23 @@ class _RMSNorm(torch.autograd.Function):
         along = (wanted * normed).mean(-1, keepdim=True)
         of_x = wanted.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
         return of_x, of_weight, None, None
+
+
+def _rms_normed(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
+    """What `_RMSNorm` makes of x, and 1 / sqrt(mean x^2 + eps)."""
+    wide = x.float()
+    inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = wide * inverse if wide is x else wide.mul_(inverse)
+    if offset:
+        return normed.mul_(1.0 + weight.float()).to(x.dtype), inverse
+    return weight * normed.to(x.dtype), inverse
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    # While completions grow nothing is differentiated, and autograd's share of a short norm is large.
+    if not torch.is_grad_enabled():
+        return _rms_normed(x, weight, eps, offset)[0]
+    return cast(Tensor, _RMSNorm.apply(x, weight, eps, offset))
 
 
 def replace_norms(model: nn.Module) -> int:
@@ -109,12 +133,12 @@ def _same_forward(norm: Any) -> Callable[[Any, Tensor], Tensor] | None:
         def agrees(of_weight: torch.dtype, of_x: torch.dtype, *, offset: bool = offset) -> bool:
             w, read = trial.to(of_weight), x.to(of_x)
             expected: Tensor = torch.func.functional_call(norm, {"weight": w}, read)
-            found = cast(Tensor, _RMSNorm.apply(read, w, eps, offset))
+            found = _rms_norm(read, w, eps, offset)
             return found.dtype == expected.dtype and torch.equal(found, expected)
 
         with torch.no_grad():
             if all(agrees(*each) for each in ((wide, wide), (wide, narrow), (narrow, narrow))):
-                return lambda module, x: cast(
-                    Tensor, _RMSNorm.apply(x, module.weight, getattr(module, names[0]), offset)
+                return lambda module, x: _rms_norm(
+                    x, module.weight, getattr(module, names[0]), offset
                 )
     return None
