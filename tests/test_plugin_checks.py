@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from typing import Any
@@ -436,6 +437,98 @@ def test_the_command_on_what_is_broken_or_not_there(install, capsys):
 
 def test_the_command_on_a_distribution_that_is_broken(install, capsys):
     install("reward", "1 / 0")
-    assert main(["plugins", "check", "my-plugin"]) == 2
-    said = capsys.readouterr().err
-    assert "plugin my-plugin 1.0, entry point 'entry' is broken: ZeroDivisionError" in said
+    assert main(["plugins", "check", "my-plugin"]) == 1
+    assert capsys.readouterr().out == (
+        "broken (my-plugin 1.0)\n  failed   loading: ZeroDivisionError: division by zero\n"
+    )
+
+
+OTHERS = """
+Reward = Mine
+
+class Other(Reward):
+    class Config(Section):
+        words: list[str]
+        '''Words that
+        count.'''
+        seed: int
+        '''Of nothing.'''
+    def __init__(self, config):
+        self.word = config.words[0]
+
+def plain(rollouts): return [1.0 for _ in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register('mine', Reward)
+    register('my-plugin', plain)
+    register('other', Other)
+    register('choice', plain)
+"""
+
+
+def test_all_of_a_distribution_is_tried_whatever_one_of_it_is_called(install, capsys):
+    install("clusterer", COUNTING + OTHERS + CLUSTERER)
+    assert main(["plugins", "check", "my-plugin", "--set", "word=of", "--set", "words=['of']"]) == 1
+    headings = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    assert headings == [
+        "reward mine (my-plugin 1.0)",
+        "reward my-plugin (my-plugin 1.0)",
+        "reward other (my-plugin 1.0)",
+        "clusterer mine (my-plugin 1.0)",
+        "reward choice (my-plugin 1.0)",
+    ], "its last one has a name of pgrpo's own, which fails"
+    assert main(["plugins", "check", "mine", "--set", "word=of"]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    assert headings == ["reward mine (my-plugin 1.0)", "clusterer mine (my-plugin 1.0)"]
+
+
+def test_what_lacks_settings_is_told_of_and_the_others_are_tried(install, capsys):
+    install(
+        "clusterer", COUNTING + OTHERS.replace("    register('choice', plain)\n", "") + CLUSTERER
+    )
+    assert main(["plugins", "check", "my-plugin", "--set", "words=3"]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        "pgrpo: not tried for want of settings: reward 'mine': word is missing; "
+        "reward 'other': words is 3: input should be a valid list\n"
+    )
+    mine, plain, other, clusterer = re.split(r"\n(?=\w)", said.out)
+    assert (
+        mine
+        == """reward mine (my-plugin 1.0)
+  skipped  settings: word is missing
+           expected by --set KEY=VALUE, or in the file of --config:
+             [[rewards]]
+             name = "mine"
+             word = ...  # Required."""
+    )
+    for tried in (plain, clusterer):
+        assert "  ok       determinism: " in tried and "failed" not in tried
+    assert other.endswith('name = "other"\n             words = ...  # Words that count. Required.')
+    assert main(["plugins", "check", "my-plugin", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [one["needs"] is not None for one in found] == [True, False, True, False]
+    assert [len(one["checks"]) for one in found] == [1, 6, 1, 8]
+
+
+def test_each_table_of_a_run_that_names_a_plugin_is_tried(install, tmp_path, capsys):
+    install("reward", COUNTING)
+    changes: dict[str, Any] = {
+        "rewards": [{"name": "mine", "word": "of"}, {"name": "mine", "word": "zzz", "weight": 2.0}],
+        "evaluation": [{"name": "mine", "word": "of"}, {"name": "mine", "word": "8,"}],
+    }
+    config = ["--config", str(write_config(tmp_path, changes))]
+    assert main(["plugins", "check", "mine", *config]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line[0] != " " or "shape" in line] == [
+        "reward mine (my-plugin 1.0), rewards.0",
+        "  ok       shape: 32 rewards from 0 to 1",
+        "reward mine (my-plugin 1.0), rewards.1",
+        "  ok       shape: 32 rewards from 0 to 0",
+        "reward mine (my-plugin 1.0), evaluation.1",
+        "  ok       shape: 32 rewards from 0 to 1",
+    ], "the first of evaluation is as that of training"
+    assert main(["plugins", "check", "mine", *config, "--set", "word=of", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["table"] for one in found] == ["rewards.0", "rewards.1"], "they differ in weight"

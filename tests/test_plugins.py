@@ -22,6 +22,7 @@ from pgrpo.plugins.registry import load_registry
 HEADER = """
 from pgrpo.config import Section
 from pgrpo.plugins import hookimpl
+from pydantic import Field
 """
 
 COUNTING = """
@@ -37,6 +38,7 @@ class Counting:
         factor: float = 2.0
         '''Worth of each.'''
         seed: int = 0
+        others: list[str] = Field(default_factory=list)
 
     def __init__(self, config):
         self.config = config
@@ -111,6 +113,7 @@ def test_a_foreign_plugin_is_listed_and_built(environment):
     assert counting.doc == "Counts words."
     assert counting.settings["word"] == "The word to count. Required."
     assert counting.settings["factor"] == "Worth of each. Default: 2.0."
+    assert counting.settings["others"] == "Optional."
     assert listed["reward", "plain"].settings == {}
 
     section = RewardConfig.model_validate({"name": "counting", "word": "blue", "weight": 0.5})

@@ -1,18 +1,19 @@
 """`pgrpo plugins`."""
 
 import json
-from dataclasses import asdict
+import textwrap
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Exit, Option
 
 from pgrpo.cli.arguments import AsJson
-from pgrpo.errors import ConfigError, PluginError
+from pgrpo.errors import ConfigError
 from pgrpo.runs.terminal import printable
 
 if TYPE_CHECKING:
-    from pgrpo.plugins.registry import Plugin, Registry
+    from pgrpo.plugins.registry import Kind, Plugin, Registry
     from pgrpo.runs.config import Config
     from pgrpo.train.conformance import Check
     from pgrpo.types import Dataset
@@ -82,78 +83,116 @@ def check(
     from pgrpo.config.toml import apply_override
     from pgrpo.plugins.registry import load_registry
     from pgrpo.runs.config import load_config
-    from pgrpo.train import conformance
+    from pgrpo.train.conformance import Check, failed
 
     registry = load_registry()
-    named = _named(registry, name)
+    plugins, broken = registry.named(name)
     run = None if config is None else load_config(config)
     given: dict[str, Any] = {}
     for text in settings or ():
         apply_override(given, text)
-    for key in given:
-        if not any(plugin.takes(key) for plugin in named):
+    for key in given if plugins else ():
+        if not any(plugin.takes(key) for plugin in plugins):
             raise ConfigError(f"--set {key}: {name} has no such setting; pgrpo plugins lists them")
     dataset = _dataset(registry, run)
-    found: list[tuple[Plugin, list[Check]]] = []
-    for plugin in named:
-        own = {**_section(run, plugin), **{k: v for k, v in given.items() if plugin.takes(k)}}
+    trials = [
+        _try(plugin, where, own, dataset)
+        for plugin in plugins
+        for where, own in _tables(run, plugin, given)
+    ]
+    trials += [
+        _Trial(one.kind, one.name, one.distribution, None, [Check("loading", "failed", one.error)])
+        for one in broken
+    ]
+    if as_json:
+        print(json.dumps([asdict(trial) for trial in trials], indent=2))
+    for trial in () if as_json else trials:
+        print(printable(trial.heading))
+        for each in trial.checks:
+            print(printable(f"  {each.outcome:<8} {each.name}: {each.reason}"))
+        if trial.needs:
+            print("           expected by --set KEY=VALUE, or in the file of --config:")
+            print(printable(textwrap.indent(trial.needs, " " * 13)))
+    if any(failed(trial.checks) for trial in trials):
+        raise Exit(1)
+    untried = [trial for trial in trials if trial.needs]
+    if untried:
+        complaints = [f"{trial.kind} {trial.name!r}: {trial.checks[0].reason}" for trial in untried]
+        raise ConfigError(f"not tried for want of settings: {'; '.join(complaints)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What came of a plugin with the settings of one table."""
+
+    kind: "Kind | None"
+    name: str | None
+    """None, like its kind, where nothing of an entry point could be loaded."""
+    distribution: str
+    table: str | None
+    """Which table of the config the settings are of, such as `rewards.0`, or None."""
+    checks: "list[Check]"
+    needs: str | None = None
+    """Where it was not tried, for its settings are missing or wrong: the table that it would want, as
+    TOML to be filled in."""
+
+    @property
+    def heading(self) -> str:
+        """What it is, and whose."""
+        what = "broken" if self.name is None else f"{self.kind} {self.name}"
+        return f"{what} ({self.distribution})" + (f", {self.table}" if self.table else "")
+
+
+def _try(
+    plugin: "Plugin", table: str | None, settings: dict[str, Any], dataset: "Dataset | None"
+) -> _Trial:
+    """Try a plugin, if the settings are its own."""
+    from pgrpo.train import conformance
+
+    needs = None
+    try:
         match plugin.kind:
             case "reward":
-                checks = conformance.check_reward(plugin.name, own, dataset)
+                checks = conformance.check_reward(plugin.name, settings, dataset)
             case "clusterer":
-                checks = conformance.check_clusterer(plugin.name, own, dataset)
+                checks = conformance.check_clusterer(plugin.name, settings, dataset)
             case "data set":
-                checks = conformance.check_dataset(plugin.name, own)
-        found.append((plugin, checks))
-    if as_json:
-        shown = ("kind", "name", "distribution")
-        trees = [
-            {**{key: getattr(one, key) for key in shown}, "checks": [asdict(c) for c in checks]}
-            for one, checks in found
-        ]
-        print(json.dumps(trees, indent=2))
-    for plugin, checks in () if as_json else found:
-        print(f"{plugin.kind} {plugin.name} ({plugin.distribution})")
-        for each in checks:
-            print(printable(f"  {each.outcome:<8} {each.name}: {each.reason}"))
-    if any(conformance.failed(checks) for _, checks in found):
-        raise Exit(1)
+                checks = conformance.check_dataset(plugin.name, settings)
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{plugin.kind} {plugin.name!r}: ")
+        checks = [conformance.Check("settings", "skipped", reason)]
+        header = {"reward": "[[rewards]]", "clusterer": "[clustering]", "data set": "[data]"}
+        lines = [f"{key} = ...  # {meaning}" for key, meaning in plugin.required.items()]
+        needs = "\n".join([header[plugin.kind], f"name = {json.dumps(plugin.name)}", *lines])
+    return _Trial(plugin.kind, plugin.name, plugin.distribution, table, checks, needs)
 
 
-def _named(registry: "Registry", name: str) -> "list[Plugin]":
-    """The plugins of a name, of whatever kind, or those of a distribution."""
-    from pgrpo.config.checks import suggest
-    from pgrpo.plugins.registry import canonical
-
-    def of(distribution: str) -> bool:
-        return canonical(distribution.partition(" ")[0]) == canonical(name)
-
-    listing = registry.listing()
-    named = [plugin for plugin in listing if plugin.name == name]
-    if not named:
-        for one in registry.broken:
-            if one.name == name or of(one.distribution):
-                raise PluginError(f"plugin {one.owner} is broken: {one.error}")
-        named = [plugin for plugin in listing if of(plugin.distribution)]
-    if not named:
-        known = {plugin.name for plugin in listing}
-        raise PluginError(f"there is no plugin {name!r}{suggest(name, sorted(known))}")
-    return named
+def _tables(
+    run: "Config | None", plugin: "Plugin", given: dict[str, Any]
+) -> list[tuple[str | None, dict[str, Any]]]:
+    """Each table of a run that names a plugin, and its keys with those that are given instead; of equal
+    ones the first. Where there is none, a table of what is given alone."""
+    own = {key: value for key, value in given.items() if plugin.takes(key)}
+    found: list[tuple[str | None, dict[str, Any]]] = []
+    for where, section in [] if run is None else _places(run, plugin.kind):
+        keys = section.model_dump(exclude_unset=True, exclude={"name"}) | own
+        if section.name == plugin.name and keys not in [earlier for _, earlier in found]:
+            found.append((where, keys))
+    return found or [(None, own)]
 
 
-def _section(run: "Config | None", plugin: "Plugin") -> dict[str, Any]:
-    """The keys of the table of a run that names a plugin; none where it is not used there."""
-    if run is None:
-        return {}
-    sections = {
-        "reward": [*run.rewards, *run.evaluation],
-        "clusterer": [run.clustering],
-        "data set": [run.data],
-    }
-    for section in sections[plugin.kind]:
-        if section.name == plugin.name:
-            return section.model_dump(exclude_unset=True, exclude={"name"})
-    return {}
+def _places(run: "Config", kind: "Kind") -> "list[tuple[str, Any]]":
+    """The tables of a run in which plugins of a kind are named, as its keys lead there."""
+    match kind:
+        case "reward":
+            lists = {"rewards": run.rewards, "evaluation": run.evaluation}
+            return [
+                (f"{k}.{i}", each) for k, tables in lists.items() for i, each in enumerate(tables)
+            ]
+        case "clusterer":
+            return [("clustering", run.clustering)]
+        case "data set":
+            return [("data", run.data)]
 
 
 def _dataset(registry: "Registry", run: "Config | None") -> "Dataset | None":

@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any, Literal, cast
 
 import pluggy
+from pydantic.fields import FieldInfo
 
 from pgrpo.config import Section
 from pgrpo.config.checks import check, suggest
@@ -94,12 +95,28 @@ class Plugin:
             name: " ".join(
                 [
                     " ".join((info.description or "").split()),
-                    "Required." if info.is_required() else f"Default: {info.get_default()!r}.",
+                    "Required." if info.is_required() else _default(info),
                 ]
             ).strip()
             for name, info in fields.items()
             if name not in _TOLD
         }
+
+    @property
+    def required(self) -> dict[str, str]:
+        """Those of its settings that only a table can tell, and what they mean."""
+        fields = self.config_class.model_fields if self.config_class else {}
+        by_the_run = {"seed"} if self.kind == "reward" else set[str]()
+        return {
+            name: meaning
+            for name, meaning in self.settings.items()
+            if fields[name].is_required() and name not in by_the_run
+        }
+
+
+def _default(info: FieldInfo) -> str:
+    # What a factory makes may differ from time to time, and may depend on other settings.
+    return "Optional." if info.default_factory else f"Default: {info.get_default()!r}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +207,39 @@ class Registry:
         """All plugins, rewards first, each kind by name."""
         return [plugins[name] for plugins in self._kinds.values() for name in sorted(plugins)]
 
-    def hint(self, kind: Kind, name: str) -> str:
+    def named(self, name: str) -> tuple[list[Plugin], list[Broken]]:
+        """What is called so, of whatever kind, and all that a distribution of that name brings; and
+        what of both cannot be used.
+
+        Raises:
+            PluginError: there is none of it.
+        """
+
+        def is_meant(one: Plugin | Broken) -> bool:
+            return name == one.name or canonical(name) == _project(one.distribution)
+
+        found = list(filter(is_meant, self.listing())), list(filter(is_meant, self.broken))
+        if not any(found):
+            raise PluginError(f"there is no plugin {name!r}{self.hint(None, name)}")
+        return found
+
+    def hint(self, kind: Kind | None, name: str) -> str:
         """What may be behind a name that is not there, as the end of a sentence: a misspelt word, or a
-        plugin that would have brought it and is broken."""
+        plugin that would have brought it and is broken. Without a kind the name may be anybody's, or a
+        distribution's."""
         clashes = [one.error for one in self.broken if (one.kind, one.name) == (kind, name)]
         if clashes:
             return f"; {clashes[0]}"
         broken = [f"plugin {b.owner} is broken: {b.error}" for b in self.broken if b.name is None]
         if self.left_out:
             broken.append(f"{LOAD_PLUGINS} leaves out {', '.join(self.left_out)}")
-        known = [*self._kinds[kind], *_TAKEN.get(kind, ())]
-        return "".join([suggest(name, known), *(f"; {sentence}" for sentence in broken)])
+        if kind is None:
+            known = {
+                word for one in self.listing() for word in (one.name, _project(one.distribution))
+            }
+        else:
+            known = {*self._kinds[kind], *_TAKEN.get(kind, ())}
+        return "".join([suggest(name, sorted(known)), *(f"; {sentence}" for sentence in broken)])
 
     @property
     def _kinds(self) -> dict[Kind, Mapping[str, Plugin]]:
@@ -328,7 +367,7 @@ def _chosen() -> tuple[list[metadata.EntryPoint], list[str]]:
 
 def _names(entry_point: metadata.EntryPoint) -> set[str]:
     """What the environment variable may call an entry point: itself, or its distribution."""
-    return {canonical(entry_point.name), canonical(_distribution(entry_point).partition(" ")[0])}
+    return {canonical(entry_point.name), _project(_distribution(entry_point))}
 
 
 def canonical(name: str) -> str:
@@ -341,8 +380,13 @@ def _distribution(entry_point: metadata.EntryPoint) -> str:
     return f"{dist.name} {dist.version}" if dist else "an unknown distribution"
 
 
+def _project(distribution: str) -> str:
+    """The name of a distribution without its version, as installers compare it."""
+    return canonical(distribution.partition(" ")[0])
+
+
 def _is_own(distribution: str) -> bool:
-    return canonical(distribution.partition(" ")[0]) == "pgrpo"
+    return _project(distribution) == "pgrpo"
 
 
 def _brought(entry_point: metadata.EntryPoint) -> list[Plugin]:
