@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli as tomllib
 from conftest import build_and_install, write_config
 
 from pgrpo.cli import main
@@ -482,6 +483,8 @@ def test_a_new_distribution_keeps_what_it_promises_and_trains(tmp_path, capsys):
         ("", "is none of a distribution"),
         ("3d", "makes a module '3d', which Python cannot import"),
         ("class", "makes a module 'class', which Python cannot import"),
+        ("setup", "makes a file setup.py, which setuptools takes for its own"),
+        ("Conftest", "makes a file conftest.py, which pytest takes for its own"),
         ("json", "makes a module 'json', and there is one already"),
         ("pgrpo", "makes a module 'pgrpo', and there is one already"),
         ("Scikit.Learn", "is that of a distribution which is installed"),
@@ -494,6 +497,18 @@ def test_a_new_distribution_needs_a_name_of_its_own(tmp_path, capsys, name, word
     assert main(["plugins", "new", "--out", str(tmp_path / "new"), "--", name]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_new_distribution_may_have_a_name_with_that_of_the_template_in_it(tmp_path):
+    assert main(["plugins", "new", "my_plugin-2", "--out", str(tmp_path)]) == 0
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "my_plugin-2"
+    assert project["entry-points"]["pgrpo"] == {"my_plugin_2": "my_plugin_2"}
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "my_plugin_2.py",
+        "test_my_plugin_2.py",
+    }
+    assert tomllib.loads((tmp_path / "run.toml").read_text())["data"] == {"name": "my_plugin-2"}
 
 
 def test_a_new_distribution_overwrites_nothing(tmp_path, monkeypatch, capsys):

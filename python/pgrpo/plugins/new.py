@@ -21,6 +21,9 @@ from pgrpo.plugins.registry import canonical, load_registry
 NAME, MODULE = "my-plugin", "my_plugin"
 """What the template is called."""
 
+_READ_BY_NAME = {"setup": "setuptools", "conftest": "pytest"}
+"""Modules that a tool runs unasked where they lie beside `pyproject.toml` or the tests."""
+
 
 def write_distribution(name: str, folder: Path) -> list[Path]:
     """Write a working distribution.
@@ -40,9 +43,8 @@ def write_distribution(name: str, folder: Path) -> list[Path]:
     files: dict[Path, str] = {}
     for file in (resources.files("pgrpo.plugins") / "template").iterdir():
         if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            path = folder / file.name.replace(MODULE, module)
-            files[path] = text.replace(NAME, name).replace(MODULE, module)
+            path = folder / _renamed(file.name, name, module)
+            files[path] = _renamed(file.read_text(encoding="utf-8"), name, module)
     for path in files:
         if path.exists():
             raise ConfigError(f"{path} exists already; expected a folder that does not have it")
@@ -51,6 +53,11 @@ def write_distribution(name: str, folder: Path) -> list[Path]:
     for path, text in files.items():
         path.write_text(text, encoding="utf-8")
     return sorted(files)
+
+
+def _renamed(text: str, name: str, module: str) -> str:
+    """A text of the template with its names replaced; both at once, for the new ones may hold them."""
+    return re.sub(f"{NAME}|{MODULE}", lambda found: {NAME: name, MODULE: module}[found[0]], text)
 
 
 def _module(name: str) -> str:
@@ -66,6 +73,11 @@ def _module(name: str) -> str:
         raise ConfigError(
             f"name {name!r} makes a module {module!r}, which Python cannot import; expected a name "
             "that begins with a letter and is no word of Python's own"
+        )
+    if module in _READ_BY_NAME:
+        raise ConfigError(
+            f"name {name!r} makes a file {module}.py, which {_READ_BY_NAME[module]} takes for its own; "
+            "expected another name"
         )
     return module
 
