@@ -108,9 +108,10 @@ class Tastes:
             of_the_sea = rng.binomial(20, 0.8 if taste == "sea" else 0.2)
             users[user] = np.array([float(of_the_sea)])
             for _ in range(10):
-                words = rng.choice(LIKED[taste], size=2)
+                text = " ".join(rng.choice(LIKED[taste], size=2).tolist())
                 columns: dict[str, Json] = {"liked": LIKED[taste]}
-                examples.append(Example(" ".join(words.tolist()), user, columns))
+                examples.append(Example(text=text, user=user, columns=columns))
+        # Of each person's ten prompts two are held out. The vocabulary is all the tiny model can say.
         return Dataset(
             train=[e for place, e in enumerate(examples) if place % 10 < 8],
             evaluation=[e for place, e in enumerate(examples) if place % 10 >= 8],

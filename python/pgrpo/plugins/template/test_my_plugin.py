@@ -13,8 +13,16 @@ NAME = "my-plugin"
 
 
 def said(completion: str, columns: Mapping[str, Json]) -> Rollout:
-    prompt = Prompt(Example("Go on.", "somebody", columns), 0, (0,))
-    return Rollout(prompt, 0, (0,), completion, (0.0,), False)
+    """A rollout with what this plugin's reward reads of it; the rest is made up."""
+    example = Example(text="Go on.", user="somebody", columns=columns)
+    return Rollout(
+        prompt=Prompt(example, cluster_id=0, token_ids=(0,)),
+        group_id=0,
+        completion_ids=(0,),
+        completion=completion,
+        rollout_logprobs=(0.0,),
+        truncated=False,
+    )
 
 
 def test_liked_words_are_counted_among_the_first() -> None:
