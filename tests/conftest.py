@@ -6,9 +6,7 @@ import copy
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -220,18 +218,6 @@ def install_plugin(site: Path, source: str) -> None:
     (site / "my_plugin.py").write_text(source, encoding="utf-8")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[pgrpo]\nentry = my_plugin\n")
-
-
-def build_and_install(distribution: Path, folder: Path) -> Path:
-    """Build a distribution out of a copy of its folder, and install it into `folder / "site"`."""
-    source, site = folder / "source", folder / "site"
-    shutil.copytree(distribution, source)
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    pip = [uv, "pip"] if uv else [sys.executable, "-m", "pip"]
-    which = ["--python", sys.executable] if uv else []
-    options = ["--no-deps", "--no-build-isolation", "--target", str(site)]
-    subprocess.run([*pip, "install", *which, *options, str(source)], check=True, timeout=120)
-    return site
 
 
 PEAK = """

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import distributions
 import numpy as np
 import pytest
 import tomli as tomllib
-from conftest import build_and_install, write_config
+from conftest import write_config
 
 from pgrpo.cli import main
 from pgrpo.config.sections import ClusteringConfig, RewardConfig
@@ -332,8 +332,9 @@ def test_a_constructor_that_raises_is_named(environment):
         load_registry().reward(RewardConfig(name="x"))
 
 
-def test_the_example_distribution_installs_and_is_found(tmp_path):
-    build_and_install(Path(__file__).parents[1] / "plugins" / "pgrpo-brevity", tmp_path)
+@pytest.mark.assets
+def test_the_example_distribution_is_found_in_an_environment_of_its_own(tmp_path):
+    environment = distributions.fresh(distributions.PLUGINS / "pgrpo-brevity", tmp_path)
     program = """
 from pgrpo.config.sections import RewardConfig
 from pgrpo.plugins.registry import load_registry
@@ -347,16 +348,8 @@ print(reward([say("one"), say("one two three four five"), say("")]))
 from pgrpo.train import conformance
 print([check.name for check in conformance.check_reward("brevity") if check.outcome != "ok"])
 """
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert result.stdout.splitlines() == [
+    said = distributions.run("python", environment, "-c", program)
+    assert said.splitlines() == [
         "pgrpo-brevity 0.1.0",
         "[0.75, 0.0, 1.0]",
         "[]",
@@ -433,9 +426,10 @@ def test_data_sets_are_plugins_too(environment, tmp_path, capsys):
     assert "registered by both my-words 1.5 and thief 1.5" in broken["my-words 1.5", "nothing"]
 
 
+@pytest.mark.assets
 def test_a_new_distribution_keeps_what_it_promises_and_trains(tmp_path, capsys):
-    folder, run = tmp_path / "a new one", tmp_path / "run"
-    assert main(["plugins", "new", "Some.New-tones", "--out", str(folder)]) == 0
+    name, folder, run = "Some.New-tones", tmp_path / "a new one", tmp_path / "run"
+    assert main(["plugins", "new", name, "--out", str(folder)]) == 0
     module, tests = "some_new_tones.py", "test_some_new_tones.py"
     files = {path.name for path in folder.iterdir()}
     assert files == {"README.md", "pyproject.toml", "run.toml", module, tests}
@@ -444,30 +438,20 @@ def test_a_new_distribution_keeps_what_it_promises_and_trains(tmp_path, capsys):
     for path in folder.iterdir():
         assert "my-plugin" not in path.read_text() and "my_plugin" not in path.read_text()
 
-    site = build_and_install(folder, tmp_path)
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    python, ruff = [sys.executable, "-m"], str(Path(sys.executable).with_name("ruff"))
-    for command in (
-        [ruff, "check"],
-        [ruff, "format", "--check"],
-        [*python, "pytest", "-q"],
-        [*python, "pgrpo", "plugins", "check", "Some.New-tones", "--config", "run.toml"],
-        [*python, "pgrpo", "train", "run.toml", "--out", str(run), "--quiet"],
-    ):
-        result = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        if "check" in command and "pgrpo" in command:
-            for kind in ("reward", "clusterer", "data set"):
-                assert f"{kind} Some.New-tones (" in result.stdout
-            skipped = [line for line in result.stdout.splitlines() if "skipped" in line]
-            # Its users belong to one cluster each.
-            assert [line.split()[1] for line in skipped] == ["memberships:"]
+    ruff = str(Path(sys.executable).with_name("ruff"))
+    for options in (["check"], ["format", "--check"]):
+        subprocess.run([ruff, *options], cwd=folder, check=True)
+    environment = distributions.fresh(folder, tmp_path, "test")
+    distributions.run("pytest", environment, "-q", cwd=folder)
+    said = distributions.run(
+        "pgrpo", environment, "plugins", "check", name, "--config", "run.toml", cwd=folder
+    )
+    for kind in ("reward", "clusterer", "data set"):
+        assert f"{kind} {name} (" in said
+    # Its users belong to one cluster each.
+    skipped = [line.split()[1] for line in said.splitlines() if "skipped" in line]
+    assert skipped == ["memberships:"]
+    distributions.run("pgrpo", environment, "train", "run.toml", "--out", str(run), cwd=folder)
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     before, *_, after = [json.loads(line)["reward"] for line in lines]
     # Half of the words are liked at the start, and all could be.

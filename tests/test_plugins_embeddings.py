@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ TEXTS = ["a cat sat", "the bus is late and the dog barked", "car", "dog"]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """What a user has after `pip install`, on this process's path too."""
-    site = distributions.install("pgrpo-embeddings", tmp_path_factory.mktemp("embeddings"))
+    site = distributions.install(
+        distributions.PLUGINS / "pgrpo-embeddings", tmp_path_factory.mktemp("embeddings")
+    )
     with distributions.importable(site, "pgrpo_embeddings"):
         yield site
 
@@ -464,29 +467,45 @@ def test_what_the_readme_shows_can_be_set(site):
     distributions.check_readme("pgrpo-embeddings")
 
 
-def test_it_is_listed_and_trains_the_personas(site, tmp_path):
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Static embeddings, at random, of all that personas say."""
+    rng = np.random.default_rng(0)
+    vectors = dict(zip(VOCABULARY, rng.normal(size=(len(VOCABULARY), 8)), strict=True))
+    folder = tmp_path_factory.mktemp("words") / "model"
+    return str(write_static(folder, {w: v.tolist() for w, v in vectors.items()}))
+
+
+@pytest.mark.assets
+def test_both_are_found_and_conform_in_an_environment_of_their_own(words, bert, tmp_path):
+    source = distributions.PLUGINS / "pgrpo-embeddings"
+    pgrpo = partial(distributions.run, "pgrpo", distributions.fresh(source, tmp_path))
     listed = {
         (plugin["kind"], plugin["name"]): plugin
-        for plugin in json.loads(distributions.pgrpo(site, "plugins", "--json"))
+        for plugin in json.loads(pgrpo("plugins", "--json"))
     }
     for kind, name in (("reward", "similarity"), ("clusterer", "text_embeddings")):
         assert listed[kind, name]["distribution"] == "pgrpo-embeddings 0.1.0"
         assert "PACKAGE==VERSION" in listed[kind, name]["settings"]["model"]
-    rng = np.random.default_rng(0)
-    vectors = dict(zip(VOCABULARY, rng.normal(size=(len(VOCABULARY), 8)), strict=True))
-    model = str(write_static(tmp_path / "model", {w: v.tolist() for w, v in vectors.items()}))
+    settings = ["--set", f"model={words}", "--set", "num_clusters=3"]
+    checked = json.loads(pgrpo("plugins", "check", "pgrpo-embeddings", *settings, "--json"))
+    assert [one["name"] for one in checked] == ["similarity", "text_embeddings"]
+    pgrpo("plugins", "check", "similarity", "--set", f"model={bert}")
+
+
+def test_they_train_the_personas(site, words, tmp_path):
     config = write_config(
         tmp_path,
         {
-            "clustering": {"name": "text_embeddings", "model": model, "num_clusters": 3},
-            "rewards": [{"name": "persona"}, {"name": "similarity", "model": model, "weight": 0.5}],
+            "clustering": {"name": "text_embeddings", "model": words, "num_clusters": 3},
+            "rewards": [{"name": "persona"}, {"name": "similarity", "model": words, "weight": 0.5}],
         },
     )
     run = tmp_path / "run"
-    distributions.pgrpo(site, "train", str(config), "--out", str(run))
+    distributions.pgrpo_with(site, "train", str(config), "--out", str(run))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples
-    distributions.pgrpo(site, "train", "--resume", str(run), "--set", "run.num_steps=6")
+    distributions.pgrpo_with(site, "train", "--resume", str(run), "--set", "run.num_steps=6")
 
 
 @pytest.mark.assets

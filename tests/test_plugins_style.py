@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import distributions
@@ -23,7 +24,9 @@ from pgrpo.types import Example, Prompt, Rollout
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """What a user has after `pip install`, on this process's path too."""
-    site = distributions.install("pgrpo-style", tmp_path_factory.mktemp("style"))
+    site = distributions.install(
+        distributions.PLUGINS / "pgrpo-style", tmp_path_factory.mktemp("style")
+    )
     with distributions.importable(site, "pgrpo_style"):
         yield site
 
@@ -237,14 +240,24 @@ def test_what_the_readme_shows_can_be_set(site):
     distributions.check_readme("pgrpo-style")
 
 
-def test_it_is_listed_and_trains_the_personas(site, tmp_path):
+@pytest.mark.assets
+def test_both_are_found_and_conform_in_an_environment_of_their_own(tmp_path):
+    source = distributions.PLUGINS / "pgrpo-style"
+    pgrpo = partial(distributions.run, "pgrpo", distributions.fresh(source, tmp_path))
     listed = {
         (plugin["kind"], plugin["name"]): plugin
-        for plugin in json.loads(distributions.pgrpo(site, "plugins", "--json"))
+        for plugin in json.loads(pgrpo("plugins", "--json"))
     }
     for name in ("style", "genre"):
         assert listed["reward", name]["distribution"] == "pgrpo-style 0.1.0"
         assert set(listed["reward", name]["settings"]) >= {name, "column"}
+    checked = json.loads(
+        pgrpo("plugins", "check", "pgrpo-style", "--set", "column=persona", "--json")
+    )
+    assert [one["name"] for one in checked] == ["genre", "style"]
+
+
+def test_they_train_the_personas(site, tmp_path):
     config = write_config(
         tmp_path,
         {
@@ -256,7 +269,7 @@ def test_it_is_listed_and_trains_the_personas(site, tmp_path):
         },
     )
     run = tmp_path / "run"
-    distributions.pgrpo(site, "train", str(config), "--out", str(run))
+    distributions.pgrpo_with(site, "train", str(config), "--out", str(run))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples
     # A completion without a word, whose first token was the end, has no reward.
