@@ -472,9 +472,10 @@ def test_a_new_distribution_keeps_what_it_promises_and_trains(tmp_path, capsys):
         ("json", "makes a module 'json', and there is one already"),
         ("pgrpo", "makes a module 'pgrpo', and there is one already"),
         ("Scikit.Learn", "is that of a distribution which is installed"),
-        ("choice", "is that of a reward of pgrpo"),
-        ("kmeans", "is that of a clusterer of pgrpo"),
-        ("panel", "is that of a data set of pgrpo"),
+        ("choice", "is that of reward 'choice' of pgrpo"),
+        ("KMeans", "is that of clusterer 'kmeans' of pgrpo"),
+        ("exact-match", "is that of reward 'exact_match' of pgrpo"),
+        ("panel", "is that of data set 'panel' of pgrpo"),
     ],
 )
 def test_a_new_distribution_needs_a_name_of_its_own(tmp_path, capsys, name, words):

@@ -96,11 +96,11 @@ def _check_free(name: str, module: str) -> None:
         raise ConfigError(
             f"name {name!r} is that of a distribution which is installed; expected a name of its own"
         )
-    for plugin in load_registry().listing():
-        if plugin.name == name:
+    taken = [(one.name, one.kind, one.distribution) for one in load_registry().listing()]
+    for other, kind, distribution in [*taken, *((each, "data set", "pgrpo") for each in BUILT_IN)]:
+        # Configs tell Choice from choice; whoever reads them might not.
+        if canonical(other) == canonical(name):
             raise ConfigError(
-                f"name {name!r} is that of a {plugin.kind} of {plugin.distribution}; expected a name "
-                "of its own"
+                f"name {name!r} is that of {kind} {other!r} of {distribution}; expected a name of "
+                "its own"
             )
-    if name in BUILT_IN:
-        raise ConfigError(f"name {name!r} is that of a data set of pgrpo; expected another one")
