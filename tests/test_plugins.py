@@ -269,6 +269,16 @@ def test_what_cannot_work_is_broken_by_itself(environment, capsys, source, words
     assert found == ("bad 1.5", "entry", None, None, broken.error)
 
 
+def test_what_a_plugin_prints_when_it_is_loaded_is_not_among_what_commands_print(
+    environment, capsys
+):
+    environment.install("my-rewards", COUNTING + "    print('hello')\nprint('welcome')")
+    assert main(["plugins", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "counting" in {one["name"] for one in json.loads(said.out)}
+    assert said.err == "welcome\nhello\n"
+
+
 def test_what_a_broken_plugin_registered_before_it_broke_is_not_there(environment):
     environment.install("bad", COUNTING.replace('"plain", plain', '"plain", 3'))
     registry = load_registry()

@@ -11,7 +11,9 @@ import inspect
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal, cast
@@ -298,7 +300,9 @@ def load_registry() -> Registry:
     chosen, left_out = _chosen()
     for entry_point in chosen:
         try:
-            found += _brought(entry_point)
+            # What a module says when it is imported must not get among what a command prints as JSON.
+            with redirect_stdout(sys.stderr):
+                found += _brought(entry_point)
         except (Exception, SystemExit) as error:
             owner = _distribution(entry_point)
             _log.debug("where the error of %s comes from:", owner, exc_info=True)
