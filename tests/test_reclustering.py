@@ -20,7 +20,7 @@ from plotly import graph_objects
 from pgrpo.cli import main
 from pgrpo.clusters.assignment import Shares
 from pgrpo.clusters.division import Division, divide, divide_again
-from pgrpo.errors import ConfigError
+from pgrpo.errors import CheckpointError, ConfigError
 from pgrpo.normalizer import ClusterNormalizer
 from pgrpo.report import figures
 from pgrpo.rollout.collector import Collector
@@ -303,6 +303,31 @@ def test_features_of_behaviour() -> None:
     for user in range(NUM_USERS):
         expected = [shrunk(values, user) for values in (known_rewards, lengths, *taken)]
         np.testing.assert_allclose(found.users[f"u{user}"][1:], expected, rtol=1e-12)
+
+
+def test_people_keep_what_is_known_of_them_in_whatever_order_they_come() -> None:
+    """A run may go on with a data set that has its users in another order."""
+    random = np.random.default_rng(3)
+    known, groups = people(), groups_of(random, 30)
+    known.fold(groups, np.concatenate([group.shaped for group in groups]))
+    saved = json.loads(json.dumps(known.state_dict()))
+
+    def restored(numbers: Sequence[int]) -> People:
+        users = {f"u{n}": np.array([float(n)]) for n in numbers}
+        found = People(Dataset([], [], users, ("number",)), "rewards", ("r",), {}, sums=True)
+        found.load_state_dict(saved)
+        return found
+
+    turned, shares = restored(range(NUM_USERS)[::-1]), random_shares(random, soft=False)
+    features = turned.dataset().users
+    for user, expected in known.dataset().users.items():
+        np.testing.assert_allclose(features[user], expected, rtol=1e-12)
+    one, other = ClusterNormalizer("pgrpo"), ClusterNormalizer("pgrpo")
+    known.regroup(one, shares, of="sums")
+    turned.regroup(other, shares, of="sums")
+    assert one.snapshot() == other.snapshot()
+    with pytest.raises(CheckpointError, match="rewards of user 'u5', whom the data set has not"):
+        restored(range(NUM_USERS - 1))
 
 
 # Runs.

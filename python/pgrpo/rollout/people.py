@@ -44,7 +44,8 @@ class People:
         sums: clusters have histories of the sum of the rewards beside those that advantages are read
             from.
 
-    Users are numbered as the data set has them.
+    Users are known by their names, also in a checkpoint: a data set may have them in another order when
+    a run goes on.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class People:
         sums: bool,
     ) -> None:
         self._dataset, self._source = dataset, source
-        self._number_of = {user: number for number, user in enumerate(dataset.users)}
         if source == "rewards":
             self._signals = list(rewards)
         else:
@@ -81,7 +81,7 @@ class People:
     def fold(self, groups: Sequence[Group], rewards: FloatArray) -> None:
         """Add the rewards of groups; `rewards` [N] or [N, R] are what advantages are made of."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        users = [self._number_of[rollout.prompt.example.user] for rollout in rollouts]
+        users = [rollout.prompt.example.user for rollout in rollouts]
         group_ids = [rollout.group_id for rollout in rollouts]
         self._tables["advantages"].update(rewards, users, group_ids)
         if "sums" in self._tables:
@@ -101,16 +101,16 @@ class People:
         for signal, normalizer in self._known.rewards.items():
             known = normalizer.snapshot()
             if known:
-                mean, std = _read_with_prior(known, len(self._number_of))
+                mean, std = _read_with_prior(known, list(self._dataset.users))
                 names.append(f"mean {signal}")
                 columns.append(mean)
                 if self._source == "rewards":
                     names.append(f"spread of {signal}")
                     columns.append(std)
-        added = np.column_stack(columns) if columns else np.empty((len(self._number_of), 0))
+        added = np.column_stack(columns) if columns else np.empty((len(self._dataset.users), 0))
         users = {
-            user: np.concatenate([features, added[self._number_of[user]]])
-            for user, features in self._dataset.users.items()
+            user: np.concatenate([features, own])
+            for (user, features), own in zip(self._dataset.users.items(), added, strict=True)
         }
         known_names = (*self._dataset.feature_names, *names)
         return replace(self._dataset, users=users, feature_names=known_names)
@@ -125,22 +125,21 @@ class People:
         """Make a normalizer's histories those that there would be had users always belonged to these.
 
         Means and squared deviations are merged by the formula of Chan et al., for all users of a
-        history at once, in the order of the users. Sums of advantages begin anew: they tell of the
-        histories that were read, and of no user.
+        history at once, in the order in which users first got a reward. Sums of advantages begin anew:
+        they tell of the histories that were read, and of no user.
 
         Args:
             normalizer: whose histories are replaced.
             shares: user -> the histories that its rewards enter, with weights whose sum is 1.
             of: which of them it is: of what advantages are made of, or of the sum.
         """
-        shares_of = [shares[user] for user in self._number_of]
         state, found = normalizer.state_dict(), self._tables[of].state_dict()
         if normalizer.rewards:
             pairs = zip(state["histories"], found["histories"], strict=True)
-            histories = [_regrouped(*pair, shares_of) for pair in pairs]
+            histories = [_regrouped(*pair, shares) for pair in pairs]
             normalizer.load_state_dict({**state, "histories": histories})
         else:
-            normalizer.load_state_dict(_regrouped(state, found, shares_of))
+            normalizer.load_state_dict(_regrouped(state, found, shares))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -151,7 +150,7 @@ class People:
         """Take over what `state_dict` returned.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: it is something else, or knows rewards of users whom the data set has not.
         """
         try:
             for name, table in self._tables.items():
@@ -159,6 +158,13 @@ class People:
             self._known.load_state_dict(state["known"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks {error} of its people") from None
+        for part in self._known.rewards.values():
+            for user in part.snapshot():
+                if user not in self._dataset.users:
+                    raise CheckpointError(
+                        f"the checkpoint knows rewards of user {user!r}, whom the data set has not; "
+                        "expected the data that the run began with"
+                    )
 
     def _signals_of(self, group: Group) -> FloatArray:
         """[G, S] of each rollout; NaN where there is none."""
@@ -182,14 +188,15 @@ def _place(rollout: Rollout) -> int | None:
 
 
 def _read_with_prior(
-    known: Mapping[ClusterId, ClusterStats], num_users: int
+    known: Mapping[ClusterId, ClusterStats], users: Sequence[str]
 ) -> tuple[FloatArray, FloatArray]:
     """Means [U] and standard deviations [U] of all users, as if each had PRIOR_COUNT further values
     that are distributed as those of all users together."""
-    count, mean, std = np.zeros((3, num_users))
-    for number, stats in known.items():
-        place = int(number)
-        count[place], mean[place], std[place] = stats.count, stats.mean, stats.std
+    count, mean, std = np.zeros((3, len(users)))
+    for place, user in enumerate(users):
+        if user in known:
+            stats = known[user]
+            count[place], mean[place], std[place] = stats.count, stats.mean, stats.std
     pool_mean = float(count @ mean / count.sum())
     pool_variance = float(count @ (std**2 + (mean - pool_mean) ** 2) / count.sum())
     weight = count / (count + PRIOR_COUNT)
@@ -199,14 +206,14 @@ def _read_with_prior(
 
 
 def _regrouped(
-    of_clusters: Mapping[str, Any], of_people: Mapping[str, Any], shares_of: Sequence[Shares]
+    of_clusters: Mapping[str, Any], of_people: Mapping[str, Any], shares: Mapping[str, Shares]
 ) -> dict[str, Any]:
     """A normalizer's state with the histories of clusters made of those of people."""
     names: dict[ClusterId, int] = {}
     entries = [
         (row, names.setdefault(name, len(names)), weight)
-        for row, number in enumerate(of_people["clusters"])
-        for name, weight in shares_of[number].items()
+        for row, user in enumerate(of_people["clusters"])
+        for name, weight in shares[user].items()
     ]
     rows, cells = (np.array([entry[n] for entry in entries], np.intp) for n in (0, 1))
     weights = np.array([entry[2] for entry in entries])
