@@ -35,6 +35,8 @@ from pgrpo.model.language_model import load_language_model
 from pgrpo.rollout.engines.transformers import TransformersEngine
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.rollout.settings import GenerationConfig
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import (
     discard_partial,
     latest_checkpoint,
@@ -231,6 +233,24 @@ def test_all_damaged_means_from_the_beginning(checkpoints: Path) -> None:
     flip(checkpoints / "step-000004" / "state.json")
     with pytest.raises(CheckpointError, match="move that folder away to go on from the beginning"):
         latest_checkpoint(checkpoints)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_what_it_lacks(
+    run: Path, checkpoints: Path
+) -> None:
+    """As they were before users could be divided again."""
+    earlier = list_checkpoints(checkpoints)[-1]
+    file = earlier.path / "state.json"
+    state = json.loads(file.read_text("utf-8"))
+    for key in ("people", "assignment_version", "assignment"):
+        del state[key]
+    file.write_text(json.dumps(state), "utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        assert Assembly(RunFolder(run).config(), earlier).members
+    assert str(caught.value) == (
+        f"{file} lacks 'people', 'assignment_version', 'assignment': an earlier version of pgrpo "
+        "wrote it, and this one cannot go on from it"
+    )
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(checkpoints: Path) -> None:

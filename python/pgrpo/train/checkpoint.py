@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{6,})")
 
+_STATE = (
+    "normalizer", "histories", "people", "batch",
+    "clusterer", "assignment_version", "assignment", "policy_version",
+)  # fmt: skip
+"""What a run that goes on reads of state.json, and cannot do without."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -56,8 +62,20 @@ class Checkpoint:
         return self.path / "model"
 
     def state(self) -> dict[str, Any]:
-        """Contents of state.json."""
-        return cast(dict[str, Any], json.loads((self.path / "state.json").read_text("utf-8")))
+        """Contents of state.json.
+
+        Raises:
+            CheckpointError: it lacks something, as one that an earlier version wrote may.
+        """
+        file = self.path / "state.json"
+        state = cast(dict[str, Any], json.loads(file.read_text("utf-8")))
+        missing = [repr(key) for key in _STATE if key not in state]
+        if missing:
+            raise CheckpointError(
+                f"{file} lacks {', '.join(missing)}: an earlier version of pgrpo wrote it, and this "
+                "one cannot go on from it"
+            )
+        return state
 
     def restore_optimizer(self, policy: Policy) -> None:
         """Put AdamW's moments back; the policy's model must come from this checkpoint's `model`. Of
