@@ -379,16 +379,51 @@ def test_memberships_of_a_mixture_are_the_posteriors_of_scikit_learn(
 
 
 def test_a_mixture_refuses_what_it_cannot_fit(registry):
-    users, alike = [f"u{i}" for i in range(8)], np.repeat(np.eye(4), 2, axis=0)
+    users, alike = [f"u{i}" for i in range(20)], np.repeat(np.eye(4), 5, axis=0)
     settings = {"num_clusters": 4, "covariance": "full", "reg": 0.0}
     mixture = build(registry, name="gaussian_mixture", **settings)
     with pytest.raises(
-        DataError, match="reg is 0 and the full covariances of 4 clusters of 8 users"
+        DataError, match="reg is 0 and the full covariances of 4 clusters of 20 users"
     ):
         mixture.fit(users, alike, [])
     mixture = build(registry, name="gaussian_mixture", num_clusters=5)
-    with pytest.raises(DataError, match="num_clusters is 5, but only 4 of 8 users differ"):
+    with pytest.raises(DataError, match="num_clusters is 5, but only 4 of 20 users differ"):
         mixture.fit(users, alike, [])
+
+
+@pytest.mark.parametrize(("covariance", "fewest"), [("full", 3 * 7), ("tied", 3 + 6)])
+def test_correlations_want_more_users_than_they_have_directions(registry, covariance, fewest):
+    rng, settings = np.random.default_rng(4), {"num_clusters": 3, "covariance": covariance}
+    users, features = [f"u{i}" for i in range(fewest)], rng.normal(size=(fewest, 6))
+    mixture = build(registry, name="gaussian_mixture", **settings)
+    with pytest.raises(
+        DataError,
+        match=f"covariance is '{covariance}', and {fewest - 1} users are too few for 3 clusters of 6 "
+        f"features; expected at least {fewest} users, or 'diag'",
+    ):
+        mixture.fit(users[1:], features[1:], [])
+    mixture.fit(users, features, [])
+    assert set(mixture.assign(users, features)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("covariance", "spreads"), [("diag", 3 * 500), ("spherical", 3)])
+def test_a_mixture_of_many_features_keeps_as_many_numbers_as_it_learned(
+    registry, covariance, spreads
+):
+    rng, truth = np.random.default_rng(6), np.repeat([0, 1, 2], (60, 40, 20))
+    features = rng.normal(size=(120, 500)) + rng.normal(size=(3, 500))[truth]
+    users = [f"u{i}" for i in range(120)]
+    mixture = build(
+        registry, name="gaussian_mixture", num_clusters=3, covariance=covariance, n_init=2
+    )
+    mixture.fit(users, features, [])
+    assert mixture.assign(users, features) == truth.tolist()
+    state = mixture.state_dict()
+    # Mean and deviation of each feature, shares, means, and what there is of each cluster's spread.
+    assert sum(np.size(value) for value in state.values()) == 2 * 500 + 3 + 3 * 500 + spreads
+    assert all(
+        sum(row.values()) == pytest.approx(1) for row in mixture.memberships(users, features)
+    )
 
 
 def test_hdbscan_puts_noise_where_it_is_told(registry):

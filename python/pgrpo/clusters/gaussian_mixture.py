@@ -34,7 +34,9 @@ class GaussianMixture:
         covariance: Covariance = "diag"
         """What a cluster's spread may be: of its own in each feature (`diag`), correlated as well
         (`full`), equal in all features (`spherical`), or correlated and the same for all clusters
-        (`tied`). `full` has F^2 / 2 numbers to learn for each cluster, and wants many users."""
+        (`tied`). Correlations of many features want very many users, for a spread that is learned from
+        fewer users than features has none in some directions: `full` is refused for fewer than
+        K (F + 1) users, `tied` for fewer than K + F."""
         reg: float = Field(1e-6, ge=0)
         """Added to all variances, in units of a feature's own over all users, so that none becomes 0
         where users of a cluster are alike."""
@@ -48,14 +50,14 @@ class GaussianMixture:
         self._scale: Scale | None = None
         self._shares: FloatArray = np.empty(0)
         self._means: FloatArray = np.empty((0, 0))
-        self._factors: FloatArray = np.empty((0, 0, 0))
+        self._factors: FloatArray = np.empty((0, 0))
 
     def fit(self, users: Sequence[str], features: FloatArray, examples: Sequence[Example]) -> None:
         """Fit shares [K], means [K, F] and covariances by EM.
 
         Raises:
-            DataError: a feature is not finite, there are none, fewer than K users differ in any, or a
-                covariance cannot be inverted.
+            DataError: a feature is not finite, there are none, fewer than K users differ in any, there
+                are too few for the covariances, or one of these cannot be inverted.
         """
         # Imported here, for it takes a second that the other clusterers save.
         from sklearn import mixture  # pyright: ignore[reportMissingTypeStubs]
@@ -65,6 +67,7 @@ class GaussianMixture:
         points = scale(users, features)
         config = self._config
         check_distinct(points, config.num_clusters)
+        self._check_size(*points.shape)
         estimator: Any = mixture.GaussianMixture(
             config.num_clusters,
             covariance_type=config.covariance,
@@ -84,12 +87,25 @@ class GaussianMixture:
                 "larger reg or fewer clusters"
             ) from error
         self._scale, self._shares, self._means = scale, estimator.weights_, estimator.means_
-        self._factors = _factors(
-            config.covariance, estimator.precisions_cholesky_, self._means.shape
-        )
+        self._factors = estimator.precisions_cholesky_
         order = by_size(self._posteriors(points).argmax(axis=1), config.num_clusters)
         self._shares, self._means = self._shares[order], self._means[order]
-        self._factors = self._factors[order]
+        if config.covariance != "tied":
+            self._factors = self._factors[order]
+
+    def _check_size(self, num_users: int, num_features: int) -> None:
+        """Refuse covariances that are sure to be singular but for `reg`: what is learned of F features
+        from N users varies in at most N - 1 directions."""
+        covariance, num_clusters = self._config.covariance, self._config.num_clusters
+        fewest = {
+            "full": num_clusters * (num_features + 1),
+            "tied": num_clusters + num_features,
+        }.get(covariance, 0)
+        if num_users < fewest:
+            raise DataError(
+                f"covariance is {covariance!r}, and {num_users} users are too few for {num_clusters} "
+                f"clusters of {num_features} features; expected at least {fewest} users, or 'diag'"
+            )
 
     def assign(self, users: Sequence[str], features: FloatArray) -> list[ClusterId]:
         """[U] the most probable cluster; the first of equally probable ones."""
@@ -110,19 +126,25 @@ class GaussianMixture:
         how many users are asked for together.
         """
         logs = np.empty((len(points), len(self._means)))
-        for k, (share, mean, factor) in enumerate(
-            zip(self._shares, self._means, self._factors, strict=True)
-        ):
+        for k, (share, mean) in enumerate(zip(self._shares, self._means, strict=True)):
+            factor = self._factors if self._config.covariance == "tied" else self._factors[k]
             away = points - mean
-            squared = [np.square((away * column).sum(axis=1)) for column in factor.T]
-            log_density = np.log(np.diag(factor)).sum() - np.stack(squared, axis=1).sum(axis=1) / 2
+            if factor.ndim == 2:
+                # Below the diagonal of a factor there are zeros.
+                columns = enumerate(factor.T, start=1)
+                scaled = np.stack([(away[:, :n] * c[:n]).sum(axis=1) for n, c in columns], axis=1)
+                diagonal = np.diag(factor)
+            else:
+                scaled, diagonal = away * factor, np.broadcast_to(factor, mean.shape)
+            log_density = np.log(diagonal).sum() - np.square(scaled).sum(axis=1) / 2
             logs[:, k] = np.log(share) + log_density
         weights = np.exp(logs - logs.max(axis=1, keepdims=True))
         return weights / weights.sum(axis=1, keepdims=True)
 
     def state_dict(self) -> dict[str, Json]:
-        """Scale, shares [K], means [K, F] and factors [K, F, F] of the inverse covariances, each the
-        upper triangle P of P P^T."""
+        """Scale, shares [K], means [K, F] and factors of the inverse covariances: the upper triangles P
+        of P P^T [K, F, F] of `full` and [F, F] of `tied`, what stands on their diagonals [K, F] of
+        `diag`, and the one number that stands there [K] of `spherical`."""
         return {
             **fitted(self._scale, "gaussian_mixture").state_dict(),
             "shares": self._shares.tolist(),
@@ -133,30 +155,23 @@ class GaussianMixture:
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Take over what was fitted; raises CheckpointError where its parts do not fit together."""
         scale, shares = Scale.from_state(state), state_array(state, "shares", 1)
-        means, factors = state_array(state, "means", 2), state_array(state, "factors", 3)
         num_clusters, num_features = self._config.num_clusters, len(scale.mean)
+        of_factors: dict[Covariance, tuple[int, ...]] = {
+            "diag": (num_clusters, num_features),
+            "full": (num_clusters, num_features, num_features),
+            "spherical": (num_clusters,),
+            "tied": (num_features, num_features),
+        }
+        expected = of_factors[self._config.covariance]
+        means = state_array(state, "means", 2)
+        factors = state_array(state, "factors", len(expected))
         for key, array, shape in (
             ("shares", shares, (num_clusters,)),
             ("means", means, (num_clusters, num_features)),
-            ("factors", factors, (num_clusters, num_features, num_features)),
+            ("factors", factors, expected),
         ):
             if array.shape != shape:
                 raise CheckpointError(
                     f"{key!r} of the state has shape {list(array.shape)}, expected {list(shape)}"
                 )
         self._scale, self._shares, self._means, self._factors = scale, shares, means, factors
-
-
-def _factors(covariance: Covariance, cholesky: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """[K, F, F] the factors of clusters whose means have `shape` [K, F], out of what scikit-learn
-    keeps of them, without zeros and nothing twice."""
-    num_clusters, num_features = shape
-    match covariance:
-        case "spherical":
-            return cholesky[:, None, None] * np.eye(num_features)
-        case "diag":
-            return cholesky[:, :, None] * np.eye(num_features)
-        case "tied":
-            return np.repeat(cholesky[None], num_clusters, axis=0)
-        case "full":
-            return cholesky
