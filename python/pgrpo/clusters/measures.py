@@ -52,8 +52,10 @@ class RewardInformation:
     @property
     def adjusted(self) -> float:
         """What there is beyond chance, (eta2 - null_mean) / (1 - null_mean): comparable between numbers
-        of clusters, for more of them explain more by chance alone."""
-        return (self.eta2 - self.null_mean) / max(1 - self.null_mean, 1e-12)
+        of clusters, for more of them explain more by chance alone. 0 where chance explains everything,
+        up to rounding, as with a cluster for each person."""
+        left = 1 - self.null_mean
+        return (self.eta2 - self.null_mean) / left if left > 1e-9 else 0.0
 
     @property
     def is_clear(self) -> bool:
