@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,12 @@ from transformers import (
     LlamaModel,
 )
 
+from pgrpo.clusters.analysis import analyse
 from pgrpo.config.sections import ClusteringConfig, RewardConfig
 from pgrpo.data.personas import VOCABULARY
 from pgrpo.errors import CheckpointError, ConfigError, DataError, ModelError, PluginError
 from pgrpo.plugins.registry import load_registry
-from pgrpo.types import Example, Prompt, Rollout
+from pgrpo.types import Dataset, Example, Prompt, Rollout
 
 WORDS = {
     "cat": (1.0, 0.0, 0.0),
@@ -393,6 +395,36 @@ def test_people_are_clustered_by_what_they_wrote(site, static):
     again = clusterer(static)
     again.fit(users, FEATURES, rows(PEOPLE))
     assert again.state_dict() == fitted.state_dict()
+
+
+def test_many_fits_load_the_model_once_and_encode_each_text_once(site, tmp_path, monkeypatch):
+    encoder = importlib.import_module("pgrpo_embeddings.encoder")
+    load, loaded, encoded = encoder._load, [], Counter[str]()
+
+    def counting(config):
+        prefix, model = load(config)
+        loaded.append(config.model)
+
+        def counted(texts):
+            encoded.update(texts)
+            return model(texts)
+
+        return prefix, counted
+
+    monkeypatch.setattr(encoder, "_load", counting)
+    model = write_static(tmp_path / "model", WORDS)
+    people = {f"{user} {n}": texts for n in range(4) for user, texts in PEOPLE.items()}
+    users = dict(zip(people, np.tile(FEATURES, (4, 1)), strict=True))
+    dataset = Dataset(rows(people), [], users, ("speed", "size"))
+    found = analyse(
+        lambda num: clusterer(model, num_clusters=num or 2), dataset, configured=2, ks=[3]
+    )
+    assert [each.stability is not None for each in found.candidates] == [True, True]
+    assert loaded == [str(model)]
+    assert encoded == Counter({text for texts in PEOPLE.values() for text in texts} - {" "})
+    # Nothing is kept for later.
+    clusterer(model).fit(list(users), np.tile(FEATURES, (4, 1)), rows(people))
+    assert len(loaded) == 2
 
 
 def test_a_person_counts_by_each_different_text_once(site, static):

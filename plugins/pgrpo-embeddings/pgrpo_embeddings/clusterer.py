@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +15,7 @@ from pgrpo.clusters.kmeans import KMeans
 from pgrpo.errors import CheckpointError, DataError, PluginError
 from pgrpo.types import ClusterId, Example, FloatArray, Json
 
-from .encoder import Encoder, EncoderConfig, direction, texts_of
+from .encoder import Encoder, EncoderConfig, Vectors, direction, texts_of
 
 
 class TextEmbeddings:
@@ -42,7 +44,7 @@ class TextEmbeddings:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._encoder: Encoder | None = None
+        self._texts = _Texts.of(config)
         self._kmeans = KMeans(
             KMeans.Config(num_clusters=config.num_clusters, n_init=config.n_init, seed=config.seed)
         )
@@ -107,12 +109,9 @@ class TextEmbeddings:
 
     def _embed(self, texts: Sequence[Sequence[str]]) -> FloatArray:
         """[U, D] the direction of each person's texts; each different text is encoded once."""
-        if self._encoder is None:
-            # Not before, for a run that goes on needs none.
-            self._encoder = Encoder(self._config)
         different = list(dict.fromkeys(text for one in texts for text in one))
         row_of = {text: row for row, text in enumerate(different)}
-        vectors = self._encoder(different)
+        vectors = self._texts(different)
         return np.array([direction(vectors[[row_of[text] for text in one]]) for one in texts])
 
     def state_dict(self) -> dict[str, Json]:
@@ -144,3 +143,38 @@ class TextEmbeddings:
                 f"expected {self._config.num_clusters} of {len(scale.mean)}"
             )
         self._scale, self._centers = scale, centers
+
+
+class _Texts:
+    """Vectors of texts, each made once, by a model that is loaded when the first of them is asked for:
+    a run that goes on needs none.
+
+    All clusterers with the same encoder share them as long as there is one: `pgrpo cluster` fits many,
+    for each number of clusters and for halves of the people.
+    """
+
+    _shared: ClassVar[WeakValueDictionary[str, _Texts]] = WeakValueDictionary()
+
+    def __init__(self, config: EncoderConfig) -> None:
+        self._config = config
+        self._encoder: Encoder | None = None
+        self._vectors: dict[str, Vectors] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, config: EncoderConfig) -> _Texts:
+        """Those of an encoder with these settings, whatever columns it is told to read."""
+        settings = EncoderConfig.model_fields.keys() - {"columns"}
+        key = config.model_dump_json(include=settings)
+        return cls._shared.setdefault(key, cls(config))
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        """[N, D] what an encoder makes of the texts."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = Encoder(self._config)
+            new = [text for text in texts if text.strip() and text not in self._vectors]
+            if new:
+                self._vectors.update(zip(new, self._encoder(new), strict=True))
+            blank = np.zeros_like(next(iter(self._vectors.values()), np.empty(0, np.float32)))
+            return np.stack([self._vectors.get(text, blank) for text in texts])
