@@ -22,6 +22,7 @@ from conftest import PEAK, WITH_PEAK, Tree, changed, contents, install_plugin, s
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from test_report import parse
 
 from pgrpo.cli import main
 from pgrpo.data.personas import (
@@ -31,11 +32,12 @@ from pgrpo.data.personas import (
     persona_utility,
 )
 from pgrpo.experiments.opinions import JudgeConfig
+from pgrpo.report.judgement import render
 from pgrpo.report.pairs import rates, share_of, wilson
 from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Rubric
 from pgrpo.rewards.verdict import read_preference
 from pgrpo.runs.folder import RunFolder
-from pgrpo.runs.judgement import OpinionRecord, PairRecord, ShareRecord, Store
+from pgrpo.runs.judgement import JudgementRecord, OpinionRecord, PairRecord, ShareRecord, Store
 from pgrpo.types import Example
 
 Serve = Callable[..., Server]
@@ -939,6 +941,19 @@ def test_the_page_shows_what_others_wrote_as_text(
     judged(runs, tmp_path / "out", settings(serve(answer), endpoint__model=nasty))
     page = (tmp_path / "out" / "judge.html").read_text()
     assert nasty not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_a_cluster_that_is_called_everybody_is_another_row_than_all_of_them(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tree = {"num_prompts": NUM_PROMPTS, "reward": {"name": "persona_utility"}}
+    found = judged(runs, tmp_path / "out", tree)
+    found["clusters"]["everybody"] = found["clusters"].pop("0")
+    record = JudgementRecord.model_validate(found)
+    (tmp_path / "judge.html").write_text(render(record, [], {}), "utf-8")
+    rows = {row[0]: row[2] for row in parse(tmp_path / "judge.html").rows if len(row) == 9}
+    assert rows["all: everybody"] == str(record.overall.num_pairs)
+    assert rows["everybody"] == str(record.clusters["everybody"].num_pairs)
 
 
 def test_the_sections_of_the_file_are_documented() -> None:

@@ -97,7 +97,11 @@ class _Page(Charts):
         record = self.record
         if not record.overall.num_pairs:
             return None
-        listed = {EVERYBODY: record.overall, **record.clusters}
+        everybody = EVERYBODY
+        while everybody in record.clusters:
+            # Data may call a cluster so.
+            everybody = f"all: {everybody}"
+        listed = {everybody: record.overall, **record.clusters}
         rows = dict(list(listed.items())[: 1 + DRAWN])
         names = [f"{figures.shorten(name, 24)} ({r.num_pairs})" for name, r in rows.items()]
         colors = {
