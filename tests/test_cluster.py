@@ -652,7 +652,8 @@ def test_a_state_needs_no_file(saved: Path, tmp_path: Path):
     [
         (lambda content: content[: len(content) // 2], "is damaged, or not of pgrpo cluster"),
         (lambda content: "[1]", "is damaged, or not of pgrpo cluster"),
-        (lambda content: content.replace('"version": 1', '"version": 2'), "version 2, expected 1"),
+        (lambda content: content.replace('"version": 2', '"version": 1'), "version 1, expected 2"),
+        (lambda content: content.replace('"data"', '"date"'), "data is .*: Field required"),
         (lambda content: content.replace('"assignment"', '"asignment"'), "assignment"),
         (lambda content: content.replace('"name": "kmeans"', '"name": 3'), "clusterer.name is 3"),
         (lambda content: content.replace("writes dry", "writes wry"), "has no 'writes wry'"),
@@ -741,3 +742,28 @@ def test_pooled_histories_want_a_weight(saved: Path):
     parse_config({**tree, "estimator": {"history": "one"}})
     parse_config({**tree, "estimator": {"name": "grpo"}})
     parse_config({**tree, "clustering": {"name": "saved", "path": str(saved)}})
+def test_clusters_of_other_data_are_told_of(saved: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Such as another split, by which clusters may have been made of answers that a run holds out."""
+    data = json.loads((saved / "clusters.json").read_text())["data"]
+    assert (data["name"], data["num_examples"], data["seed"]) == ("personas", 320, 0)
+    told = "the saved clusters were found in other data: [data] had "
+
+    def changed(**changes: Any) -> Tree:
+        return {"clustering": {"name": "saved", "path": str(saved)}, **changes}
+
+    def checked(**changes: Any) -> list[str]:
+        capsys.readouterr()
+        assert main(["check", config(tmp_path, **changed(**changes)), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["suspicious"]
+
+    assert not any(told in sentence for sentence in checked())
+    others: Tree = {"data.num_examples": 400, "data.seed": 3}
+    (said,) = [sentence for sentence in checked(**others) if told in sentence]
+    assert said == (
+        f"{told}num_examples = 320, here 400; seed = 0, here 3. What is held out here may be among what "
+        "they were made from"
+    )
+    train(tmp_path, {**changed(**others), "run.num_steps": 1})
+    assert f"warning: {said}" in " ".join(capsys.readouterr().out.split())
+
+

@@ -22,7 +22,7 @@ FILE = "clusters.json"
 UNSEEN = "unseen"
 """The cluster of people that a saved assignment does not know, with `unseen = "pooled"`."""
 
-VERSION = 1
+VERSION = 2
 
 
 class _Part(BaseModel):
@@ -43,8 +43,10 @@ class Pipeline(_Part):
 class SavedClusters(_Part):
     """All that is read of the file; it holds the measures besides."""
 
-    version: Literal[1]
+    version: Literal[2]
     """Of the layout."""
+    data: dict[str, Any]
+    """The section `[data]` that they were found with, seed and split included, defaults too."""
     clusterer: Pipeline
     """What divided the people, and will divide others."""
     feature_names: list[str]
@@ -81,6 +83,35 @@ def read_clusters(path: Path) -> SavedClusters:
     except ValidationError as error:
         reason = _complaint(error)
         raise DataError(f"{file} is damaged, or not of pgrpo cluster: {reason}") from None
+
+
+def other_data(state: Mapping[str, Json], data: Mapping[str, Any]) -> str | None:
+    """What is to be known where a run reads other data than saved clusters were found in, such as
+    another split: answers that it holds out may be among those that they were made from.
+
+    Args:
+        state: what `Saved.state_dict` returned.
+        data: the run's section `[data]`, as JSON values.
+
+    Returns:
+        A sentence; None where the two are alike.
+    """
+    found = cast(Mapping[str, Any], state["data"])
+    # Where a section has no such key, the other one's is nothing to compare.
+    keys = [key for key in {**found, **data} if found.get(key, ...) != data.get(key, ...)]
+    if not keys:
+        return None
+    told = [f"{key} = {_short(found.get(key))}, here {_short(data.get(key))}" for key in keys[:3]]
+    more = f"; and {len(keys) - 3} more settings" if len(keys) > 3 else ""
+    return (
+        f"the saved clusters were found in other data: [data] had {'; '.join(told)}{more}. What is "
+        "held out here may be among what they were made from"
+    )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Saved:

@@ -64,8 +64,8 @@ WITHOUT_REWARDS = (
 class Subject:
     """What was divided, by what."""
 
-    data: str
-    """Name of the data set."""
+    data: Mapping[str, Any]
+    """The section `[data]`, as JSON values."""
     clustering: ClusteringConfig
     """The clusterer and its settings."""
     examples: Mapping[str, str]
@@ -105,6 +105,7 @@ def write_clusters(found: Analysis, subject: Subject, out: Path) -> Verdict:
             "options": subject.clustering.options,
             "state": found.state,
         },
+        "data": subject.data,
         "feature_names": found.feature_names,
         **summary(found, subject),
         "assignment": found.cluster_of,
@@ -308,7 +309,7 @@ def _page(found: Analysis, subject: Subject, said: Verdict) -> str:
         plural(len(found.about), "cluster"),
         *([f"rewards: {found.rewards.about}"] if found.rewards else []),
     ]
-    title = f"Clusters by {subject.clustering.name} on {subject.data}"
+    title = f"Clusters by {subject.clustering.name} on {subject.data['name']}"
     return document(
         title=title,
         facts=" · ".join(facts),
@@ -566,9 +567,17 @@ def _apart(page: _Page) -> Section | None:
 
 def _made(page: _Page) -> Section:
     clustering = page.subject.clustering
-    options = [[name, json.dumps(value, default=str)] for name, value in clustering.options.items()]
-    rows = [["Data set", page.subject.data], ["Clusterer", clustering.name], *options]
-    rows += [["Features", ", ".join(page.found.feature_names) or "none"]]
+    sections = {
+        "data": page.subject.data,
+        "clustering": {"name": clustering.name, **clustering.options},
+    }
+    rows: list[list[Cell | str]] = [
+        [f"{name}.{key}", folded(json.dumps(value, ensure_ascii=False, default=str), 160)]
+        for name, settings in sections.items()
+        for key, value in settings.items()
+        if value not in (None, [], {})
+    ]
+    rows.append(["Features", ", ".join(page.found.feature_names) or "none"])
     return section(
         "How they were made",
         [Table(["", ""], rows, {1: "text"})],

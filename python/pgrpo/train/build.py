@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pgrpo.clusters.division import Division, divide
 from pgrpo.clusters.membership import Membership
+from pgrpo.clusters.saved import other_data
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import DataPluginConfig, load_dataset
 from pgrpo.errors import ConfigError, DataError
@@ -123,6 +124,14 @@ class Assembly:
         known = self.members.state_dict()["assignment"]
         assert isinstance(known, dict)
         return frozenset(user for user in self.dataset.users if user not in known)
+
+    @cached_property
+    def other_data(self) -> str | None:
+        """What is to be known of saved clusters that were found in other data; None where there are
+        none such."""
+        if self.config.clustering.name != "saved":
+            return None
+        return other_data(self.members.state_dict(), self.config.data.model_dump(mode="json"))
 
     @cached_property
     def scorer(self) -> Scorer:

@@ -102,6 +102,7 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             rules = baselines(dataset, held, members.histories("cluster", 0))
             found = {rule: scored_by[0].weight * float(r.mean()) for rule, r in rules.items()}
         suspicious += _of_clusters(members.about) + _of_answers(dataset.train)
+        suspicious += [parts.other_data] if parts.other_data else []
         num_parameters = _num_parameters(config)
         return Findings(
             num_train=len(dataset.train),

@@ -68,7 +68,8 @@ def look(
         note=note,
     )
     note("reading examples")
-    return found, Subject(config.data.name, section, examples_of(found, dataset))
+    data = config.data.model_dump(mode="json")
+    return found, Subject(data, section, examples_of(found, dataset))
 
 
 def _of_choices(dataset: Dataset, note: Callable[[str], None]) -> Rewards | None:

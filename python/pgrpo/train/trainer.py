@@ -82,6 +82,8 @@ class Trainer:
         self.dataset = parts.dataset
         self.members = parts.members
         self.new_people = parts.new_people
+        if parts.other_data:
+            display.note(f"warning: {parts.other_data}")
         self.registry = parts.registry
         self.held_out_scorer = parts.held_out_scorer
         examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
