@@ -351,9 +351,16 @@ def test_a_run_tells_what_clusters_know_of_its_rewards(run: Path, tmp_path: Path
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     told = found["measures"]["information"]
     assert told["num_rewards"] == len(samples) == 16
+    known = len({sample["user"] for sample in samples})
+    assert told["num_users"] == known < found["num_users"]
+    assert f"Rewards are known of {known} of the people." in found["sentences"]
     assert found["rewards"] == (
         "16 rollouts of the run run, of 32: run.samples_per_step = 4 logs so many of each step"
     )
+    assert [note.split(":")[0] for note in found["reward_notes"]] == [
+        "They are in-sample",
+        "They are a stratified sample",
+    ]
     saved = json.loads((out / "clusters.json").read_text())
     rewards = np.array([sample["reward"] for sample in samples])
     own = np.array([saved["assignment"][sample["user"]] for sample in samples])
@@ -421,6 +428,10 @@ def test_the_page_shows_it_all_and_loads_nothing(run: Path, tmp_path: Path, caps
     for heading in ("Map of people", "Clusters", "How many clusters", "Reward information"):
         assert heading in page.text
     assert "Silhouettes" in page.text and found["headline"] in page.text
+    assert all(note in page.text for note in found["reward_notes"])
+    assert page.text.count("n-sample, of the people whom the clusters were made of") == 1
+    assert "In-sample: the people are those whom the clusters were made of" in page.text
+    assert "people whose features are nearest to its mean" in page.text
     assert page.attributes("src") == page.attributes("href") == []
     places = {attrs["id"] for _, attrs in page.tags if attrs.get("class") == "figure"}
     assert places == page.figures.keys() and len(places) == 6
@@ -470,6 +481,18 @@ def test_of_many_clusters_and_people_a_page_shows_some_and_says_so(
     assert len(rows) == int(told[1])
     (map_of_people,) = [f for f in page.figures.values() if f["layout"]["yaxis"].get("scaleanchor")]
     assert sum(len(trace["text"]) for trace in map_of_people["data"]) <= 60
+
+
+def test_without_features_nobody_is_called_typical(tmp_path: Path, capsys: Capture):
+    path = tmp_path / "rows.csv"
+    path.write_text("user,kind\n" + "".join(f"u{n},k{n % 2}\n" for n in range(20)))
+    arguments = ("--set", "clustering.name=column", "--set", "clustering.column=kind")
+    found = found_by(capsys, path, *arguments, "--out", tmp_path / "out")
+    shown = {k: [each["user"] for each in c["examples"]] for k, c in found["clusters"].items()}
+    assert shown == {"k0": ["u0", "u2", "u4"], "k1": ["u1", "u3", "u5"]}
+    page = parse(tmp_path / "out" / "clusters.html")
+    assert "there are no features to tell who is typical" in page.text
+    assert "First in the data set" in page.text and "earest" not in page.text
 
 
 def test_hostile_names_and_texts_are_shown_not_run(tmp_path: Path, capsys: Capture):
@@ -556,6 +579,9 @@ def test_choices_that_people_made_tell_what_clusters_know(tmp_path: Path, capsys
     # One rule for everybody is right for two thirds, always, and for nobody else: all is between them.
     assert found["measures"]["information"]["eta2"] == pytest.approx(1.0)
     assert found["measures"]["information"]["num_rewards"] == 180
+    assert found["reward_notes"] == [
+        "They are of later choices than those that features, the rule and clusters come from."
+    ]
     rewards = {name: each["reward"] for name, each in found["clusters"].items()}
     assert rewards == {"0": 1.0, "1": 0.0}
 
@@ -722,26 +748,6 @@ def test_a_run_with_saved_clusters_counts_new_people_and_goes_on_without_the_fil
     assert main(["train", "--resume", str(run), "--set", "run.num_steps=3"]) == 0
 
 
-def test_check_tells_of_new_people(saved: Path, tmp_path: Path, capsys: Capture):
-    clustering = {"name": "saved", "path": str(saved)}
-    path = config(tmp_path, **{"data.num_examples": 400, "clustering": clustering})
-    assert main(["check", path]) == 0
-    assert "note: 10 of 50 people are in none of the saved clusters" in capsys.readouterr().out
-
-
-def test_pooled_histories_want_a_weight(saved: Path):
-    tree: Tree = {
-        "model": {"name": "tiny"},
-        "data": {"name": "personas"},
-        "clustering": {"name": "saved", "path": str(saved), "unseen": "pooled"},
-        "rewards": [{"name": "persona"}],
-    }
-    with pytest.raises(ConfigError, match="estimator.prior_count weighs; it is 0, expected more"):
-        parse_config(tree)
-    parse_config({**tree, "estimator": {"prior_count": 4.0}})
-    parse_config({**tree, "estimator": {"history": "one"}})
-    parse_config({**tree, "estimator": {"name": "grpo"}})
-    parse_config({**tree, "clustering": {"name": "saved", "path": str(saved)}})
 def test_clusters_of_other_data_are_told_of(saved: Path, tmp_path: Path, capsys: Capture) -> None:
     """Such as another split, by which clusters may have been made of answers that a run holds out."""
     data = json.loads((saved / "clusters.json").read_text())["data"]
@@ -767,3 +773,23 @@ def test_clusters_of_other_data_are_told_of(saved: Path, tmp_path: Path, capsys:
     assert f"warning: {said}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_check_tells_of_new_people(saved: Path, tmp_path: Path, capsys: Capture):
+    clustering = {"name": "saved", "path": str(saved)}
+    path = config(tmp_path, **{"data.num_examples": 400, "clustering": clustering})
+    assert main(["check", path]) == 0
+    assert "note: 10 of 50 people are in none of the saved clusters" in capsys.readouterr().out
+
+
+def test_pooled_histories_want_a_weight(saved: Path):
+    tree: Tree = {
+        "model": {"name": "tiny"},
+        "data": {"name": "personas"},
+        "clustering": {"name": "saved", "path": str(saved), "unseen": "pooled"},
+        "rewards": [{"name": "persona"}],
+    }
+    with pytest.raises(ConfigError, match="estimator.prior_count weighs; it is 0, expected more"):
+        parse_config(tree)
+    parse_config({**tree, "estimator": {"prior_count": 4.0}})
+    parse_config({**tree, "estimator": {"history": "one"}})
+    parse_config({**tree, "estimator": {"name": "grpo"}})
+    parse_config({**tree, "clustering": {"name": "saved", "path": str(saved)}})

@@ -53,6 +53,8 @@ class Rewards:
     """[N] raw and finite."""
     about: str
     """What they are, in words that go on after `of`."""
+    notes: Sequence[str] = ()
+    """Sentences on what they can tell of clusters and what not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class Analysis:
     about: Mapping[ClusterId, Description]
     """Who the clusters are, the largest first."""
     typical: Mapping[ClusterId, Sequence[str]]
-    """Users nearest to the mean of their cluster, at most TYPICAL."""
+    """Users nearest to the mean of their cluster by their features, at most TYPICAL; where there are
+    none, the first of each cluster."""
     points: FloatArray
     """[U, F] standardised features, in the order of `cluster_of`; F is 0 where there are none."""
     sampled: NDArray[np.intp]
@@ -230,7 +233,7 @@ def _of_users(rewards: Rewards, cluster_of: Mapping[str, ClusterId]) -> Rewards:
         return rewards
     left_out = f"{rewards.about}; {(~known).sum():,} of users who are not in the data set left out"
     users = [user for user in rewards.users if user in cluster_of]
-    return Rewards(users, rewards.values[known], left_out)
+    return replace(rewards, users=users, values=rewards.values[known], about=left_out)
 
 
 def _typical(

@@ -142,6 +142,7 @@ def summary(found: Analysis, subject: Subject) -> dict[str, Any]:
         "num_clusters": len(found.about),
         "measures": _plain(found.own),
         "rewards": found.rewards and found.rewards.about,
+        "reward_notes": list(found.rewards.notes) if found.rewards else [],
         "candidates": [_plain(each) for each in found.candidates],
         "recommended": best and best.num_clusters,
         "clusters": clusters,
@@ -180,6 +181,8 @@ def verdict(found: Analysis) -> Verdict:
     else:
         headline = f"The {clusters} of {people} carry no reward information."
         said = [f"Clusters carry none: {_explained(told)}."]
+    if told is not None and told.num_users < len(found.cluster_of):
+        said.append(f"Rewards are known of {told.num_users:,} of the people.")
     if own.silhouette is not None:
         apart = next(words for limit, words in STRUCTURE if own.silhouette <= limit)
         said.append(f"By a mean silhouette of {_known(own.silhouette)}, features show {apart}.")
@@ -270,6 +273,7 @@ class _Page(Charts):
         super().__init__()
         self.found, self.subject = found, subject
         self.shown = shown(found)
+        self.has_features = bool(found.points.shape[1])
         names = [str(cluster) for cluster in self.shown]
         few = len(names) <= len(figures.ARM_COLORS)
         # Neighbours on a map are told apart by hues, as far as there are any.
@@ -408,7 +412,8 @@ def _clusters(page: _Page) -> Section:
             for cluster, cells in typical.items()
         ]
         columns = range(1, 1 + width)
-        header = ["Cluster", "Nearest to its mean", *["Next"] * (width - 1)]
+        first = "Nearest to its mean" if page.has_features else "First in the data set"
+        header = ["Cluster", first, *["Next"] * (width - 1)]
         blocks.append(Table(header, rows, dict.fromkeys(columns, "text")))
     return section(
         "Clusters",
@@ -418,10 +423,20 @@ def _clusters(page: _Page) -> Section:
         f"Reward: mean of {found.rewards.about}, with its standard error over people."
         if found.rewards
         else "",
-        "Below, of each cluster the people nearest to its mean, each with its first prompt."
-        if width
-        else "",
+        _about_examples(page) if width else "",
         page.selection(),
+    )
+
+
+def _about_examples(page: _Page) -> str:
+    if page.has_features:
+        return (
+            "Below, of each cluster the people whose features are nearest to its mean, each with its "
+            "first prompt."
+        )
+    return (
+        "Below, of each cluster the people who come first in the data set, each with its first prompt: "
+        "there are no features to tell who is typical."
     )
 
 
@@ -475,7 +490,8 @@ def _counts(page: _Page) -> Section:
     return section(
         "How many clusters",
         blocks,
-        "Silhouette: how much nearer people are to their own cluster than to the next, from −1 to 1. "
+        "Silhouette: how much nearer people are to their own cluster than to the next, from −1 to 1, "
+        "by standardised features; in-sample, of the people whom the clusters were made of. "
         f"Stability: mean adjusted Rand index between fits on {HALVES} halves of the people, each pair "
         "of fits compared on those it shares.",
         "Eta squared: share of the variance of rewards between clusters; by chance: the same after the "
@@ -514,7 +530,7 @@ def _panels(page: _Page, candidates: Sequence[Candidate]) -> list[Panel]:
             [math.nan if each is None else each.null_95 for each in told],
             percent=True,
         )
-        about = "variance of rewards between clusters; dashed: 95 % of random ones"
+        about = "variance of rewards between clusters; dashed: 95\u00a0% of random ones"
         panels.append(
             Panel(Key("Reward information"), page.place(figure, "eta squared"), about=about)
         )
@@ -534,6 +550,7 @@ def _information(page: _Page) -> Section | None:
         f"{told.num_rewards:,} rewards of {told.num_users:,} people. "
         "Blue: these clusters; grey: random clusters of the same sizes. People are dealt out, not "
         "rewards: those of one person belong together.",
+        *(found.rewards.notes if found.rewards else ()),
     )
 
 
@@ -559,7 +576,8 @@ def _apart(page: _Page) -> Section | None:
         "Silhouettes",
         [page.place(figure, "Silhouettes of people, by cluster")],
         "Each row is a person: the wider, the nearer to its own cluster than to the next; below 0, "
-        f"where {nearer}, nearer to another one. Dashed: the mean of all.",
+        f"where {nearer}, nearer to another one. Dashed: the mean of all. In-sample: the people are "
+        "those whom the clusters were made of.",
         page.sampling(drawn=True),
         page.selection(),
     )

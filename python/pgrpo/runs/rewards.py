@@ -33,7 +33,11 @@ def read_rewards(path: Path) -> Rewards:
         if row.get("reward", ...) not in (None, "")
     )
     users, values = _collected(rows, path)
-    return Rewards(users, values, f"{len(users):,} rewards in {path.name}")
+    note = (
+        "The file does not say of when the rewards are: of the time that clusters were made from, they "
+        "are in-sample, and later ones may differ less between the clusters."
+    )
+    return Rewards(users, values, f"{len(users):,} rewards in {path.name}", (note,))
 
 
 def _of_run(folder: RunFolder) -> Rewards:
@@ -46,12 +50,21 @@ def _of_run(folder: RunFolder) -> Rewards:
     users, values = _collected(rows, folder.samples.path)
     total = sum((record.num_rollouts or 0) for record in folder.metrics)
     about = f"{len(users):,} rollouts of the run {folder.path.name}"
+    in_sample = (
+        "They are in-sample: a run's prompts are of the training period, from which features come, and "
+        "clusters that are made from answers; later rewards may differ less between the clusters."
+    )
+    notes = [in_sample]
     if len(users) < total:
         about += (
             f", of {total:,}: run.samples_per_step = {settings.samples_per_step} logs so many of each "
             "step"
         )
-    return Rewards(users, values, about)
+        notes.append(
+            "They are a stratified sample: a run logs one rollout of each of its own clusters in turn, "
+            "so that people of small ones count for more than they have rewards."
+        )
+    return Rewards(users, values, about, notes)
 
 
 def _collected(rows: Iterable[tuple[str, float]], path: Path) -> tuple[list[str], np.ndarray]:

@@ -79,4 +79,5 @@ def _of_choices(dataset: Dataset, note: Callable[[str], None]) -> Rewards | None
         return None
     users, values = found
     about = f"one rule for everybody, fitted to choices, on {len(users):,} held-out ones"
-    return Rewards(users, values, about)
+    origin = "They are of later choices than those that features, the rule and clusters come from."
+    return Rewards(users, values, about, (origin,))
