@@ -683,6 +683,40 @@ def test_requests_keep_to_a_rate(runs: tuple[Path, Path], tmp_path: Path, serve:
     assert begun[-1] - begun[0] >= 0.5 * 0.05 * (len(begun) - 1)
 
 
+def test_waiting_for_a_turn_takes_no_time_from_a_question(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    """All but a few questions have their turn later than one of them may take."""
+    server = serve(lambda question, times: fair(question) if times else (503, {}, "later"))
+    record = judged(
+        runs,
+        tmp_path / "out",
+        settings(
+            server,
+            num_prompts=6,
+            endpoint__max_per_second=5.0,
+            endpoint__timeout_s=1.5,
+            endpoint__max_concurrency=16,
+        ),
+    )
+    different = record["num_pairs"] - record["num_identical"]
+    assert different >= 5, "the last turn is after more than 1.5 s"
+    assert record["num_failed"] == 0 and len(server.requests) == 2 * 2 * different
+
+
+def test_an_answer_that_is_nested_too_deep_is_one_that_was_not_had(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    def answer(question: str, _: int) -> Answer:
+        deep = zlib.crc32(question.encode()) % 6 == 0
+        return (200, {}, '{"choices": ' + "[" * 200_000) if deep else fair(question)
+
+    server, out = serve(answer), tmp_path / "out"
+    record = judged(runs, out, settings(server))
+    assert record["num_failed"] > 0 and record["overall"]["num_pairs"] > 0
+    assert "no chat completion" in record["notes"][0]
+
+
 # --- killed and continued --------------------------------------------------------------------
 
 

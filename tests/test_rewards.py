@@ -519,8 +519,23 @@ def test_one_garbage_reply_leaves_the_others_their_verdicts(serve):
         score(judge_section(server.url, max_unreadable=0.0), *rollouts)
 
 
+def test_a_turn_that_comes_too_late_is_not_waited_for(serve, caplog):
+    server = serve(lambda *_: say("3"))
+    section = judge_section(
+        server.url, timeout_s=4.0, max_per_second=0.2, max_concurrency=4, on_error="no_reward"
+    )
+    rewards = score(section, *(rollout(str(i)) for i in range(3)))
+    # Had it been waited for, the time of the call would have been over for all three.
+    assert sorted(np.isnan(rewards).tolist()) == [False, True, True]
+    assert len(server.requests) == 1
+    assert "over before the judge could be asked" in caplog.text
+    assert "max_per_second = 0.2" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "body", ["<html>", "[]", '{"choices": []}', '{"choices": [{"text": "7"}]}']
+    "body",
+    ["<html>", "[]", '{"choices": []}', '{"choices": [{"text": "7"}]}', "[" * 200_000],
+    ids=lambda body: body[:20],
 )
 def test_an_answer_that_is_no_chat_completion_is_refused(serve, body):
     server = serve(lambda *_: (200, {}, body))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import random
 import re
 from collections.abc import Mapping
@@ -104,14 +105,18 @@ class _Session:
         self._next = 0.0
         self._end = end
 
-    async def turn(self) -> None:
-        """Wait until the next request may begin."""
+    async def turn(self, deadline: float) -> bool:
+        """Wait until the next request may begin; False, and at once, where that is not before the
+        deadline."""
         now = asyncio.get_running_loop().time()
         # Who asks takes a place at once, so that those who wait come one after the other.
         place = max(now, self._next)
+        if place >= deadline:
+            return False
         self._next = place + self._gap_s
         if place > now:
             await asyncio.sleep(place - now)
+        return True
 
 
 class Chat:
@@ -133,15 +138,22 @@ class Chat:
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
 
     async def ask(
-        self, question: str, *, deadline: float, timeout_s: float, fields: Mapping[str, Any]
+        self,
+        question: str,
+        *,
+        timeout_s: float,
+        fields: Mapping[str, Any],
+        deadline: float = math.inf,
     ) -> Reply:
         """The model's reply to one question, asked for again where that may help and time is left.
 
         Args:
             question: of the user's turn, the only one.
-            deadline: until when there may be an answer, by the event loop's clock.
-            timeout_s: what the deadline follows from, to be named where there was no time at all.
+            timeout_s: how long requests and the pauses between them may take. Waiting for one of the
+                `max_concurrency` places or for the turn that `max_per_second` gives is not counted:
+                meanwhile nobody was asked.
             fields: further fields of the request, besides the endpoint's parameters.
+            deadline: until when there may be an answer all the same, by the event loop's clock.
 
         Raises:
             RefusedError: the server will not answer this.
@@ -149,7 +161,7 @@ class Chat:
         """
         session = self._session()
         async with session.slots:
-            return await self._ask(session, question, deadline, timeout_s, fields)
+            return await self._ask(session, question, timeout_s, deadline, fields)
 
     def quote(self, text: str) -> str:
         """A text of the server's for a message, long ones without their middle."""
@@ -182,18 +194,18 @@ class Chat:
         self,
         session: _Session,
         question: str,
-        deadline: float,
         timeout_s: float,
+        deadline: float,
         fields: Mapping[str, Any],
     ) -> Reply:
         config, clock = self._config, asyncio.get_running_loop().time
         messages = [{"role": "user", "content": question}]
         body = {**config.parameters, **fields, "model": config.model, "messages": messages}
-        failure, attempts = "", 0
-        while clock() < deadline and attempts <= config.retries:
+        failure, attempts, left_s = "", 0, timeout_s
+        while left_s > 0 and attempts <= config.retries and await session.turn(deadline):
             attempts += 1
-            await session.turn()
-            left_s = deadline - clock()
+            begin = clock()
+            left_s = min(left_s, deadline - begin)
             try:
                 # httpx's own limit is one of silence: a server may keep it by a byte now and then.
                 return await asyncio.wait_for(
@@ -207,11 +219,14 @@ class Chat:
                 pause_s = config.pause_s * 2 ** (attempts - 1)
             if attempts <= config.retries:
                 pause_s *= _JITTER.uniform(1.0, 1.5)
-                await asyncio.sleep(max(0.0, min(pause_s, (deadline - clock()) / 2)))
+                await asyncio.sleep(max(0.0, min(pause_s, (begin + left_s - clock()) / 2)))
+            left_s -= clock() - begin
         if not attempts:
+            rate = config.max_per_second
             raise PluginError(
                 f"timeout_s = {timeout_s:g} was over before the judge could be asked; it leaves "
                 f"no time for so many questions at {config.max_concurrency} at once"
+                + (f" and max_per_second = {rate:g}" if rate else "")
             )
         raise PluginError(f"{failure} ({attempts} attempts)")
 
@@ -231,7 +246,8 @@ class Chat:
             try:
                 answer = response.json()
                 is_chat = isinstance(answer["choices"][0]["message"], dict)
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
+                # The last of what is nested a thousand deep.
                 is_chat = False
             if not is_chat:
                 raise PluginError(f"judge's answer is no chat completion: {said}")
@@ -283,7 +299,8 @@ def _reply(answer: Mapping[str, Any]) -> Reply:
 
     def tokens(name: str) -> int | None:
         number = cast(Any, usage).get(name) if isinstance(usage, Mapping) else None
-        return number if isinstance(number, int) and number >= 0 else None
+        # Who says more than a float can count says nothing.
+        return number if type(number) is int and 0 <= number < 2**53 else None
 
     return Reply(said, cut, tokens("prompt_tokens"), tokens("completion_tokens"))
 

@@ -66,7 +66,7 @@ class Judge:
                 words = {**words_of(rollout.prompt.example), "completion": rollout.completion}
                 question = fill(self._config.template, words, "template")
                 reply = await self._chat.ask(
-                    question, deadline=deadline, timeout_s=timeout_s, fields={}
+                    question, timeout_s=timeout_s, fields={}, deadline=deadline
                 )
                 return self._read(reply)
             except Exception as error:  # one rollout's failure leaves the others their verdicts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
@@ -82,7 +81,8 @@ class PairEndpoint(Endpoint):
     """Ask for a reply of the wanted form by `response_format` (a JSON schema). A server that refuses it
     is asked without; replies of any form are read."""
     timeout_s: float = Field(default=300.0, gt=0)
-    """Seconds one question may take, with all its repetitions."""
+    """Seconds one question may take, with all its repetitions; waiting for turns of `max_per_second`
+    does not count."""
 
     @model_validator(mode="after")
     def _leaves_the_form(self) -> PairEndpoint:
@@ -173,12 +173,10 @@ class PairJudge:
         Raises:
             PluginError: it cannot be had.
         """
-        timeout_s = self._endpoint.timeout_s
-        deadline = asyncio.get_running_loop().time() + timeout_s
 
         async def ask(fields: Mapping[str, Any]) -> Opinion:
             reply = await self._chat.ask(
-                question.text, deadline=deadline, timeout_s=timeout_s, fields=fields
+                question.text, timeout_s=self._endpoint.timeout_s, fields=fields
             )
             side = read_preference(reply.text, cut=reply.cut)
             return Opinion(side, reply.text, reply.prompt_tokens, reply.completion_tokens)
