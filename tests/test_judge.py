@@ -35,7 +35,7 @@ from pgrpo.experiments.opinions import JudgeConfig
 from pgrpo.report.judgement import render
 from pgrpo.report.pairs import rates, share_of, wilson
 from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Rubric
-from pgrpo.rewards.verdict import read_preference
+from pgrpo.rewards.verdict import read_preference, read_verdict
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import JudgementRecord, OpinionRecord, PairRecord, ShareRecord, Store
 from pgrpo.types import Example
@@ -84,6 +84,71 @@ REPLIES: list[tuple[str, str | None]] = [
     ("Answer B wins", "B"),
     ("A good answer", None),
     ("The winner is a clear one", None),
+    ('{"winner": "answer_a"}', "A"),
+    ('{"winner": "Answer b"}', "B"),
+    ('{"winner": "Response_B"}', "B"),
+    ('{"winner": "A (slightly)"}', "A"),
+    ('{"winner": ["A"]}', "A"),
+    ('{"winner": ["A", "B"]}', None),
+    ("<winner>answer_b</winner>", "B"),
+    ("Winner: answer_a.", "A"),
+    ("Answer: B", "B"),
+    ("Final answer: B", "B"),
+    ("Overall: **B**", "B"),
+    # Several verdicts.
+    ('{"winner": "A"}\n{"winner": "B"}', None),
+    ('{"winner": "A"}\n{"winner": "answer_a"}', "A"),
+    ('{"winner": "A", "winner": "B"}', None),
+    ('{"winner": "A"}\nOn second thoughts: {"winner": "neither of them"}', None),
+    ('{"winner": "A"}\nWinner: B is better', None),
+    ('{"winner": "A", "preference": "unsure"}', None),
+    ('{"better_quality": "A", "better_fit": "B", "winner": "B"}', "B"),
+    ('{"quality_winner": "A", "fit": "B"}', None),
+    ('{"better_quality": "A", "fit": "B"}', None),
+    ('{"not_preferred": "A"}', None),
+    ('{"quality": {"winner": "A"}, "overall": "B"}', "B"),
+    ('{"quality": {"winner": "A"}, "fit": {"winner": "B"}}', None),
+    ("Quality winner: A\nOverall: B", "B"),
+    ('{"reason": one sentence, "winner": "A", "B" or "tie"}', None),
+    ('{"reason": "one, "winner": "A", "B" or "tie"}\n{"winner": "B"}', None),
+    # What takes back what it seems to say.
+    ("A is worse", None),
+    ("A is not better", None),
+    ("A is better", "A"),
+    ("Answer A is worse", None),
+    ("Answer A is hardly better", None),
+    ("Answer A is worse but better written", None),
+    ("Answer A seems better at first, but B is better", None),
+    ("Answer A is better. B is better for this person, though.", None),
+    ("I do not prefer Answer A", None),
+    ("Some prefer Answer A", None),
+    ("Winner: A is worse", None),
+    ("Verdict: A is not better", None),
+    ("The winner is not A", None),
+    ("Winner: not A", None),
+    ("Not preferred: A", None),
+    ("The second best answer is A", None),
+    ("Answer A is better: B rambles", None),
+    ("Verdict: A for style, B for fit", None),
+    ("Verdict: both are fine, A is better", None),
+    ("Verdict: tie, but A is slightly better", None),
+    ("Winner: A, but only just", None),
+    ("Winner: A?", None),
+    ("A?", None),
+    ("A+", None),
+    ("Winner: A < B", None),
+    ("[[A<B]]", None),
+    ('{"winner": "A is worse"}', None),
+    ('{"winner": "A is better"}', "A"),
+    ('{"winner": "Neither"}', "tie"),
+    # What gives a reason takes nothing back.
+    ("Winner: A, since it is shorter", "A"),
+    ("Winner: A - it is shorter", "A"),
+    ("Verdict: B because it holds together", "B"),
+    ("Verdict: Answer B is clearly the better one.", "B"),
+    ("[[B]] It fits.", "B"),
+    ("Verdict: a tie between A and B", "tie"),
+    ("Winner: A\n\nB is good, too", "A"),
     ("7", None),
     ("great", None),
     ("", None),
@@ -96,9 +161,18 @@ def test_a_reply_names_one_side_or_is_unreadable(reply: str, side: str | None) -
 
 
 def test_what_a_cut_reply_says_in_words_may_have_gone_on() -> None:
-    assert read_preference("Answer A is better", cut=True) is None
-    assert read_preference('{"winner": ' + "[" * 100_000) is None, "nested too deep to be read"
+    for reply in ("Answer A is better", "A", "Winner: A", '{"winner": "A'):
+        assert read_preference(reply, cut=True) is None
     assert read_preference('{"winner": "A", "reason": "it', cut=True) == "A"
+    assert read_preference("Winner: A\n\nIt is", cut=True) == "A"
+
+
+def test_what_is_nested_too_deep_is_unreadable() -> None:
+    # Some of these can just be parsed, and not be walked through any more.
+    for depth in (*range(850, 1000), 3000, 100_000):
+        for reply in ('{"winner": ' + "[" * depth, f'{{"x": {"[" * depth}{"]" * depth}}}'):
+            assert read_preference(reply) is None
+            assert read_verdict(reply, 0, 10) is None
 
 
 @given(st.text("AB tie{}[]:\"'winerasw\n", max_size=60))

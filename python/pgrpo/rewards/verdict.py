@@ -13,10 +13,14 @@ that occurs decides, and where it gives two different numbers, nothing is read:
 
 Of two answers, A and B, the better one is read from the first of these forms that occurs:
 
-1. named as the last word: `Final verdict: B`;
+1. named as the last word: `Final verdict: B`, `Overall: B`;
 2. named: `{"winner": "A"}`, `Winner: **B**`, `[[A]]`, `<winner>tie</winner>`;
-3. all that the reply says: `A`, `Answer B.`, `It's a tie`;
-4. said: `Answer A is slightly better`, `I prefer Response B`, `Answer B wins`.
+3. all that the reply says: `A`, `Answer B.`, `It's a tie`, `Answer A is slightly better`, `B wins`.
+
+A verdict that is misread counts for the wrong answer, and one that is not read is only lost. So a side
+counts where what stands behind it ends the verdict or gives its reason: `Winner: A is worse` cannot be
+read, nor `Winner: A or B`, nor two verdicts of one form that contradict each other, nor an opinion that
+is one sentence of several.
 """
 
 from __future__ import annotations
@@ -57,28 +61,43 @@ _OPENED = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 Side: TypeAlias = Literal["A", "B", "tie"]
 """Which of two answers is better, by what they are called."""
 
-_ANSWER = r"(?:answer|response|option|reply|assistant|completion)"
-# "A" is also an article, so that only capitals are answers, and "a tie" is read before them.
-_TIE = r"(?:an?\s+)?(?P<tie>tie|draw|neither|both|equal(?:ly\s+good)?)"
-_SIDE = (
-    rf"(?i:{_TIE}|(?:{_ANSWER}[\s_*]*)?(?-i:(?P<side>[AB])))(?![\w'\u2019])"
-    # "A or B" names neither.
-    rf"(?!\s*(?:[,/&]|\bor\b|\band\b)\s*(?i:{_ANSWER}\s*)?[AB]\b)"
+_ANSWER = r"(?i:answer|response|option|reply|assistant|completion)"
+_TIE = r"(?i:(?:an?\s+)?(?:tie|draw|neither|both|equal(?:ly\s+good)?))"
+# "A" is also an article, so that only capitals are answers by themselves.
+_ONE = rf"(?:{_ANSWER}[\s_*:]*[ABab]|[AB])"
+_SIDE = rf"(?P<side>{_TIE}|{_ONE})(?![\w'\u2019])"
+_IS_BETTER = (
+    r"(?i:(?:is|was|seems)\s+(?:(?:the|a|bit|little|lot|much|far|somewhat|clearly|slightly|marginally"
+    r"|significantly|definitely)\s+){0,3}(?:better|best|superior|stronger|preferable|preferred|winner)"
+    rf"(?:\s+(?:{_ANSWER}|one))?)"
 )
-_WINNER = r"(?:winner|winning|verdict|preferred|preference|better|best|choice|judge?ment)"
+_WINS = rf"(?:\s+(?:(?i:wins)|{_IS_BETTER}(?:\s+than\s+{_ONE})?))"
+# What follows a side that is meant; "A or B" names neither.
+_MEANT = re.compile(
+    rf"(?!{_SIGNS}(?:[,/&|]|(?i:or|and|nor)\b){_SIGNS}(?:{_ONE}|{_TIE})\b)"
+    r"(?:\]\]|[ \t*_`\"'\u2019\u201d)\]]*(?:\Z|[\n.;:}]|!(?!=)|</|\s[-\u2013\u2014(]"
+    r"|,(?!\s*(?i:but|though|although|however|yet|if|unless|except)\b)"
+    rf"|\s+(?i:because|since|as|due|over|between|by)\b|{_WINS}\b))"
+)
+_WINNER = r"(?i:winner|winning|verdict|preferred|preference|better|best|choice|judge?ment)"
+_SIDE_NAME = (
+    rf"(?:(?P<last>(?i:final|overall)(?:[\s_-]*{_WINNER})?)|{_WINNER})(?:[\s_-]*{_ANSWER})?"
+)
+_SIDE_KEY = re.compile(_SIDE_NAME)
 _NAMED_SIDE = re.compile(
-    rf"(?:(?<![a-zA-Z])(?i:(?P<last>(?:final|overall)[\s_-]*)?{_WINNER}(?:[\s_-]*{_ANSWER})?)"
-    rf"{_SIGNS}(?i::|=|\bis\b){_SIGNS}"
-    rf"|\[\[\s*|(?i:<\w*?{_WINNER}>)\s*|\\boxed\{{\s*(?:\\text\{{)?){_SIDE}"
+    # "quality_winner" is that of a criterion.
+    rf"(?:(?<![a-zA-Z])(?<![a-zA-Z][_-]){_SIDE_NAME}{_SIGNS}(?::|=|\b(?i:is)\b){_SIGNS}"
+    rf"|\[\[\s*|<(?:(?i:final|overall)_)?{_WINNER}>\s*|\\boxed\{{\s*(?:\\text\{{)?){_SIDE}"
 )
-_BARE_SIDE = re.compile(rf"[\W_]*(?:(?i:it\s*(?:'|\u2019|\s+i)s)\s+)?{_SIDE}[\W_]*")
-_SAID_SIDE = re.compile(
-    rf"(?i:\b{_ANSWER})\s+(?P<side>[AB])\s+(?i:wins\b"
-    r"|(?:is|was|seems|appears)\s+(?:(?!not?\b|as\b|no\b)\w+\s+){0,3}?"
-    r"(?:better|best|superior|stronger|preferable|preferred|winner)\b)"
-    rf"|(?i:\bprefer\s+{_ANSWER})\s+(?P<liked>[AB])(?!\w)"
+# "Not preferred: A", "the second best answer is A".
+_UNNAMED = re.compile(
+    r"(?i:\b(?:not|non|no|never|less|least|second|if|whether)|n['\u2019]t)\W+(?i:the\W+)?\Z"
 )
-_SIDE_KEY = re.compile(rf"(?:(?P<last>.*(?:final|overall).*)|.*{_WINNER}.*)")
+_SIDE_FIRST = re.compile(rf"{_SIGNS}{_SIDE}")
+_SIDE_ALONE = re.compile(
+    rf"[\s*_`\"'\u2018\u201c()\[\].:#>-]*(?:(?i:it\s*(?:'|\u2019|\s+i)s|I\s+prefer)\s+)?"
+    rf"{_SIDE}{_WINS}?[\s*_`\"'\u2019\u201d()\[\].,:;!]*"
+)
 
 
 class _Figure(NamedTuple):
@@ -104,7 +123,10 @@ def read_verdict(reply: str, low: float, high: float, *, cut: bool = False) -> f
     text = _conclusion(reply)
     if text is None or (cut and _may_be_half(text, high)):
         return None
-    found = list(_figures(text, low, high))
+    try:
+        found = list(_figures(text, low, high))
+    except RecursionError:  # JSON that is nested a thousand deep
+        return None
     first = min((figure.form for figure in found), default=0)
     values = {figure.value for figure in found if figure.form == first}
     value = values.pop() if len(values) == 1 else math.nan
@@ -116,20 +138,23 @@ def read_preference(reply: str, *, cut: bool = False) -> Side | None:
 
     Args:
         reply: what the judge said.
-        cut: whether a limit of tokens ended the reply: what it says in so many words may then have
-            gone on with a "but".
+        cut: whether a limit of tokens ended the reply: what stands at its end may then have gone on
+            with an "or".
     """
     text = _conclusion(reply)
     if text is None:
         return None
-    found = list(_sides(text, cut))
+    try:
+        found = list(_sides(text, cut))
+    except RecursionError:  # JSON that is nested a thousand deep
+        return None
     first = min((form for form, _ in found), default=0)
-    sides: set[Side] = {side for form, side in found if form == first}
+    sides: set[Side | None] = {side for form, side in found if form == first}
     return sides.pop() if len(sides) == 1 else None
 
 
-def _sides(text: str, cut: bool) -> Iterator[tuple[int, Side]]:
-    """All verdicts of a text, each with its form as above."""
+def _sides(text: str, cut: bool) -> Iterator[tuple[int, Side | None]]:
+    """All verdicts of a text, each with its form as above; None for one that cannot be read."""
     rest, start = "", 0
     for value, brace, end in _objects(text):
         named = list(_sides_named_in(value))
@@ -137,38 +162,43 @@ def _sides(text: str, cut: bool) -> Iterator[tuple[int, Side]]:
             yield from named
             rest, start = f"{rest}{text[start:brace]} ", end
     text = rest + text[start:]
+    length = len(text.rstrip())
     for match in _NAMED_SIDE.finditer(text):
-        yield 1 if match["last"] else 2, _side(match)
-    bare = _BARE_SIDE.fullmatch(text)
-    if bare is not None:
-        yield 3, _side(bare)
-    for match in () if cut else _SAID_SIDE.finditer(text):
-        yield 4, "A" if "A" in (match["side"], match["liked"]) else "B"
+        if not _UNNAMED.search(text, max(0, match.start() - 32), match.start()):
+            is_half = cut and match.end() >= length
+            yield 1 if match["last"] else 2, None if is_half else _meant(match)
+    alone = None if cut else _SIDE_ALONE.fullmatch(text)
+    if alone is not None:
+        yield 3, _side(alone)
 
 
-def _sides_named_in(tree: Any) -> Iterator[tuple[int, Side]]:
-    """Sides that stand under a name in a JSON value."""
+def _sides_named_in(tree: Any) -> Iterator[tuple[int, Side | None]]:
+    """Sides that stand under a name in a JSON value; None where something else does."""
     if isinstance(tree, Sequence) and not isinstance(tree, str):
         for entry in cast(Sequence[Any], tree):
             yield from _sides_named_in(entry)
     if not isinstance(tree, Mapping):
         return
     for key, value in cast(Mapping[str, Any], tree).items():
-        name = _SIDE_KEY.fullmatch(key.lower())
+        name = _SIDE_KEY.fullmatch(key)
         if isinstance(value, Mapping | list):
             yield from _sides_named_in(value)
-        elif name is not None and isinstance(value, str):
-            # Where there is but a name, small letters are one too.
-            said = value.strip().upper() if len(value.strip()) == 1 else value
-            match = _BARE_SIDE.fullmatch(said)
-            if match is not None:
-                yield 1 if name["last"] else 2, _side(match)
+        elif name is not None:
+            # Where there is but a letter, small ones are sides too.
+            said = str(value).upper() if len(str(value)) == 1 else str(value)
+            match = _SIDE_FIRST.match(said)
+            yield 1 if name["last"] else 2, match and _meant(match)
+
+
+def _meant(match: re.Match[str]) -> Side | None:
+    """The side of a match; None where what follows may take it back."""
+    return _side(match) if _MEANT.match(match.string, match.end()) else None
 
 
 def _side(match: re.Match[str]) -> Side:
-    if match["tie"]:
+    if re.fullmatch(_TIE, match["side"]):
         return "tie"
-    return "A" if match["side"] == "A" else "B"
+    return "A" if match["side"][-1] in "Aa" else "B"
 
 
 def _conclusion(reply: str) -> str | None:
@@ -202,17 +232,24 @@ def _figures(text: str, low: float, high: float) -> Iterator[_Figure]:
 
 
 def _objects(text: str) -> Iterator[tuple[Any, int, int]]:
-    """The JSON objects in a text: value, begin and end, none within another."""
-    start = 0
+    """The JSON objects in a text: value, begin and end, none within another. One that has two values
+    under one key is none."""
+    decoder, start = json.JSONDecoder(object_pairs_hook=_unambiguous), 0
     for brace in re.finditer(r"\{", text):
         if brace.start() < start:
             continue
         try:
-            value, start = json.JSONDecoder().raw_decode(text, brace.start())
+            value, start = decoder.raw_decode(text, brace.start())
         except (ValueError, RecursionError):
-            # The latter of what is nested a thousand deep.
             continue
         yield value, brace.start(), start
+
+
+def _unambiguous(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(entries)
+    if any(found[key] != value for key, value in entries):
+        raise ValueError("two values under one key")
+    return found
 
 
 def _figures_of_words(text: str, high: float) -> Iterator[_Figure]:
