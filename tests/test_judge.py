@@ -492,6 +492,8 @@ def test_two_runs_by_an_endpoint(
         "prompt_tokens": 300 * len(server.requests),
         "completion_tokens": 20 * len(server.requests),
         "cost": None,
+        "priced_now": 0,
+        "unpriced": len(server.requests),
     }
     # Decided pairs against the rewards that both runs were trained by.
     columns = columns_of(runs[0])
@@ -699,6 +701,21 @@ def test_unreadable_replies_are_counted_and_not_paid_for_again(
     assert f"{len(unreadable)} have no verdict" in capsys.readouterr().out
 
 
+def test_a_judgement_that_goes_on_has_not_forgotten_what_could_not_be_read(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    server, out = serve(lambda *_: say("dunno", usage=USAGE)), tmp_path / "out"
+    tree = settings(server, endpoint__max_concurrency=1)
+    assert main(command(runs, out, tree)) == 2
+    assert len(server.requests) == 7  # more than a tenth of 64
+    capsys.readouterr()
+    assert main(command(runs, out, tree)) == 2
+    assert "7 of the last 7 replies could not be read" in capsys.readouterr().err
+    assert len(server.requests) == 7
+    # Other questions have other answers.
+    judged(runs, out, settings(serve(fair), rubric={"criteria": {"fit": "It suits the person."}}))
+
+
 def test_questions_that_cannot_be_asked_leave_the_others_their_answers(
     runs: tuple[Path, Path], tmp_path: Path, serve: Serve, undisturbed: dict[str, bytes]
 ) -> None:
@@ -887,7 +904,7 @@ def test_a_folder_is_one_judgements(
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "opinions.jsonl"
-    path.write_text('{"key": "k", "reply": "A", "side": "A"}\n{"key": 3}\n')
+    path.write_text('{"key": "k", "model": "m", "reply": "A", "side": "A"}\n{"key": 3}\n')
     with pytest.raises(Exception, match=r"opinions.jsonl line 2 is damaged"):
         Store(path, OpinionRecord)
 
@@ -916,6 +933,52 @@ def test_a_budget_ends_a_judgement_and_a_larger_one_goes_on(
     assert max(Counter(questions(server)).values()) == 1
     assert record["num_unasked"] == 0 and record["notes"] == []
     assert record["usage"]["cost"] == pytest.approx(EACH * len(server.requests))
+
+
+def test_a_cost_is_that_of_the_time_when_it_was_paid(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve
+) -> None:
+    server, out = serve(fair), tmp_path / "out"
+    judged(runs, out, settings(server, num_prompts=4, prices=PRICES))
+    first = len(server.requests)
+    # Twice the price, and what was paid stays what it was.
+    double = {name: 2 * price for name, price in PRICES.items()}
+    record = judged(runs, out, settings(server, num_prompts=8, prices=double))
+    second = len(server.requests) - first
+    assert record["usage"]["cost"] == pytest.approx(EACH * (first + 2 * second))
+    assert (record["usage"]["priced_now"], record["usage"]["unpriced"]) == (0, 0)
+    # The next question costs what it costs now, not what the dearest did.
+    ten = {name: 10 * price for name, price in PRICES.items()}
+    spent = EACH * (first + 2 * second)
+    tree = settings(server, num_prompts=16, prices=ten, budget=spent + 25 * EACH)
+    record = judged(runs, out, tree)
+    assert len(server.requests) == first + second + 2
+    assert record["usage"]["cost"] <= spent + 25 * EACH
+
+
+def test_what_was_paid_without_prices_counts_by_those_that_are_told_later(
+    runs: tuple[Path, Path], tmp_path: Path, serve: Serve, capsys: Capture
+) -> None:
+    server, out = serve(fair), tmp_path / "out"
+    judged(runs, out, settings(server, num_prompts=4))
+    first = len(server.requests)
+    priced = settings(server, prices=PRICES, budget=EACH * (first + 4.5))
+    usage = judged(runs, out, priced)["usage"]
+    assert len(server.requests) == first + 4
+    assert usage["cost"] == pytest.approx(EACH * (first + 4))
+    assert (usage["priced_now"], usage["unpriced"]) == (first, 0)
+    assert f"{first} without any, by the prices of the last call" in (
+        (out / "judge.html").read_text()
+    )
+    # Another judge's cannot be told by these.
+    other = settings(server, endpoint__model="another", num_prompts=4, prices=PRICES)
+    usage = judged(runs, out, other)["usage"]
+    assert (usage["priced_now"], usage["unpriced"]) == (0, first)
+    capsys.readouterr()
+    assert main(command(runs, out, {**other, "budget": 1.0, "num_prompts": 8})) == 2
+    assert f"{first} of {len(server.requests)} opinions in the folder tell no cost" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_budget_needs_to_be_told_what_was_used(

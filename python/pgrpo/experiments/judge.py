@@ -454,7 +454,8 @@ def _judgement(
     ]
     endpoint, reward = settings.endpoint, settings.reward
     told = opinions.values()
-    costs = [opinion.cost for opinion in told if opinion.cost is not None]
+    costs = [settings.cost(opinion) for opinion in told]
+    paid = [cost for cost in costs if cost is not None]
     return JudgementRecord(
         a=a.record,
         b=b.record,
@@ -479,7 +480,9 @@ def _judgement(
             requests=len(told),
             prompt_tokens=sum(opinion.prompt_tokens or 0 for opinion in told),
             completion_tokens=sum(opinion.completion_tokens or 0 for opinion in told),
-            cost=sum(costs) if costs else None,
+            cost=sum(paid) if paid else None,
+            priced_now=len(paid) - sum(opinion.cost is not None for opinion in told),
+            unpriced=len(told) - len(paid),
         ),
         notes=list(notes),
     )

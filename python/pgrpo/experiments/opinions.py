@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from pgrpo.config import Section
 from pgrpo.config.checks import check
 from pgrpo.config.sections import RewardConfig
 from pgrpo.config.toml import read_toml
-from pgrpo.errors import PluginError
+from pgrpo.errors import ConfigError, PluginError
 from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Question, Rubric
 from pgrpo.runs.judgement import OpinionRecord, Store
 from pgrpo.runs.terminal import held, interrupt_waits
@@ -57,11 +57,12 @@ class JudgeConfig(Section):
     prices: Prices | None = None
     """What tokens cost, for the cost to be told."""
     budget: float | None = Field(default=None, gt=0)
-    """What the folder's opinions may cost in all, those of earlier calls included. No question is asked
-    that may lead beyond, by the dearest so far."""
+    """What the folder's opinions may cost in all, those of earlier calls included, each by the prices
+    that were told when it was paid for. No question is asked that may lead beyond, by the dearest so
+    far."""
     max_unreadable: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of replies (of the last 64) that may not say which answer is better. With more the
-    judgement stops."""
+    """Largest share of replies (of the last 64 to this judgement's questions, those of earlier calls
+    included) that may not say which answer is better. With more no further question is asked."""
 
     def inactive(self) -> set[str]:
         of_endpoints = {"rubric", "prices", "budget", "max_unreadable"}
@@ -78,6 +79,22 @@ class JudgeConfig(Section):
                 "budget needs [prices]: what a question costs is not known without them"
             )
         return self
+
+    def cost(self, opinion: OpinionRecord) -> float | None:
+        """What an opinion cost: by the prices that were told when it was paid for or, where none were,
+        by those of this file, if it is of the same judge; None where neither is known."""
+        if opinion.cost is not None:
+            return opinion.cost
+        if self.endpoint is None or self.endpoint.model != opinion.model:
+            return None
+        return self.cost_now(opinion)
+
+    def cost_now(self, opinion: OpinionRecord) -> float | None:
+        """What an opinion would cost by the prices of this file."""
+        prices, asked, said = self.prices, opinion.prompt_tokens, opinion.completion_tokens
+        if prices is None or asked is None or said is None:
+            return None
+        return (asked * prices.prompt + said * prices.completion) / 1e6
 
 
 def load_judge(path: Path) -> JudgeConfig:
@@ -102,6 +119,7 @@ def ask_all(
     sample of all; both orders of a pair come together.
 
     Raises:
+        ConfigError: there is a budget, and opinions whose cost nobody told.
         PluginError: the judge is not there, or cannot be read.
         KeyboardInterrupt: after the questions that were under way; a second one does not wait.
     """
@@ -111,11 +129,12 @@ def ask_all(
         return set(), []
     known = sum(map(len, questions)) - len(wanted)
     note(f"asking {len(wanted)} questions" + (f"; {known} are answered" if known else ""))
-    asking = _Asking(judge, settings, wanted.values(), opinions, note)
+    own = {question.key for pair in questions for question in pair}
+    asking = _Asking(judge, settings, wanted.values(), own, opinions, note)
     with held():
         asyncio.run(asking.run())
     if asking.error is not None:
-        raise PluginError(f"{asking.error}; the same command goes on with what is saved")
+        raise asking.error
     notes: list[str] = []
     if asking.over_budget:
         notes.append(f"The budget of {settings.budget:g} ended the judgement early.")
@@ -134,6 +153,7 @@ class _Asking:
         judge: whom.
         settings: limits.
         questions: what.
+        own: keys of these questions and of those that are answered already.
         opinions: where answers are kept.
         note: is told how far it is.
 
@@ -147,30 +167,43 @@ class _Asking:
         judge: PairJudge,
         settings: JudgeConfig,
         questions: Iterable[Question],
+        own: Collection[str],
         opinions: Store[OpinionRecord],
         note: Callable[[str], None],
     ) -> None:
         self.failures: dict[str, str] = {}
         self.error: PluginError | None = None
         self._judge, self._settings, self._opinions, self._note = judge, settings, opinions, note
+        assert settings.endpoint is not None
+        self._endpoint = settings.endpoint
         self._pending = deque(questions)
         self._total = len(self._pending)
-        costs = [opinion.cost or 0.0 for opinion in opinions.values()]
-        self._spent, self._dearest = sum(costs), max(costs, default=0.0)
+        told = opinions.values()
+        costs = [settings.cost(opinion) for opinion in told]
+        if settings.budget is not None and None in costs:
+            raise ConfigError(
+                f"{costs.count(None)} of {len(costs)} opinions in the folder tell no cost: they are of "
+                "another judge whose prices were not told, or tell no tokens, so that a budget cannot "
+                "be kept; expected another folder, or no budget"
+            )
+        self._spent = sum(cost or 0.0 for cost in costs)
+        # Of the same judge, for another one's questions and prices tell nothing of the next.
+        alike = [opinion for opinion in told if opinion.model == self._endpoint.model]
+        self._dearest = max((settings.cost_now(opinion) or 0.0 for opinion in alike), default=0.0)
         self._under_way = self._failed_in_a_row = self._answered = 0
-        self._last: list[bool] = []
+        # A judgement that goes on stops where it would have stopped.
+        self._last = [opinion for opinion in told if opinion.key in own][-_UNREADABLE_OF:]
         self._interrupted = False
         self._said = time.monotonic()
+        self._check_readable()
 
     async def run(self) -> None:
         """Ask all, or until something stops it; questions under way are waited for."""
-        endpoint = self._settings.endpoint
-        assert endpoint is not None
         if self._settings.budget is not None and not self._dearest:
             # What a question costs is not known before the first is answered.
             while not self._answered and not self._stops():
                 await self._ask_next()
-        await asyncio.gather(*(self._work() for _ in range(endpoint.max_concurrency)))
+        await asyncio.gather(*(self._work() for _ in range(self._endpoint.max_concurrency)))
 
     @property
     def over_budget(self) -> bool:
@@ -207,20 +240,13 @@ class _Asking:
             self.failures[question.key] = str(error)
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= _GIVE_UP and self.error is None:
-                self.error = error
+                self.error = PluginError(f"{error}; the same command goes on with what is saved")
             return
         self._failed_in_a_row = 0
-        cost = self._cost(opinion.prompt_tokens, opinion.completion_tokens)
-        self._opinions.append(
-            OpinionRecord(
-                key=question.key,
-                side=opinion.side,
-                reply=opinion.reply,
-                prompt_tokens=opinion.prompt_tokens,
-                completion_tokens=opinion.completion_tokens,
-                cost=cost,
-            )
-        )
+        record = OpinionRecord(key=question.key, model=self._endpoint.model, **opinion._asdict())
+        cost = self._settings.cost_now(record)
+        record = record.model_copy(update={"cost": cost})
+        self._opinions.append(record)
         self._spent += cost or 0.0
         self._dearest = max(self._dearest, cost or 0.0)
         self._answered += 1
@@ -228,21 +254,20 @@ class _Asking:
             self.error = PluginError(
                 "the judge's answers tell no usage, so that a budget cannot be kept; remove budget"
             )
-        self._last = [*self._last, opinion.side is None][-_UNREADABLE_OF:]
-        most = self._settings.max_unreadable * _UNREADABLE_OF
-        if sum(self._last) > most and self.error is None:
-            self.error = PluginError(
-                f"judge replied {opinion.reply[:200]!r}; expected which of two answers is better "
-                f"({sum(self._last)} of the last {len(self._last)} replies could not be read, which is "
-                f"too many for max_unreadable = {self._settings.max_unreadable:g})"
-            )
+        self._last = [*self._last, record][-_UNREADABLE_OF:]
+        self._check_readable()
         self._tell()
 
-    def _cost(self, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
-        prices = self._settings.prices
-        if prices is None or prompt_tokens is None or completion_tokens is None:
-            return None
-        return (prompt_tokens * prices.prompt + completion_tokens * prices.completion) / 1e6
+    def _check_readable(self) -> None:
+        limit = self._settings.max_unreadable
+        unreadable = [opinion.reply for opinion in self._last if opinion.side is None]
+        if len(unreadable) > limit * _UNREADABLE_OF and self.error is None:
+            self.error = PluginError(
+                f"judge replied {unreadable[-1][:200]!r}; expected which of two answers is better "
+                f"({len(unreadable)} of the last {len(self._last)} replies could not be read, which is "
+                f"too many for max_unreadable = {limit:g}); with a larger one the same command goes "
+                "on, and another rubric or model is asked anew"
+            )
 
     def _tell(self) -> None:
         now = time.monotonic()

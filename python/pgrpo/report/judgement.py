@@ -245,7 +245,12 @@ class _Page(Charts):
             )
             rows.append(["Questions", f"{usage.requests:,}", tokens])
             if usage.cost is not None:
-                rows.append(["Cost", f"{usage.cost:.4g}", "by the prices of the judge's file"])
+                told = "each by the prices that were told when it was paid for"
+                if usage.priced_now:
+                    told += f"; {usage.priced_now:,} without any, by the prices of the last call"
+                if usage.unpriced:
+                    told += f"; {usage.unpriced:,} more of which no cost is known"
+                rows.append(["Cost", f"{usage.cost:.4g}", told])
         blocks: list[Block] = [Table(["", "", ""], rows, {2: "text"})]
         if criteria:
             table = Table(["Criterion", ""], [[k, v] for k, v in criteria.items()], {1: "text"})

@@ -44,6 +44,8 @@ class CompletionRecord(KeyedRecord):
 class OpinionRecord(KeyedRecord):
     """A line of opinions.jsonl: a judge's reply to two answers in one order."""
 
+    model: Text
+    """who judged"""
     side: Literal["A", "B", "tie"] | None = None
     """the better one, A being shown first; `null` where the reply does not say"""
     reply: Text
@@ -53,7 +55,7 @@ class OpinionRecord(KeyedRecord):
     completion_tokens: int | None = None
     """likewise"""
     cost: float | None = None
-    """by the prices of that time; `null` without prices"""
+    """by the prices that the judge's file told then; `null` where it told none"""
 
 
 class ScoreRecord(KeyedRecord):
@@ -130,14 +132,19 @@ class ContestantRecord(Record):
 
 
 class UsageRecord(Record):
-    """What the folder's opinions took, those of earlier calls included."""
+    """What the folder's opinions took, those of earlier calls and other judges included."""
 
     requests: int
     """questions that were answered"""
     prompt_tokens: int
     completion_tokens: int
     cost: float | None = None
-    """`null` without prices"""
+    """what they cost, each by the prices that were told when it was paid for; `null` where none ever
+    were"""
+    priced_now: int = 0
+    """of them were paid for without prices, and cost what the same tokens do by the last call's"""
+    unpriced: int = 0
+    """of them are not in `cost`: no price of that judge was told, or it did not tell its tokens"""
 
 
 class JudgementRecord(Record):
