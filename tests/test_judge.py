@@ -579,7 +579,12 @@ def test_the_model_that_a_run_began_with(
     runs: tuple[Path, Path], tmp_path: Path, serve: Serve
 ) -> None:
     record = judged((runs[0], "base"), tmp_path / "out", settings(serve(fair)))
-    assert record["b"] == {"name": "tiny before training", "run": str(runs[0]), "step": 0}
+    assert record["b"] == {
+        "name": "tiny before training",
+        "run": str(runs[0]),
+        "step": 0,
+        "best": False,
+    }
     assert record["a"]["step"] == 2
     # Those are the completions of the evaluation before the first step.
     logged = {
@@ -594,12 +599,62 @@ def test_the_best_checkpoints(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", PEAK)
+    peak = {**WITH_PEAK, "data.num_examples": 96}
     both = (
-        train(tmp_path / "one", WITH_PEAK),
-        train(tmp_path / "other", {**WITH_PEAK, "run.seed": 1}),
+        train(tmp_path / "one", peak),
+        train(tmp_path / "other", {**peak, "run.seed": 1, "run.eval_prompts": 12}),
     )
-    record = judged(both, tmp_path / "out", settings(serve(fair), num_prompts=4), "--best")
+    server, out = serve(fair), tmp_path / "out"
+    record = judged(both, out, settings(server), "--best")
     assert (record["a"]["step"], record["b"]["step"]) == (5, 5)
+    assert record["a"]["best"] and record["b"]["best"]
+    chosen_by = {(str(s.user), s.prompt) for run in both for s in RunFolder(run).held_out}
+    met = sum((found["user"], found["prompt"]) in chosen_by for found in pairs_of(out))
+    assert 12 <= met < record["num_prompts"]
+    said = f"by prompts among which are {met} of the {record['num_prompts']} that are judged here"
+    assert said in record["notes"][0] and said in (out / "judge.html").read_text()
+    record = judged(both, out, settings(server))
+    assert record["notes"] == [] and not record["a"]["best"]
+
+
+FITS = """
+from pgrpo.plugins import hookimpl
+
+class Counted:
+    fits = 0
+
+    def fit(self, users, features, examples):
+        Counted.fits += 1
+
+    def assign(self, users, features):
+        return ["cluster"] * len(users)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+@hookimpl
+def pgrpo_register_clusterers(register):
+    register("counted", Counted)
+"""
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_nobody_is_divided_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, base: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", FITS)
+    run = train(tmp_path / "one", {**CHANGES, "clustering": {"name": "counted"}})
+    import my_plugin  # pyright: ignore[reportMissingImports]
+
+    before = my_plugin.Counted.fits
+    other = "base" if base else train(tmp_path / "other", {**CHANGES, "run.seed": 1})
+    record = judged((run, other), tmp_path / "out", settings(serve(fair)))
+    assert list(record["clusters"]) == ["cluster"]
+    assert my_plugin.Counted.fits == before
 
 
 # --- an endpoint that fails ------------------------------------------------------------------
@@ -1047,6 +1102,50 @@ def test_a_plugin_judges_and_is_called_once_for_each_answer(
     assert len(my_plugin.said) == before
 
 
+FAILING = """
+from pgrpo.plugins import hookimpl
+
+broken = False
+
+def steady(rollouts):
+    if broken:
+        raise RuntimeError("out of order")
+    return [float(len(rollout.completion)) for rollout in rollouts]
+
+@hookimpl
+def pgrpo_register_rewards(register):
+    register("steady", steady)
+"""
+
+
+def test_a_held_out_reward_that_fails_leaves_the_judgement_its_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: Capture
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install_plugin(tmp_path / "site", FAILING)
+    scored = {**CHANGES, "evaluation": [{"name": "steady"}]}
+    both = (
+        train(tmp_path / "one", scored),
+        train(tmp_path / "other", {**scored, "run.seed": 1}),
+    )
+    import my_plugin  # pyright: ignore[reportMissingImports]
+
+    server, out = serve(fair), tmp_path / "out"
+    my_plugin.broken = True
+    capsys.readouterr()
+    record = judged(both, out, settings(server))
+    assert record["overall"]["num_pairs"] == NUM_PROMPTS and record["num_compared"] == 0
+    assert "that reward failed" in record["notes"][0] and "out of order" in record["notes"][0]
+    assert "out of order" in capsys.readouterr().out
+    assert "out of order" in (out / "judge.html").read_text()
+    asked = len(server.requests)
+    # Mended, it is asked for again, and the judge is not.
+    my_plugin.broken = False
+    record = judged(both, out, settings(server))
+    assert record["notes"] == [] and record["num_compared"] > 0
+    assert len(server.requests) == asked
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -1059,7 +1158,20 @@ def test_a_plugin_judges_and_is_called_once_for_each_answer(
         (settings(endpoint__modle="x"), "unknown key endpoint.modle; did you mean 'model'?"),
         (settings(temperature=1.0), "temperature has no effect here"),
         (settings(budget=1.0), "budget needs [prices]"),
-        (settings(rubric={"template": "{a}"}), "template does not contain {b}"),
+        (settings(rubric={"template": "{prompt} {a}"}), "template does not contain {b}"),
+        (settings(rubric={"template": "{a} {b}"}), "template does not contain {prompt}"),
+        (
+            settings(rubric={"template": "{prompt} {a} {b} {tast}"}),
+            "rubric.template names {tast}, the example has only:",
+        ),
+        (
+            settings(rubric={"template": "{prompt} {a} {b}", "criteria": {"x": "y"}}),
+            "rubric: criteria has no effect here",
+        ),
+        (
+            settings(rubric={"template": "{prompt} {a} {b}", "person": "{user}"}),
+            "rubric: person has no effect here",
+        ),
         (
             settings(rubric={"person": "{tast}"}),
             "rubric.person names {tast}, the example has only:",
@@ -1070,6 +1182,8 @@ def test_a_plugin_judges_and_is_called_once_for_each_answer(
         ),
         ({"reward": {"name": "persona"}, "rubric": {}}, "rubric has no effect here"),
         ({"reward": {"name": "personna"}}, "there is no reward 'personna'; did you mean"),
+        ({"reward": {"name": "persona", "batch": "step"}}, "reward.batch is 'step'"),
+        ({"reward": {"name": "persona", "clusters": [0]}}, "reward.clusters names those that it"),
         (
             settings(endpoint__api_key_env="NO_SUCH_KEY"),
             "NO_SUCH_KEY, named by api_key_env, is not",
@@ -1082,6 +1196,9 @@ def test_a_file_that_describes_no_judge(
     assert main(command(runs, tmp_path / "out", tree)) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "out" / "completions.jsonl").exists(), (
+        "it is told before anything is done"
+    )
 
 
 def test_runs_that_cannot_be_compared(

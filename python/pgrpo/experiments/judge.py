@@ -13,17 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import RewardConfig
 from pgrpo.config.toml import flat, resolved_tree
-from pgrpo.errors import ConfigError
+from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
 from pgrpo.experiments.opinions import JudgeConfig, ask_all
 from pgrpo.plugins.registry import load_registry
 from pgrpo.report import Verdict
 from pgrpo.report.judgement import render, verdict
 from pgrpo.report.pairs import rates, share_by_person
 from pgrpo.rewards.pairwise import PairJudge, Question, digest
+from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
 from pgrpo.runs.disk import locked, replace_file
@@ -43,12 +45,14 @@ from pgrpo.runs.sinks import run_name
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import Checkpoint, chosen_checkpoint
 from pgrpo.train.evaluation import held_out, within_budget
-from pgrpo.types import Example, Group, Prompt, Rollout
+from pgrpo.types import Dataset, Example, Group, Prompt, Rollout
 
 _SCORED_AT_ONCE = 32
 """Prompts whose completions a reward gets in one call, and that a killed process scores again."""
 _PAID = {"judge"}
 """Rewards that ask an endpoint themselves: held-out rewards of theirs are not asked for on the side."""
+_Rewards: TypeAlias = list[list[float | None]]
+"""Of each prompt its completions' [G], None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,8 @@ def judge(
     if settings.reward is not None:
         load_registry().check("reward", settings.reward)
     with locked(out):
-        pairs, examples, about = _answered(a, b, settings, out, note)
+        pairs, examples, about, notes = _answered(a, b, settings, pair_judge, out, note)
         opinions = Store(out / "opinions.jsonl", OpinionRecord)
-        notes: list[str] = []
         if pair_judge is None:
             pairs = [_compared(pair) for pair in pairs]
             lacking = Counter("unreadable" for pair in pairs if pair.outcome is None)
@@ -120,7 +123,8 @@ def judge(
                 _questions(pair_judge, example, about.get(pair.cluster, ""), pair)
                 for example, pair in zip(examples, pairs, strict=True)
             ]
-            failed, notes = ask_all(pair_judge, questions, settings, opinions, note)
+            failed, said = ask_all(pair_judge, questions, settings, opinions, note)
+            notes += said
             pairs = [
                 _voted(pair, asked, opinions) for pair, asked in zip(pairs, questions, strict=True)
             ]
@@ -138,35 +142,68 @@ def _answered(
     a: _Contestant,
     b: _Contestant,
     settings: JudgeConfig,
+    pair_judge: PairJudge | None,
     out: Path,
     note: Callable[[str], None],
-) -> tuple[list[PairRecord], list[Example], dict[str, str]]:
-    """All pairs with what rewards say of them, not yet judged; the example of each; and cluster -> how
-    its people differ from all."""
+) -> tuple[list[PairRecord], list[Example], dict[str, str], list[str]]:
+    """All pairs with what rewards say of them, not yet judged; the example of each; cluster -> how its
+    people differ from all; and what is to be told."""
     completions = Store(out / "completions.jsonl", CompletionRecord)
     rewards = Store(out / "rewards.jsonl", ScoreRecord)
-    with Assembly(b.config, b.checkpoint, note) as parts:
-        said_b = _complete(parts, b, settings, completions, note)
     with Assembly(a.config, a.checkpoint, note) as parts:
-        said_a = _complete(parts, a, settings, completions, note)
-        _check_prompts(said_a, said_b)
-        # Both are scored as answers to the first run's prompts, which say whose clusters count.
+        asked = held_out(parts.dataset, settings.num_prompts)
+        if pair_judge is not None:
+            # What the rubric lacks is told before anything is generated.
+            for example in asked:
+                pair_judge.question(example)
+        with Assembly(b.config, b.checkpoint, note) as others:
+            _check_prompts(asked, held_out(others.dataset, settings.num_prompts))
+            # The first run says whose clusters count: the other one's people are not divided.
+            said_b = _complete(others, b, asked, parts.members, settings, completions, note)
+        said_a = _complete(parts, a, asked, parts.members, settings, completions, note)
+        # Both are scored as answers to the first run's prompts, which its own tokenizer made.
         said_b = [
             replace(group, rollouts=tuple(replace(r, prompt=own.prompt) for r in group.rollouts))
             for own, group in zip(said_a, said_b, strict=True)
         ]
-        sections = {
-            "rewards": [settings.reward] if settings.reward else [],
-            "held_out": _programmatic(a.config, b.config, settings),
-        }
-        scored = {
-            name: tuple(_score(parts, by, said, rewards, note) for said in (said_a, said_b))
-            for name, by in sections.items()
-            if by
-        }
+        both, notes = (said_a, said_b), _selection(parts.dataset, asked, a, b)
+        scored: dict[str, tuple[_Rewards, ...]] = {}
+        if settings.reward is not None:
+            by = [settings.reward]
+            scored["rewards"] = tuple(_score(parts, by, said, rewards, note) for said in both)
+        by = _programmatic(a.config, b.config, settings)
+        try:
+            if by:
+                scored["held_out"] = tuple(_score(parts, by, said, rewards, note) for said in both)
+        except RunFolderError:
+            raise
+        except PgrpoError as error:
+            # It only tells of the judge; who won does not depend on it.
+            notes.append(
+                "How often the winner has the higher held-out reward is not known, for that reward "
+                f"failed: {error}."
+            )
         about = {name: who["about"] for name, who in parts.members.about.items()}
     examples = [group.prompt.example for group in said_a for _ in group.rollouts]
-    return _pairs(said_a, said_b, scored), examples, about
+    return _pairs(said_a, said_b, scored), examples, about, notes
+
+
+def _selection(
+    dataset: Dataset, asked: Sequence[Example], a: _Contestant, b: _Contestant
+) -> list[str]:
+    """What is to be told of checkpoints that were chosen by the very prompts they are judged on."""
+    chosen = [contestant for contestant in (a, b) if contestant.record.best]
+    if not chosen:
+        return []
+    sizes = {contestant.config.run.eval_prompts for contestant in chosen}
+    seen = {(e.user, e.text) for size in sizes for e in held_out(dataset, size)}
+    met = sum((example.user, example.text) in seen for example in asked)
+    names = " and ".join(contestant.record.name for contestant in chosen)
+    said = (
+        f"The checkpoint of {names} was chosen for its held-out reward, by prompts among which are "
+        f"{met} of the {len(asked)} that are judged here: on these it looks better than on others."
+    )
+    return [said]
 
 
 def _contestants(
@@ -184,7 +221,7 @@ def _contestants(
         run = RunFolder(folder)
         config = run.config()
         checkpoint = chosen_checkpoint(run, best=best)
-        record = ContestantRecord(name=name, run=str(folder), step=checkpoint.step)
+        record = ContestantRecord(name=name, run=str(folder), step=checkpoint.step, best=best)
         return _Contestant(record, sampled(config), checkpoint)
 
     if run_b is None:
@@ -210,14 +247,16 @@ def _contestants(
 def _complete(
     parts: Assembly,
     contestant: _Contestant,
+    examples: Sequence[Example],
+    members: Membership,
     settings: JudgeConfig,
     store: Store[CompletionRecord],
     note: Callable[[str], None],
 ) -> list[Group]:
-    """A policy's completions of the held-out prompts, in their order; only what is missing is
-    generated."""
-    examples = held_out(parts.dataset, settings.num_prompts)
-    prompts = [parts.builder.build(example) for example in examples]
+    """A policy's completions of the examples, in their order; only what is missing is generated."""
+    config = contestant.config
+    builder = PromptBuilder(parts.tokenizer, config.model, config.generation, members)
+    prompts = [builder.build(example) for example in examples]
     size, greedy = max(1, settings.num_samples), not settings.num_samples
     seed, origin = derive_seed(settings.seed, "judge"), contestant.origin
     keys = [
@@ -275,9 +314,9 @@ def _group(place: int, prompt: Prompt, record: CompletionRecord, version: int) -
     )
 
 
-def _check_prompts(a: Sequence[Group], b: Sequence[Group]) -> None:
-    """Refuse policies that were asked different things, as where one left out long prompts."""
-    asked = [[(g.prompt.example.user, g.prompt.example.text) for g in said] for said in (a, b)]
+def _check_prompts(a: Sequence[Example], b: Sequence[Example]) -> None:
+    """Refuse policies that would be asked different things, as where one left out long prompts."""
+    asked = [[(example.user, example.text) for example in examples] for examples in (a, b)]
     if asked[0] == asked[1]:
         return
     place = next(
@@ -290,12 +329,18 @@ def _check_prompts(a: Sequence[Group], b: Sequence[Group]) -> None:
 
 
 def _programmatic(a: Config, b: Config, settings: JudgeConfig) -> list[RewardConfig]:
-    """The held-out rewards of both runs; none where they differ, ask a judge, or judge here."""
+    """The held-out rewards of both runs; none where they differ, ask a judge, score whole steps, or
+    judge here."""
     found = [config.evaluation or config.rewards for config in (a, b)]
     trees = [[resolved_tree(section) for section in sections] for sections in found]
     judging = [resolved_tree(settings.reward)] if settings.reward else None
     usable = trees[0] == trees[1] and trees[0] != judging
-    return found[0] if usable and not any(s.name in _PAID for s in found[0]) else []
+    return found[0] if usable and not any(map(_is_no_measure, found[0])) else []
+
+
+def _is_no_measure(section: RewardConfig) -> bool:
+    """Whether it costs money, or what it gives one answer may depend on all others."""
+    return section.name in _PAID or section.batch == "step"
 
 
 def _score(
@@ -304,7 +349,7 @@ def _score(
     groups: Sequence[Group],
     store: Store[ScoreRecord],
     note: Callable[[str], None],
-) -> list[list[float | None]]:
+) -> _Rewards:
     """Rewards [G] of each group, None where there is none; only what is missing is scored."""
     rules = [resolved_tree(section) for section in sections]
 
@@ -334,7 +379,7 @@ def _score(
 def _pairs(
     a: Sequence[Group],
     b: Sequence[Group],
-    scored: Mapping[str, Sequence[Sequence[Sequence[float | None]]]],
+    scored: Mapping[str, Sequence[_Rewards]],
 ) -> list[PairRecord]:
     """All pairs, prompt by prompt, not yet judged."""
     pairs: list[PairRecord] = []

@@ -78,6 +78,15 @@ class JudgeConfig(Section):
             raise ValueError(
                 "budget needs [prices]: what a question costs is not known without them"
             )
+        if self.reward is not None and self.reward.batch == "step":
+            raise ValueError(
+                "reward.batch is 'step', so that what an answer is worth may depend on all others that "
+                "are scored with it; expected 'group'"
+            )
+        if self.reward is not None and self.reward.clusters:
+            raise ValueError(
+                "reward.clusters names those that it scores; expected a reward for everybody's answers"
+            )
         return self
 
     def cost(self, opinion: OpinionRecord) -> float | None:

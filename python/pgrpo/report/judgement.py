@@ -9,7 +9,14 @@ from pgrpo.report import figures
 from pgrpo.report.blocks import Block, Cell, Charts, Folded, Section, Table, folded, legend, section
 from pgrpo.report.page import document
 from pgrpo.report.verdict import Verdict, enumerate_words, isolated, percent, plural
-from pgrpo.runs.judgement import JudgementRecord, PairRecord, RatesRecord, ShareRecord, Winner
+from pgrpo.runs.judgement import (
+    ContestantRecord,
+    JudgementRecord,
+    PairRecord,
+    RatesRecord,
+    ShareRecord,
+    Winner,
+)
 from pgrpo.runs.metrics import one_of_each
 
 TIE_COLOR = "#a3a3a3"
@@ -235,8 +242,8 @@ class _Page(Charts):
         """What was judged by whom, and what it took."""
         record, usage = self.record, self.record.usage
         rows: list[list[Cell | str]] = [
-            ["A", self._a, f"{record.a.run}, step {record.a.step}"],
-            ["B", self._b, f"{record.b.run}, step {record.b.step}"],
+            ["A", self._a, _where(record.a)],
+            ["B", self._b, _where(record.b)],
             ["Judge", record.judge, record.kind],
         ]
         if record.kind == "endpoint":
@@ -288,6 +295,11 @@ class _Page(Charts):
 
     def _said(self, winner: Winner | None) -> str:
         return {"a": self._a, "b": self._b, "tie": "tie", None: "none"}[winner]
+
+
+def _where(contestant: ContestantRecord) -> str:
+    chosen = ", that of the best held-out reward" if contestant.best else ""
+    return f"{contestant.run}, step {contestant.step}{chosen}"
 
 
 def _by_cluster(record: JudgementRecord) -> list[str]:

@@ -56,20 +56,23 @@ class Rubric(Section):
     """What the judge is told of who asked: {cluster} is how the people of the cluster differ from all;
     {prompt}, {user} and names of columns are filled in as well."""
     template: str = _QUESTION
-    """The question; {a} and {b} are the answers, {person}, {criteria} and {form} (of the reply) come
-    from here, and {prompt}, {cluster}, {user} and names of columns are filled in."""
+    """The question; {prompt}, {a} and {b} are what was asked and the answers, {person}, {criteria} and
+    {form} (of the reply) come from here, and {cluster}, {user} and names of columns are filled in."""
     reason: bool = True
     """Have the judge give its reason, in a sentence, before it names the better answer."""
 
     @field_validator("template")
     @classmethod
-    def _holds_both(cls, template: str) -> str:
-        for word in ("{a}", "{b}"):
+    def _holds_all(cls, template: str) -> str:
+        for word in ("{prompt}", "{a}", "{b}"):
             if word not in template:
                 raise ValueError(
-                    f"template does not contain {word}, so no two answers are compared"
+                    f"template does not contain {word}; expected places for the prompt and both answers"
                 )
         return template
+
+    def inactive(self) -> set[str]:
+        return {part for part in ("criteria", "person") if f"{{{part}}}" not in self.template}
 
 
 class PairEndpoint(Endpoint):
@@ -130,7 +133,7 @@ class PairJudge:
         self._chat = Chat(endpoint)
         self._refuses_form = not endpoint.structured
 
-    def question(self, example: Example, cluster: str, a: str, b: str) -> Question:
+    def question(self, example: Example, cluster: str = "", a: str = "", b: str = "") -> Question:
         """What is asked of two answers, in this order.
 
         Args:

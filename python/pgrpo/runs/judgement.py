@@ -129,6 +129,8 @@ class ContestantRecord(Record):
     """its folder"""
     step: int
     """of its checkpoint; 0 for the model that the run began with"""
+    best: bool = False
+    """whether that checkpoint was chosen for its held-out reward"""
 
 
 class UsageRecord(Record):
