@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import install_plugin, processes, trace, train, write_config
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from pgrpo.cli import main
 from pgrpo.errors import EngineError, ParallelError
@@ -192,6 +193,11 @@ def test_what_some_processes_saved_others_go_on_with(tmp_path: Path, recluster_e
     assert main([*map(str, more), "run.num_steps=4"]) == 0
     assert ended(start_ranks(3, tmp_path / "more", *more, "run.num_steps=6")) == [0] * 3
     assert_same(run, train(tmp_path / "one", {**changes, "run.num_steps": 6}))
+    # What three processes hold parts of is one model for whoever loads it.
+    assert main(["export", str(run), "--out", str(tmp_path / "model")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in weights(run).items():
+        assert torch.equal(exported[name], tensor), name
 
 
 def said_by(folder: Path, size: int) -> list[str]:
