@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,36 +46,65 @@ def compare(
         for arm in arms
         for seed in seeds
     }
+    # All arms of a seed, then those of the next: whoever stops early has whole pairs.
+    run_all(
+        dict(sorted(plans.items(), key=lambda plan: seeds.index(plan[1].run.seed))),
+        out,
+        shown_on=shown_on,
+    )
+    return write_report([out / name for name in plans], out / "report.html")
+
+
+def run_all(
+    plans: Mapping[str, Config],
+    out: Path,
+    *,
+    ended: Callable[[str, RunFolder], None] = lambda _name, _folder: None,
+    shown_on: Console | None = None,
+) -> None:
+    """Train every planned run, in the order given; finished ones are kept, unfinished ones continued.
+
+    Args:
+        plans: by the names of their folders in `out`, `ARM/seed-K` or `SETTING/ARM/seed-K`.
+        out: this process has it alone meanwhile.
+        ended: is told of each run, by its name and folder, once it is finished, and also of those that
+            were finished before.
+        shown_on: where progress goes, by default standard output.
+
+    Raises:
+        ConfigError: a folder holds a run with other settings.
+    """
     for name, planned in plans.items():
         folder = RunFolder(out / name)
         if folder.holds_run:
             _check_same(folder.config(), planned, folder.path)
+    several = len({planned.run.seed for planned in plans.values()}) > 1
+    left = sum(planned.run.num_steps for planned in plans.values())
+    peers: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
     with locked(out):
-        for seed in seeds:
-            peers: dict[str, dict[int, float]] = {}
-            for arm in arms:
-                name = arm_folder(arm)
-                folder = RunFolder(out / name / f"seed-{seed}")
-                title = name if len(seeds) == 1 else f"{name} seed {seed}"
-                place = seeds.index(seed) * len(arms) + arms.index(arm)
-                display = Display(
-                    title,
-                    config.run.num_steps,
-                    peers=peers,
-                    runs_after=len(plans) - place - 1,
-                    shown_on=shown_on,
-                )
-                if folder.is_finished:
-                    display.note(f"finished earlier: {folder.path}")
-                else:
-                    with folder, display:
-                        train(plans[f"{name}/seed-{seed}"], folder, display)
-                peers[name] = {
-                    record.step: record.reward
-                    for record in folder.metrics
-                    if record.reward is not None
-                }
-    return write_report([out / name for name in plans], out / "report.html")
+        for name, planned in plans.items():
+            folder = RunFolder(out / name)
+            title = name.rpartition("/")[0]
+            setting, _, arm = title.rpartition("/")
+            left -= planned.run.num_steps
+            # Arms of a setting see the same prompts in a seed.
+            beside = peers.setdefault((setting, planned.run.seed), {})
+            display = Display(
+                f"{title} seed {planned.run.seed}" if several else title,
+                planned.run.num_steps,
+                peers=beside,
+                steps_after=left,
+                shown_on=shown_on,
+            )
+            if folder.is_finished:
+                display.note(f"finished earlier: {folder.path}")
+            else:
+                with folder, display:
+                    train(planned, folder, display)
+            beside[arm] = {
+                record.step: record.reward for record in folder.metrics if record.reward is not None
+            }
+            ended(name, folder)
 
 
 def arm_folder(arm: str) -> str:

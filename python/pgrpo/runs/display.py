@@ -56,7 +56,7 @@ class Display:
         num_steps: length of the run.
         about: cluster -> what is known of it.
         peers: name -> rewards by step of arms already run, shown beside this one's.
-        runs_after: runs of the same length that follow, for the time that is left.
+        steps_after: of the runs that follow, for the time that is left.
         shown_on: a terminal or file; standard output by default.
     """
 
@@ -67,13 +67,13 @@ class Display:
         *,
         about: Mapping[str, str] | None = None,
         peers: Mapping[str, Mapping[int, float]] | None = None,
-        runs_after: int = 0,
+        steps_after: int = 0,
         shown_on: Console | None = None,
     ) -> None:
         self._console = shown_on or console()
         self._title = title
         self._num_steps = num_steps
-        self._runs_after = runs_after
+        self._steps_after = steps_after
         self.about = dict(about or {})
         self._peers = dict(peers or {})
         self._rewards: deque[float] = deque(maxlen=_AVERAGE_STEPS)
@@ -128,7 +128,7 @@ class Display:
             {c: _known(values.mean) for c, values in record.clusters.items()},
             self._extremes(),
         )
-        left = self._num_steps * (1 + self._runs_after) - step
+        left = self._num_steps + self._steps_after - step
         left_s = left * _mean(self._seconds)
         peers = "".join(
             f" ({name} {rewards[step]:.3f})"
