@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -120,6 +121,16 @@ def test_the_contract_other_tools_rely_on(run: Path) -> None:
     info = json.loads((run / "run.json").read_text("utf-8"))
     assert info["status"] == "finished"
     assert sum(cluster["num_users"] for cluster in info["clusters"].values()) > 1
+    assert info["seconds"] > sum(record["timing_s"]["total"] for record in records)
+
+
+def test_seconds_of_all_starts_add_up(tmp_path: Path) -> None:
+    run = train(tmp_path, {"run.num_steps": 2})
+    first, began = RunFolder(run).info().seconds, time.perf_counter()
+    assert main(["train", "--resume", str(run), "--set", "run.num_steps=3"]) == 0
+    step = lines(run, "metrics.jsonl")[-1]["timing_s"]["total"]
+    second = RunFolder(run).info().seconds - first
+    assert 0 < step < second < time.perf_counter() - began
 
 
 def test_config_toml_reruns_the_run(run: Path, tmp_path: Path) -> None:

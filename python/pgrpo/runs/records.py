@@ -343,6 +343,9 @@ class RunInfo(Record):
     """drawn at the first start; by it trackers know a resumed run again"""
     started: str = ""
     """time of the first start, UTC"""
+    seconds: float = 0.0
+    """wall time from the loading of the model on, evaluations and checkpoints included; all starts
+    added up. Of a process that was killed only what had passed when this file was last written"""
     processor: str = ""
     """as the system names it"""
     num_threads: int | None = None

@@ -75,6 +75,7 @@ class Trainer:
     """
 
     def __init__(self, parts: Assembly, folder: RunFolder, display: Display) -> None:
+        self._watch, self._seconds_before = Stopwatch(), folder.info().seconds
         self.config = config = parts.config
         self.ranks = parts.ranks
         self.folder = folder
@@ -374,6 +375,7 @@ class Trainer:
             error=self.folder.log_error(error) if error and status == "failed" else "",
             id=found.id or secrets.token_hex(6),
             started=found.started or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=self._seconds_before + self._watch.total()["total"],
             processor=metrics.processor_name(),
             num_threads=torch.get_num_threads(),
             precision=self.policy.model.precision,
