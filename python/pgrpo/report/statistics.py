@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from scipy import stats
@@ -12,6 +13,10 @@ from scipy import stats
 from pgrpo.types import FloatArray
 
 CONFIDENCE = 0.95
+DRAWS = 10_000
+"""Of a bootstrap: the ends of an interval are then off by a fiftieth of its length or so."""
+
+Outcome: TypeAlias = Literal["better", "level", "worse"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,16 @@ class Difference:
         """
         return self.high - self.low > 1e-9 and (self.low > 0 or self.high < 0)
 
+    @property
+    def outcome(self) -> Outcome:
+        """`better` where the whole interval is above zero, `worse` where it is below, else `level`."""
+        return "level" if not self.clear else "better" if self.low > 0 else "worse"
+
+    def reaches(self, margin: float) -> bool:
+        """Whether the interval leaves out any loss of `margin` or more (non-inferiority). That a
+        difference is level does not say so: the noisier it is, the sooner it is level."""
+        return self.high - self.low > 1e-9 and self.low > -margin
+
 
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Mean and sd (ddof 1) / sqrt(n) of the finite values; one value has no standard error."""
@@ -59,6 +74,63 @@ def mean_change(before: Sequence[float], after: Sequence[float]) -> Difference |
     estimate = over_seeds(change.tolist())
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(change) - 1)) * estimate.se
     return Difference(estimate.mean, estimate.mean - reach, estimate.mean + reach)
+
+
+def bootstrap_difference(
+    change: FloatArray, people: Sequence[str], draws: int = DRAWS, seed: int = 0
+) -> Difference | None:
+    """Mean of the changes with the percentile interval of a two-way bootstrap.
+
+    Each draw takes as many seeds and, on its own, as many people as there are, with replacement (the
+    pigeonhole bootstrap, Owen 2007), a person with all prompts that are theirs: prompts of a person are
+    not independent, and all seeds share them. It errs on the wide side where seeds and people vary
+    alike; with few seeds that differ more than people do, on the narrow one, like any percentile
+    interval of five values.
+
+    Args:
+        change: [S, H] after - before by seed and prompt; NaN where one of them is unknown.
+        people: [H] whose prompt it is.
+        draws: number of draws.
+        seed: of the draws.
+
+    Returns:
+        None with fewer than two seeds or people, or with nothing known.
+    """
+    known = np.isfinite(change)
+    names, who = np.unique(np.array(people), return_inverse=True)
+    num_seeds, num_people = len(change), len(names)
+    if num_seeds < 2 or num_people < 2 or not known.any():
+        return None
+    theirs = np.eye(num_people)[who]  # [H, P]
+    sums = np.where(known, change, 0.0) @ theirs
+    sizes = known.astype(np.float64) @ theirs
+    rng = np.random.default_rng(seed)
+    # How often each is drawn: all that a mean needs of a draw.
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
+    drawn = rng.multinomial(num_people, np.full(num_people, 1 / num_people), draws)
+    totals = ((seeds @ sums) * drawn).sum(1)
+    with np.errstate(invalid="ignore"):
+        means = totals / ((seeds @ sizes) * drawn).sum(1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(means, [tail, 1 - tail])
+    return Difference(float(change[known].mean()), float(low), float(high))
+
+
+def paired_difference(
+    change: FloatArray, people: Sequence[str], draws: int = DRAWS
+) -> Difference | None:
+    """Mean of the changes [S, H] with the interval that verdicts rest on: at either end the farther of
+    the two-way bootstrap's (`bootstrap_difference`) and Student's of the seeds' means (`mean_change`).
+
+    Student's knows nothing of who was asked, and the bootstrap is too narrow for what differs between a
+    few seeds; whatever stands after both is not owed to either. None as there.
+    """
+    drawn = bootstrap_difference(change, people, draws)
+    means = [mean(row) for row in change]
+    student = mean_change([0.0] * len(means), means)
+    if drawn is None or student is None:
+        return None
+    return Difference(drawn.mean, min(drawn.low, student.low), max(drawn.high, student.high))
 
 
 def tukey_difference(outcomes: Mapping[str, Sequence[float]], a: str, b: str) -> Difference:
