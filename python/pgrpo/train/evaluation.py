@@ -72,9 +72,6 @@ def evaluate(
     over its `run.eval_samples` samples. And some completions, of the same prompts every time and of
     every cluster as many, as far as SAMPLES reach; of a prompt with samples the first.
 
-    A call of the engine gets `optimizer.token_budget` prompt tokens at most, a prompt counted once for
-    each of its completions: sampling takes no more memory than greedy decoding.
-
     Args:
         step: taken before it.
         engine: generates with the policy's current weights.
@@ -84,21 +81,8 @@ def evaluate(
         ranks: the processes that share the work; each evaluates some prompts, and gets all.
         assignment_version: of the division that the prompts' clusters are of.
     """
-    samples, budget = config.run.eval_samples, config.optimizer.token_budget
-    size, seed = max(samples, 1), derive_seed(config.run.seed, "evaluation")
-    costs = [size * len(prompt.token_ids) for prompt in prompts]
-
-    def part(start: int, end: int) -> list[Group]:
-        own = ranks.share(costs[start:end])
-        first, last = start + own.start, start + own.stop
-        return scorer.score(
-            engine.generate(prompts[first:last], size, seed=seed, first=first, greedy=not samples)
-        )
-
-    scored: list[Group] = []
-    # All processes make as many calls, for weights may have to be brought together in each.
-    for start, end in within_budget(costs, budget):
-        scored += ranks.gather(partial(part, start, end))
+    samples = config.run.eval_samples
+    scored = held_out_groups(engine, prompts, scorer, config, ranks)
     values = np.array([group.rewards for group in scored])
     ranks.gather(partial(_require_reward, values))
     places: dict[str, list[int]] = {}
@@ -126,6 +110,37 @@ def evaluate(
     )
     shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
     return record, [sample_record(step, assignment_version, group) for group in shown]
+
+
+def held_out_groups(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    config: Config,
+    ranks: Ranks = SINGLE,
+) -> list[Group]:
+    """The rewarded completions of each prompt: the greedy one, or `run.eval_samples` samples.
+
+    A call of the engine gets `optimizer.token_budget` prompt tokens at most, a prompt counted once for
+    each of its completions: sampling takes no more memory than greedy decoding. For the arguments see
+    `evaluate`.
+    """
+    samples, budget = config.run.eval_samples, config.optimizer.token_budget
+    size, seed = max(samples, 1), derive_seed(config.run.seed, "evaluation")
+    costs = [size * len(prompt.token_ids) for prompt in prompts]
+
+    def part(start: int, end: int) -> list[Group]:
+        own = ranks.share(costs[start:end])
+        first, last = start + own.start, start + own.stop
+        return scorer.score(
+            engine.generate(prompts[first:last], size, seed=seed, first=first, greedy=not samples)
+        )
+
+    scored: list[Group] = []
+    # All processes make as many calls, for weights may have to be brought together in each.
+    for start, end in within_budget(costs, budget):
+        scored += ranks.gather(partial(part, start, end))
+    return scored
 
 
 def _require_reward(values: FloatArray) -> list[None]:
