@@ -35,7 +35,7 @@ else:
 ROOT = Path(__file__).parents[1]
 SHIPPED = [
     *sorted((ROOT / "examples").glob("*.toml")),
-    ROOT / "python" / "pgrpo" / "experiments" / "demo.toml",
+    *sorted((ROOT / "python" / "pgrpo" / "experiments").glob("*.toml")),
 ]
 SECTIONS = [
     thing

@@ -130,7 +130,8 @@ def installed_files():
         f"plugins/template/{name}"
         for name in ("README.md", "my_plugin.py", "pyproject.toml", "run.toml", "test_my_plugin.py")
     ]
-    for name in ("py.typed", "normalizer/_core.pyi", "experiments/demo.toml", *pages, *template):
+    configs = [f"experiments/{name}.toml" for name in ("demo", "electricity")]
+    for name in ("py.typed", "normalizer/_core.pyi", *configs, *pages, *template):
         needed = f"pgrpo/{name}"
         assert Path(needed) in files, f"{needed} is missing"
     assert any(f.name == "LICENSE" for f in files), "LICENSE is missing"

@@ -90,6 +90,7 @@ def commands() -> Typer:
         "score",
         "train",
         "compare",
+        "reproduce",
         "judge",
         "evaluate",
         "export",

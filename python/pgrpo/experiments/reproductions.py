@@ -1,0 +1,226 @@
+"""What `pgrpo reproduce` runs, as data: settings with their arms, and what is asked of them.
+
+Claims, margins and which of them count were written before the runs, and are not changed after. A
+claim compares two cells, each (setting, arm); `primary` ones are what a reproduction was made to tell,
+all others are looks, of which one in twenty comes out wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Cell = tuple[str, str]
+"""Setting and arm."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One command of `pgrpo compare`: a change of the base config, and arms that run under it."""
+
+    name: str
+    """Of its folder and rows."""
+    arms: tuple[str, ...]
+    """As `pgrpo compare --estimators` takes them."""
+    overrides: tuple[str, ...] = ()
+    """As `--set` takes them."""
+    no_signal: tuple[str, ...] = ()
+    """Arms that cannot learn anything here; their rows have no figure."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one cell gets more than another, or with a margin, hardly less."""
+
+    after: Cell
+    before: Cell
+    what: str
+    """The respect in which the two differ."""
+    primary: bool = False
+    margin: float | None = None
+    """The loss from which on `before` counts as not reached."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A grid of runs, and what is asked of it."""
+
+    name: str
+    about: str
+    """What it shows, and of which figure of the paper."""
+    axis: str
+    """What the settings vary."""
+    settings: tuple[Setting, ...]
+    claims: tuple[Claim, ...]
+
+
+MARGIN = 0.02
+"""Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: on the panel
+less than half of what a history was worth there (docs/measured.md)."""
+
+CURVES = Reproduction(
+    name="curves",
+    about="held-out reward over steps and rollouts (Figure 2 of the paper), with control arms: one "
+    "history for all, clusters of random users, and grpo with more exploration or more steps",
+    axis="setting",
+    settings=(
+        Setting(
+            "base",
+            ("grpo", "pgrpo:one", "pgrpo", "pgrpo:shuffled", "auto", "shrinkage"),
+            ("run.eval_every=10",),
+        ),
+        Setting("temperature-2", ("grpo",), ("run.eval_every=10", "generation.temperature=2.0")),
+        Setting(
+            "long",
+            ("grpo",),
+            ("run.eval_every=10", "run.num_steps=130", "run.checkpoint_every=130"),
+        ),
+    ),
+    claims=(
+        Claim(("base", "pgrpo"), ("base", "grpo"), "a history in the place of the group", True),
+        Claim(("base", "pgrpo"), ("base", "pgrpo:one"), "clusters, against one history for all"),
+        Claim(("base", "pgrpo"), ("base", "pgrpo:shuffled"), "whose history it is"),
+        Claim(("base", "pgrpo:one"), ("base", "grpo"), "having a history at all"),
+        Claim(("base", "auto"), ("base", "grpo"), "auto against the group"),
+        Claim(("base", "auto"), ("base", "pgrpo"), "auto against the history"),
+        Claim(("base", "shrinkage"), ("base", "grpo"), "shrinkage against the group"),
+        Claim(("base", "pgrpo"), ("temperature-2", "grpo"), "a history against exploration"),
+        Claim(("base", "pgrpo"), ("long", "grpo"), "a history against 2.6 times as many steps"),
+    ),
+)
+
+GRANULARITY = Reproduction(
+    name="granularity",
+    about="how many clusters (Figure 4a of the paper): one history for all, K-Means with 2, 5, 16 and "
+    "64 clusters, and a history for each person, with and without borrowing from the cluster's",
+    axis="histories",
+    settings=(
+        # The control arm reads one history, and the clusters of K-5 are still told apart.
+        Setting("K-1", ("pgrpo:one",), ("clustering.num_clusters=5",)),
+        *(Setting(f"K-{k}", ("pgrpo",), (f"clustering.num_clusters={k}",)) for k in (2, 5, 16, 64)),
+        Setting(
+            "person-borrowing",
+            ("pgrpo:user",),
+            ("clustering.num_clusters=5", "estimator.prior_count=8.0"),
+        ),
+        Setting(
+            "person-alone",
+            ("pgrpo:user",),
+            ("clustering.num_clusters=5", "estimator.prior_count=0.0"),
+        ),
+    ),
+    claims=(
+        Claim(("K-5", "pgrpo"), ("K-1", "pgrpo:one"), "5 clusters against one history", True),
+        Claim(("K-2", "pgrpo"), ("K-1", "pgrpo:one"), "2 clusters against one history"),
+        Claim(("K-16", "pgrpo"), ("K-5", "pgrpo"), "16 clusters against 5"),
+        Claim(("K-64", "pgrpo"), ("K-5", "pgrpo"), "64 clusters against 5"),
+        Claim(("person-alone", "pgrpo:user"), ("K-5", "pgrpo"), "persons against 5 clusters"),
+        Claim(
+            ("person-borrowing", "pgrpo:user"),
+            ("person-alone", "pgrpo:user"),
+            "a person's history that borrows from the cluster's, against one that does not",
+        ),
+    ),
+)
+
+RANDOM = Reproduction(
+    name="random",
+    about="which clusters (Figure 4b of the paper): K-Means and latent classes, each against random "
+    "clusters of the same sizes, drawn anew for every seed (the arm pgrpo:shuffled)",
+    axis="clusters",
+    settings=(
+        Setting(
+            "kmeans", ("pgrpo", "pgrpo:shuffled"), ('clustering={name="kmeans",num_clusters=5}',)
+        ),
+        Setting(
+            "latent-class",
+            ("pgrpo", "pgrpo:shuffled"),
+            ('clustering={name="latent_class",num_clusters=5}',),
+        ),
+    ),
+    claims=(
+        Claim(("kmeans", "pgrpo"), ("kmeans", "pgrpo:shuffled"), "K-Means against chance", True),
+        Claim(
+            ("latent-class", "pgrpo"),
+            ("latent-class", "pgrpo:shuffled"),
+            "latent classes against chance",
+            True,
+        ),
+        Claim(("latent-class", "pgrpo"), ("kmeans", "pgrpo"), "latent classes against K-Means"),
+    ),
+)
+
+GROUP_SIZES = (1, 2, 4, 8, 16)
+ROLLOUTS_A_STEP = 64
+_RULES = ("grpo", "rloo", "pgrpo", "auto")
+_ALONE = ("pgrpo",)
+"""Of these, what is run at one completion per prompt: grpo and rloo have no signal then, and auto is
+pgrpo by its own rule."""
+_CONTROLS = ("pgrpo:one", "pgrpo:shuffled")
+
+
+def _of_group_size(family: str, size: int, *overrides: str, controls: bool = False) -> Setting:
+    return Setting(
+        f"{family}-{size}",
+        (*(_ALONE if size == 1 else _RULES), *(_CONTROLS if controls else ())),
+        (f"generation.group_size={size}", *overrides),
+        no_signal=("grpo", "rloo") if size == 1 else (),
+    )
+
+
+ROLLOUTS = Reproduction(
+    name="rollouts",
+    about="completions per prompt, at equal steps (steps-G) and at equal rollouts a step, fewer "
+    "prompts for more completions (rollouts-G); at one completion grpo and rloo have no signal and "
+    "auto is pgrpo (ours)",
+    axis="completions per prompt",
+    settings=(
+        *(_of_group_size("steps", size, controls=size in (1, 2, 8)) for size in GROUP_SIZES),
+        *(
+            _of_group_size("rollouts", size, f"run.prompts_per_step={ROLLOUTS_A_STEP // size}")
+            for size in GROUP_SIZES
+        ),
+    ),
+    claims=(
+        *(
+            Claim(
+                (f"steps-{size}", arm),
+                ("steps-8", "grpo"),
+                f"{arm} with {size} completions reaches grpo with 8",
+                size == 2 and arm == "pgrpo",
+                MARGIN,
+            )
+            for size, arm in (
+                (2, "pgrpo"),
+                (2, "auto"),
+                (1, "pgrpo"),
+                (2, "grpo"),
+                (2, "pgrpo:one"),
+                (1, "pgrpo:one"),
+            )
+        ),
+        *(
+            Claim(
+                (f"{family}-{size}", arm),
+                (f"{family}-{size}", "grpo"),
+                f"{arm} against grpo at {size} completions, equal {family}",
+            )
+            for family in ("steps", "rollouts")
+            for size in GROUP_SIZES
+            if size > 1
+            for arm in ("pgrpo", "auto")
+        ),
+        *(
+            Claim(
+                (f"steps-{size}", "pgrpo"),
+                (f"steps-{size}", "pgrpo:shuffled"),
+                f"whose history it is, at {size} completions",
+            )
+            for size in (1, 2, 8)
+        ),
+    ),
+)
+
+REPRODUCTIONS: Mapping[str, Reproduction] = {
+    found.name: found for found in (CURVES, GRANULARITY, RANDOM, ROLLOUTS)
+}

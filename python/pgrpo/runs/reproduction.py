@@ -1,0 +1,84 @@
+"""The folder of a reproduction: what its trained policies get, line by line, and what came of it.
+
+`figures.jsonl` only grows, a line for each run that was measured; `table.json`, `claims.json` and
+`report.html` are made anew of it, whole, after every seed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pgrpo.runs.judgement import KeyedRecord
+from pgrpo.runs.records import Record, Text
+
+
+class FigureRecord(KeyedRecord):
+    """A line of figures.jsonl: what the last checkpoint of a run gets on all held-out prompts. Its key
+    is that of the run's config: settings that come to the same are trained once."""
+
+    run: str
+    """folder of the run, `SETTING/ARM/seed-K`"""
+    users: list[Text]
+    """whose each held-out prompt is"""
+    rewards: list[float | None]
+    """of each: its greedy completion's, or with `run.eval_samples` the mean over its samples; `null`
+    where none got one"""
+    steps: int
+    """that were taken"""
+    rollouts: int
+    """that were generated in them"""
+    seconds: float
+    """that the run took, its own evaluations included (`seconds` of run.json)"""
+    measuring_s: float
+    """and this measurement after it"""
+    curve: dict[int, float]
+    """step -> held-out reward of the run's own evaluations, of `run.eval_prompts` prompts"""
+    versions: dict[str, str]
+    """of pgrpo, torch, transformers and numpy, by which it was trained"""
+
+    @property
+    def figure(self) -> float | None:
+        """Mean of the rewards there are."""
+        found = [reward for reward in self.rewards if reward is not None]
+        return sum(found) / len(found) if found else None
+
+
+class RowRecord(Record):
+    """A row of table.json: an arm in a setting with one seed."""
+
+    setting: str
+    arm: str
+    seed: int
+    figure: float | None = None
+    """mean held-out reward; `null` where the rule gives no signal in this setting"""
+    steps: int | None = None
+    rollouts: int | None = None
+    minutes: float | None = None
+    """that training took, the run's own evaluations included"""
+
+
+class ClaimRecord(Record):
+    """An entry of claims.json: a difference that was asked for before anything was run."""
+
+    what: str
+    """the respect in which the two differ"""
+    after: list[str]
+    """setting and arm"""
+    before: list[str]
+    """setting and arm that it is compared with"""
+    primary: bool = False
+    """whether the reproduction was made to tell this; all others are looks"""
+    margin: float | None = None
+    """how much less than `before` would still do, where that is the question"""
+    each: list[float] = Field(default=[])
+    """mean of after - before over the held-out prompts, of each seed that both have"""
+    mean: float | None = None
+    low: float | None = None
+    """end of the 95 % interval; `null` with fewer than two seeds"""
+    high: float | None = None
+    """its other end"""
+    verdict: Literal["better", "level", "worse", "reached", "not shown", "not known"] = "not known"
+    """by rule: `better` and `worse` where the interval is above or below zero, else `level`; with a
+    margin `reached` where it is above minus the margin, else `not shown`"""

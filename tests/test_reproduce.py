@@ -1,0 +1,364 @@
+"""Reproductions: grids that go on where they were, figures recounted, and claims judged by rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import Tree, contents, processes, write_config
+from test_cli import refused
+
+from pgrpo.cli import main
+from pgrpo.errors import ConfigError
+from pgrpo.experiments import reproduce as reproducing
+from pgrpo.experiments.reproduce import estimate, plans, reproduce, restricted
+from pgrpo.experiments.reproductions import REPRODUCTIONS, Claim, Reproduction, Setting
+from pgrpo.runs.display import console
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.evaluation import held_out_groups
+
+ROOT = Path(__file__).parents[1]
+Capture = pytest.CaptureFixture[str]
+CHANGES = {"run.num_steps": 2, "run.eval_every": 1}
+SMALL = Reproduction(
+    name="small",
+    about="two settings, and one that comes to the same as the first",
+    axis="completions per prompt",
+    settings=(
+        Setting("G-2", ("grpo", "pgrpo"), ("generation.group_size=2",)),
+        Setting("G-3", ("grpo", "pgrpo"), ("generation.group_size=3",)),
+        Setting("again", ("pgrpo",), ("generation.group_size=2",), no_signal=("rloo",)),
+    ),
+    claims=(
+        Claim(("G-2", "pgrpo"), ("G-2", "grpo"), "a history", primary=True),
+        Claim(("G-2", "pgrpo"), ("G-3", "grpo"), "fewer completions", margin=5.0),
+        Claim(("G-2", "pgrpo"), ("again", "pgrpo"), "nothing"),
+    ),
+)
+SEEDS = [0, 1]
+FOLDERS = [
+    f"{s}/{arm}/seed-{k}" for k in SEEDS for s in ("G-2", "G-3") for arm in ("grpo", "pgrpo")
+]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def figures(out: Path) -> dict[str, Tree]:
+    path = out / "figures.jsonl"
+    lines = map(json.loads, path.read_text("utf-8").splitlines() if path.exists() else [])
+    return {line["run"]: line for line in lines}
+
+
+def without_times(out: Path) -> tuple[list[Tree], list[Tree], dict[str, Tree]]:
+    """Table, claims and figures, but for seconds."""
+    table = [{k: v for k, v in row.items() if k != "minutes"} for row in read(out / "table.json")]
+    lines = {
+        name: {k: v for k, v in line.items() if k not in ("seconds", "measuring_s")}
+        for name, line in figures(out).items()
+    }
+    return table, read(out / "claims.json"), lines
+
+
+def run(base: Path, out: Path) -> None:
+    reproduce(SMALL, base, SEEDS, out, shown_on=console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("base"), CHANGES)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    run(base, out)
+    return out
+
+
+def test_every_cell_was_trained_and_measured_once(whole: Path) -> None:
+    assert list(figures(whole)) == FOLDERS, "seeds outermost, and what comes to the same once"
+    found = sorted(path.parent.relative_to(whole / "runs") for path in whole.rglob("config.toml"))
+    assert found == sorted(map(Path, FOLDERS))
+    for name, line in figures(whole).items():
+        folder = RunFolder(whole / "runs" / name)
+        assert folder.is_finished
+        assert not folder.checkpoints.exists(), "they are deleted once the policy was measured"
+        info = folder.info()
+        assert len(line["rewards"]) == len(line["users"]) == info.num_held_out_examples
+        assert line["steps"] == 2
+        assert line["rollouts"] == 2 * 4 * int(name[2])
+        assert line["seconds"] == info.seconds > 0
+        assert {int(k): v for k, v in line["curve"].items()} == {
+            record.step: record.reward for record in folder.evaluations
+        }
+    for setting in ("G-2", "G-3", "again"):
+        assert (whole / "runs" / setting / "report.html").stat().st_size > 10_000
+
+
+def test_the_table_is_that_of_the_figures(whole: Path) -> None:
+    lines, table = figures(whole), read(whole / "table.json")
+    expected: list[tuple[str, str, int, float | None]] = []
+    for seed in SEEDS:
+        for setting, arm in (
+            ("G-2", "grpo"),
+            ("G-2", "pgrpo"),
+            ("G-3", "grpo"),
+            ("G-3", "pgrpo"),
+            ("again", "pgrpo"),
+        ):
+            line = lines[f"{'G-2' if setting == 'again' else setting}/{arm}/seed-{seed}"]
+            expected.append((setting, arm, seed, float(np.mean(line["rewards"]))))
+    expected += [("again", "rloo", seed, None) for seed in SEEDS]
+    rows = {(row["setting"], row["arm"], row["seed"]): row for row in table}
+    assert len(rows) == len(table) == len(expected)
+    for setting, arm, seed, figure in expected:
+        row = rows[setting, arm, seed]
+        assert row["figure"] == (None if figure is None else pytest.approx(figure))
+        assert (row["minutes"] is None) == (figure is None)
+    assert len({row["figure"] for row in table}) > 4, "the cells differ"
+
+
+def test_a_figure_is_the_evaluation_of_the_last_step_where_that_had_all_prompts(
+    tmp_path: Path,
+) -> None:
+    base = write_config(tmp_path, {**CHANGES, "run.eval_prompts": 10_000})
+    chosen = restricted(SMALL, ["G-2"], ["pgrpo"])
+    reproduce(chosen, base, [3], tmp_path / "out", shown_on=console(quiet=True))
+    (line,) = figures(tmp_path / "out").values()
+    assert np.mean(line["rewards"]) == pytest.approx(line["curve"]["2"])
+
+
+def test_claims_are_differences_by_seed_and_prompt(whole: Path) -> None:
+    lines, claims = figures(whole), read(whole / "claims.json")
+
+    def change(after: str, before: str) -> list[float]:
+        return [
+            float(np.mean(lines[f"{after}/seed-{k}"]["rewards"]))
+            - float(np.mean(lines[f"{before}/seed-{k}"]["rewards"]))
+            for k in SEEDS
+        ]
+
+    history, fewer, nothing = claims
+    assert history["primary"]
+    assert history["each"] == pytest.approx(change("G-2/pgrpo", "G-2/grpo"))
+    assert history["mean"] == pytest.approx(np.mean(history["each"]))
+    assert history["low"] <= min(history["each"]) or history["low"] < history["mean"]
+    expected = "better" if history["low"] > 0 else "worse" if history["high"] < 0 else "level"
+    assert history["verdict"] == expected
+    assert fewer["each"] == pytest.approx(change("G-2/pgrpo", "G-3/grpo"))
+    assert fewer["verdict"] == ("reached" if fewer["low"] > -5 else "not shown")
+    assert nothing["each"] == [0.0, 0.0]
+    assert nothing["verdict"] == "level"
+
+
+def test_the_page_has_every_cell_claim_and_command(whole: Path) -> None:
+    page = (whole / "report.html").read_text("utf-8")
+    for text in ("G-2", "G-3", "again", "fewer completions", "Two settings, and one", "rloo"):
+        assert text in page
+    for claim in read(whole / "claims.json"):
+        assert claim["verdict"] in page
+    commands = re.findall(r"pgrpo compare [^<]*", page)
+    assert len(commands) == 3
+    assert "--estimators grpo,pgrpo --seeds 0,1 --set generation.group_size=2" in commands[0]
+
+
+def test_the_commands_train_the_same_runs(whole: Path, base: Path) -> None:
+    """The base that was written beside them, under their overrides, gives the configs of the grid."""
+    assert [plan.key for plan in plans(SMALL, whole / "base.toml", SEEDS)] == [
+        plan.key for plan in plans(SMALL, base, SEEDS)
+    ]
+
+
+def test_what_is_there_is_not_run_again(whole: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out / "runs")
+    lines = (out / "figures.jsonl").read_bytes()
+    run(base, out)
+    pages = {f"{name}/report.html" for name in ("G-2", "G-3", "again")}
+    after = contents(out / "runs")
+    assert {k: v for k, v in after.items() if k not in pages} == {
+        k: v for k, v in before.items() if k not in pages
+    }
+    # Figures do without the folders that they were measured in.
+    shutil.rmtree(out / "runs")
+    run(base, out)
+    assert (out / "figures.jsonl").read_bytes() == lines
+    assert without_times(out) == without_times(whole)
+    assert not list(out.rglob("config.toml"))
+
+
+def _killed(base: Path, out: Path, at: str) -> None:
+    """Ends itself when the sixth run is to be measured, or its checkpoints are to be deleted."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def measured(*arguments: Any) -> Any:
+        if at == "before measuring" and len(figures(out)) == 5:
+            kill()
+        return held_out_groups(*arguments)
+
+    delete = shutil.rmtree
+
+    def deleted(path: Path, **options: Any) -> None:
+        if at == "before deleting" and Path(path) == out / "runs" / FOLDERS[5] / "checkpoints":
+            kill()
+        delete(path, **options)
+
+    with (
+        patch.object(reproducing, "held_out_groups", measured),
+        patch.object(shutil, "rmtree", deleted),
+    ):
+        run(base, out)
+
+
+@pytest.mark.parametrize("at", ["before measuring", "before deleting"])
+def test_a_killed_reproduction_goes_on_where_it_was(
+    whole: Path, base: Path, tmp_path: Path, at: str
+) -> None:
+    out = tmp_path / "out"
+    process = processes.Process(target=_killed, args=(base, out, at))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    done = FOLDERS[: 5 if at == "before measuring" else 6]
+    assert list(figures(out)) == done
+    first = read(out / "table.json")
+    assert {row["seed"] for row in first} == {0}, "tables are written after every seed"
+    assert (out / "report.html").exists()
+    assert RunFolder(out / "runs" / FOLDERS[5]).is_finished
+    assert RunFolder(out / "runs" / FOLDERS[5]).checkpoints.exists()
+    before = {name: contents(out / "runs" / name) for name in FOLDERS[:5]}
+    run(base, out)
+    assert {name: contents(out / "runs" / name) for name in FOLDERS[:5]} == before
+    assert without_times(out) == without_times(whole)
+    assert not list(out.rglob("checkpoints"))
+
+
+def test_runs_of_other_settings_are_refused(whole: Path, tmp_path: Path) -> None:
+    base = write_config(tmp_path, {**CHANGES, "optimizer.learning_rate": 1e-3})
+    before = contents(whole)
+    with pytest.raises(
+        ConfigError, match=r"learning_rate = 0.005, not 0.001; choose another --out"
+    ):
+        run(base, whole)
+    assert {k: v for k, v in contents(whole).items() if k != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+
+
+def test_what_is_left_is_estimated_by_what_was_measured(whole: Path, base: Path) -> None:
+    cost = estimate(plans(SMALL, base, SEEDS), whole)
+    assert (cost.num_runs, cost.num_measured, cost.minutes) == (8, 8, 0)
+    lines = figures(whole)
+    cost = estimate(plans(SMALL, base, [0, 1, 2, 3]), whole)
+    assert (cost.num_runs, cost.num_measured) == (16, 8)
+
+    def median(setting: str) -> float:
+        took = [v["seconds"] + v["measuring_s"] for k, v in lines.items() if k.startswith(setting)]
+        return float(np.median(took))
+
+    assert cost.minutes == pytest.approx(4 * (median("G-2") + median("G-3")) / 60)
+
+
+def test_estimating_makes_nothing(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert main(["reproduce", "random", "--out", str(out), "--estimate"]) == 0
+    assert capsys.readouterr().out == (
+        f"random: 0 of 20 runs are measured in {out}\n"
+        "how long one takes is not known: the first one will tell\n"
+    )
+    assert not out.exists()
+
+
+def test_they_are_listed_with_their_numbers_of_runs(capsys: Capture) -> None:
+    assert main(["reproduce"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {line.split(" (")[0]: int(line.split(" (")[1].split()[0]) for line in lines}
+    assert counts == {"curves": 40, "granularity": 35, "random": 20, "rollouts": 180}
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_a_reproduction_can_be_planned_and_asks_for_cells_that_it_has(name: str) -> None:
+    found = REPRODUCTIONS[name]
+    planned = plans(found, ROOT / "python/pgrpo/experiments/electricity.toml", [0])
+    cells = {plan.cell for plan in planned}
+    assert len(cells) == len(planned)
+    for claim in found.claims:
+        assert {claim.after, claim.before} <= cells
+        assert claim.after != claim.before
+    assert any(claim.primary for claim in found.claims)
+    settings = [setting.name for setting in found.settings]
+    assert len(set(settings)) == len(settings)
+    # Equal rollouts are equal.
+    if name == "rollouts":
+        sizes = {
+            plan.config.run.prompts_per_step * plan.config.generation.group_size
+            for plan in planned
+            if plan.setting.startswith("rollouts")
+        }
+        assert sizes == {64}
+
+
+def test_the_packaged_base_is_the_example() -> None:
+    packaged = ROOT / "python" / "pgrpo" / "experiments" / "electricity.toml"
+    assert packaged.read_bytes() == (ROOT / "examples" / "electricity.toml").read_bytes()
+
+
+def test_the_command_runs_some_arms_of_some_settings_on_another_base(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    base, out = write_config(tmp_path, CHANGES), tmp_path / "out"
+    command = ["reproduce", "rollouts", "--on", str(base), "--out", str(out), "--seeds", "0"]
+    command += ["--settings", "steps-1,steps-2", "--arms", "pgrpo,grpo", "--json"]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["report"] == str(out / "report.html")
+    rows = [(r["setting"], r["arm"], r["figure"] is None) for r in read(out / "table.json")]
+    assert rows == [
+        ("steps-1", "pgrpo", False),
+        ("steps-2", "grpo", False),
+        ("steps-2", "pgrpo", False),
+        ("steps-1", "grpo", True),
+    ]
+    (claim,) = read(out / "claims.json")
+    assert (claim["after"], claim["before"]) == (["steps-2", "pgrpo"], ["steps-2", "grpo"])
+    assert claim["verdict"] == "not known", "one seed tells nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["curvs"], "there is no reproduction 'curvs'; did you mean 'curves'?"),
+        (["curves"], "--out is missing; expected a folder"),
+        (["curves", "--out", "out", "--arms", "grop"], "--arms names 'grop', which curves does"),
+        (["curves", "--out", "out", "--settings", "lnog"], "--settings names 'lnog', which curves"),
+        (
+            ["curves", "--out", "out", "--settings", "long", "--arms", "auto"],
+            "no setting of curves",
+        ),
+        (["curves", "--out", "out", "--seeds", "x"], "--seeds is 'x'; expected whole numbers"),
+        (["curves", "--out", "out", "--on", "no.toml"], "config file no.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_reproduced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, "reproduce", *arguments)
+    assert not list(tmp_path.iterdir())
