@@ -131,11 +131,14 @@ def test_the_table_is_that_of_the_figures(whole: Path) -> None:
 def test_a_figure_is_the_evaluation_of_the_last_step_where_that_had_all_prompts(
     tmp_path: Path,
 ) -> None:
-    base = write_config(tmp_path, {**CHANGES, "run.eval_prompts": 10_000})
+    base = write_config(tmp_path, {**CHANGES, "run.num_steps": 3, "run.eval_prompts": 10_000})
     chosen = restricted(SMALL, ["G-2"], ["pgrpo"])
     reproduce(chosen, base, [3], tmp_path / "out", shown_on=console(quiet=True))
     (line,) = figures(tmp_path / "out").values()
-    assert np.mean(line["rewards"]) == pytest.approx(line["curve"]["2"])
+    assert np.mean(line["rewards"]) == pytest.approx(line["curve"]["3"])
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "G-2: along the runs" in page
+    assert "None of the primary questions was asked." in page
 
 
 def test_claims_are_differences_by_seed_and_prompt(whole: Path) -> None:
@@ -167,6 +170,7 @@ def test_the_page_has_every_cell_claim_and_command(whole: Path) -> None:
         assert text in page
     for claim in read(whole / "claims.json"):
         assert claim["verdict"] in page
+    assert "along the runs" not in page, "three points are no curve"
     commands = re.findall(r"pgrpo compare [^<]*", page)
     assert len(commands) == 3
     assert "--estimators grpo,pgrpo --seeds 0,1 --set generation.group_size=2" in commands[0]
@@ -362,3 +366,17 @@ def test_what_cannot_be_reproduced(
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, "reproduce", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_cells_that_were_asked_different_prompts_are_not_compared(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = list(figures(whole).values())
+    lines[0]["users"][0] = "somebody else"
+    (out / "figures.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
+    run(base, out)
+    verdicts = [claim["verdict"] for claim in read(out / "claims.json")]
+    assert verdicts[0] == "not known"
+    assert "not known" not in verdicts[1:]

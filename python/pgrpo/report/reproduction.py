@@ -70,7 +70,9 @@ def verdict(page: Page) -> Verdict:
         sentences.append(f"{missing} of {page.num_planned} figures are not there yet.")
     hours = sum(found.seconds + found.measuring_s for found in page.runs) / 3600
     sentences.append(f"{plural(len(page.runs), 'run')} took {hours:.2f} hours.")
-    return Verdict(told[0] if told else "Nothing was to be told.", tuple(sentences))
+    return Verdict(
+        told[0] if told else "None of the primary questions was asked.", tuple(sentences)
+    )
 
 
 def render(page: Page) -> str:
@@ -122,7 +124,7 @@ class _Sections(Charts):
         numbers = dict.fromkeys(range(2, len(header)), "n")
         return section(
             "Held-out reward",
-            [legend(self.colors), self._drawn(), Table(header, rows, numbers, sorts=True)],
+            [legend(self.colors), *self._drawn(), Table(header, rows, numbers, sorts=True)],
             f"{self.page.about[:1].upper()}{self.page.about[1:]}.",
             "Of the last step, over all held-out prompts. Means over the seeds with their standard "
             "errors; a dash where the rule has no signal.",
@@ -144,25 +146,32 @@ class _Sections(Charts):
             f"{statistics.fmean(minutes):.1f}" if minutes else "–",
         ]
 
-    def _drawn(self) -> Block:
-        """Means over the settings, evenly spaced in their order."""
+    def _drawn(self) -> list[Block]:
+        """Means by setting, in their order, arms beside each other."""
         drawn: list[figures.Dots] = []
-        for arm, color in self.colors.items():
+        for lane, (arm, color) in enumerate(self.colors.items()):
+            aside = 0.7 * ((lane + 0.5) / len(self.colors) - 0.5)
             known = [
-                (float(place), over_seeds([_value(row.figure) for row in rows]))
+                (place + aside, over_seeds([_value(row.figure) for row in rows]))
                 for place, setting in enumerate(self.settings)
                 if (rows := self.cells.get((setting, arm)))
             ]
             known = [(place, mean) for place, mean in known if math.isfinite(mean.mean)]
             if known:
                 drawn.append(figures.Dots(arm, color, *map(list, zip(*known, strict=True))))
+        if not drawn:
+            return []
         figure = figures.evaluations(drawn, {}, self.page.axis)
+        for trace in figure["data"]:
+            # Settings are no line: two families may follow each other.
+            trace["mode"] = "markers"
+        figure["layout"]["hovermode"] = "closest"
         figure["layout"]["xaxis"] |= {
             "tickvals": list(range(len(self.settings))),
             "ticktext": [figures.label(setting, 24) for setting in self.settings],
             "range": [-0.5, len(self.settings) - 0.5],
         }
-        return self.place(figure, f"Held-out reward over {self.page.axis}")
+        return [self.place(figure, f"Held-out reward over {self.page.axis}")]
 
     def claims(self) -> Section | None:
         """What was asked beforehand, and the answers."""
@@ -202,7 +211,8 @@ class _Sections(Charts):
             "margin: reached, or not shown.",
             "Differences are taken by seed and held-out prompt. At either end the interval is the "
             "wider of two: of a bootstrap that draws seeds and, on their own, people with all their "
-            "prompts, and Student's of the seeds' means. Fewer than two seeds tell nothing.",
+            "prompts, and Student's of the seeds' means. Fewer than two seeds tell nothing, nor do "
+            "cells that were asked different prompts.",
             f"There are {plural(len(claims), 'question')}, and each interval holds by itself: those "
             "marked primary are what this was run for, all others are looks.",
             "It speaks for this data set, its split and its clusters, which all seeds share.",

@@ -81,4 +81,4 @@ class ClaimRecord(Record):
     """its other end"""
     verdict: Literal["better", "level", "worse", "reached", "not shown", "not known"] = "not known"
     """by rule: `better` and `worse` where the interval is above or below zero, else `level`; with a
-    margin `reached` where it is above minus the margin, else `not shown`"""
+    margin `reached` where it is above minus the margin, else `not shown`; `not known` without one"""
