@@ -1,6 +1,8 @@
 """`pgrpo reproduce`."""
 
+import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -39,38 +41,47 @@ def reproduce(
     from pgrpo.experiments.reproductions import REPRODUCTIONS
 
     seed_numbers = numbers(seeds, "--seeds")
+    if name is None:
+        of_one = {"--out": out, "--settings": settings, "--arms": arms, "--json": as_json}
+        for option, given in {**of_one, "--estimate": only_estimate}.items():
+            if given:
+                raise ConfigError(f"{option} has no effect without the name of what to reproduce")
     if name is not None and name not in REPRODUCTIONS:
         raise ConfigError(f"there is no reproduction {name!r}{suggest(name, list(REPRODUCTIONS))}")
     with ExitStack() as stack:
         if base is None:
             packaged = resources.files("pgrpo.experiments") / "electricity.toml"
             base = stack.enter_context(resources.as_file(packaged))
-        from pgrpo.experiments.reproduce import estimate, plans, reproduce, restricted
+        from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce, restricted
 
+        config = load_base(base)
         if name is None:
             for found in REPRODUCTIONS.values():
-                num_runs = len({plan.key for plan in plans(found, base, seed_numbers)})
+                num_runs = len({plan.key for plan in plans(found, config, seed_numbers)})
                 print(f"{found.name} ({num_runs} runs): {found.about}")
             return
         if out is None:
             raise ConfigError("--out is missing; expected a folder for runs, figures and pages")
         chosen = restricted(REPRODUCTIONS[name], _words(settings), _words(arms))
-        planned = plans(chosen, base, seed_numbers)
+        planned = plans(chosen, config, seed_numbers)
         if only_estimate:
             cost = estimate(planned, out)
+            if as_json:
+                print(json.dumps(asdict(cost), indent=2))
+                return
             print(f"{name}: {cost.num_measured} of {cost.num_runs} runs are measured in {out}")
             if cost.minutes is None:
                 print("how long one takes is not known: the first one will tell")
             else:
                 print(f"the others are expected to take {cost.minutes:.0f} minutes")
             return
-        for config in {plan.setting: plan.config for plan in planned}.values():
-            checked(config)
+        for each in {plan.setting: plan.config for plan in planned}.values():
+            checked(each)
         from pgrpo.runs.display import console
 
         try:
             shown_on = console(quiet=quiet, stderr=as_json)
-            verdict = reproduce(chosen, base, seed_numbers, out, shown_on=shown_on)
+            verdict = reproduce(chosen, config, seed_numbers, out, shown_on=shown_on)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"the same command goes on with what is saved in {out}"

@@ -21,16 +21,16 @@ import numpy as np
 from rich.console import Console
 
 from pgrpo.config.checks import suggest
-from pgrpo.config.toml import resolved_toml, resolved_tree
-from pgrpo.errors import ConfigError
+from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
+from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments.compare import arm_config, arm_folder, run_all
-from pgrpo.experiments.reproductions import Cell, Claim, Reproduction
+from pgrpo.experiments.reproductions import Cell, Claim, Reproduction, Setting
 from pgrpo.report import Verdict, write_report
 from pgrpo.report.reproduction import Page, render, verdict
 from pgrpo.report.statistics import paired_difference
 from pgrpo.rewards.pairwise import digest
-from pgrpo.runs.config import Config, load_config
-from pgrpo.runs.disk import disk_errors, locked, replace_file
+from pgrpo.runs.config import Config, load_config, parse_config
+from pgrpo.runs.disk import disk_errors, flush, locked, replace_file
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import Store
@@ -85,13 +85,30 @@ class Cost:
     """That the others are expected to take; None while nothing tells."""
 
 
-def plans(reproduction: Reproduction, base: Path, seeds: Sequence[int]) -> list[Plan]:
+def load_base(path: Path) -> Config:
+    """A config that settings change: the file's, with `pgrpo` as its estimator, for what a setting says
+    may have no effect under the file's own.
+
+    Raises:
+        ConfigError: it is no config.
+    """
+    return arm_config(load_config(path), "pgrpo", 0)
+
+
+def plans(reproduction: Reproduction, base: Config, seeds: Sequence[int]) -> list[Plan]:
     """All runs, seeds outermost, so that every stop leaves whole pairs.
 
     Raises:
-        ConfigError: the base is no config, or a setting or an arm does not go with it.
+        ConfigError: a setting or an arm does not go with the base.
     """
-    configs = {s.name: load_config(base, s.overrides) for s in reproduction.settings}
+
+    def config(setting: Setting) -> Config:
+        tree = resolved_tree(base)
+        for override in setting.overrides:
+            apply_override(tree, override)
+        return parse_config(tree, source=f"setting {setting.name!r}")
+
+    configs = {setting.name: config(setting) for setting in reproduction.settings}
     return [
         Plan(setting.name, arm, arm_config(configs[setting.name], arm, seed))
         for seed in dict.fromkeys(seeds)
@@ -129,7 +146,11 @@ def restricted(
     ]
     kept = [setting for setting in kept if setting.arms]
     if not kept:
-        raise ConfigError(f"no setting of {reproduction.name} has an arm that --arms names")
+        raise ConfigError(
+            f"none of the settings that --settings names has an arm that --arms names; "
+            f"{reproduction.name} has "
+            + "; ".join(f"{each.name}: {', '.join(each.arms)}" for each in reproduction.settings)
+        )
     cells = {(setting.name, arm) for setting in kept for arm in setting.arms}
     claims = [claim for claim in reproduction.claims if {claim.after, claim.before} <= cells]
     return replace(reproduction, settings=tuple(kept), claims=tuple(claims))
@@ -141,7 +162,7 @@ def estimate(planned: Sequence[Plan], out: Path) -> Cost:
     A run is expected to take as long for each prompt of its steps as the median of the finished ones of
     its setting did, or where there is none, of all.
     """
-    unique = _unique(planned)
+    unique = _unique(planned, out)
     figures = Store(out / "figures.jsonl", FigureRecord)
     took: dict[str, list[float]] = {}
     for key, plan in unique.items():
@@ -163,34 +184,35 @@ def estimate(planned: Sequence[Plan], out: Path) -> Cost:
 
 def reproduce(
     reproduction: Reproduction,
-    base: Path,
+    base: Config,
     seeds: Sequence[int],
     out: Path,
     *,
     shown_on: Console | None = None,
 ) -> Verdict:
-    """Run what is missing of a reproduction, and write its pages and tables after every seed.
+    """Run what is missing of a reproduction, and write its tables and page after every run.
 
-    `out/runs/SETTING/ARM/seed-K` are the runs and `out/runs/SETTING/report.html` the pages of each
-    setting's; `out/figures.jsonl` has what each policy gets on all held-out prompts, `out/table.json`
-    the figures of the grid, `out/claims.json` and `out/report.html` what follows from them. A run that
-    is measured already is not wanted any more: its folder may be gone. The checkpoints of measured
-    runs are deleted.
+    `out/runs/SETTING/ARM/seed-K` are the runs and, at the end, `out/runs/SETTING/report.html` the pages
+    of each setting's; `out/figures.jsonl` has what each policy gets on all held-out prompts,
+    `out/table.json` the figures of the grid, `out/claims.json` and `out/report.html` what follows from
+    them. A run that is measured already is not wanted any more: its folder may be gone. The checkpoints
+    of measured runs are deleted.
 
     Args:
         reproduction: what to run.
-        base: config file that its settings change.
+        base: that its settings change (`load_base`).
         seeds: of every cell.
         out: folder.
         shown_on: where progress goes, by default standard output.
 
     Raises:
         ConfigError: a setting does not go with the base, or a folder holds a run with other settings.
+        RunFolderError: a run is finished, and neither its figure nor its checkpoint is there.
     """
     planned = plans(reproduction, base, seeds)
     with locked(out):
         figures = Store(out / "figures.jsonl", FigureRecord)
-        unique = _unique(planned)
+        unique = _unique(planned, out)
         by_folder = {plan.folder: plan for plan in unique.values()}
         wanted = {name: plan.config for name, plan in by_folder.items() if plan.key not in figures}
 
@@ -201,17 +223,25 @@ def reproduce(
 
         def ended(name: str, folder: RunFolder) -> None:
             key = by_folder[name].key
-            if key not in figures:
-                figures.append(_measure(key, name, folder, note))
+            if not folder.checkpoints.exists():
+                raise RunFolderError(
+                    f"the run in {folder.path} is finished, and {out / 'figures.jsonl'} does not have "
+                    "what its last policy gets, whose checkpoint is gone; remove the folder, and the "
+                    "same command runs it again"
+                )
+            figures.append(_measure(key, name, folder, note))
+            # Before what it was measured of is gone.
+            flush(out / "figures.jsonl")
             _discard_checkpoints(folder)
-            own = [plan for plan in planned if plan.seed == by_folder[name].seed]
-            if all(plan.key in figures for plan in own):
-                _publish(reproduction, base, planned, figures, out)
+            _publish(reproduction, base, planned, figures, out)
 
-        # A process that was killed between measuring and deleting left them.
+        # A process that was killed between measuring and deleting, or publishing, left that undone.
         for name, plan in by_folder.items():
-            if plan.key in figures:
-                _discard_checkpoints(RunFolder(out / RUNS / name))
+            folder = RunFolder(out / RUNS / name)
+            if plan.key in figures and folder.is_finished and folder.config() == plan.config:
+                _discard_checkpoints(folder)
+        if any(plan.key in figures for plan in planned):
+            _publish(reproduction, base, planned, figures, out)
         run_all(wanted, out / RUNS, ended=ended, shown_on=shown_on)
         _write_pages(planned, unique, out)
         return _publish(reproduction, base, planned, figures, out)
@@ -261,9 +291,9 @@ def judged(claim: Claim, planned: Sequence[Plan], figures: Store[FigureRecord]) 
     both = [seed for seed in after if seed in before]
     if not both:
         return record
-    people = after[both[0]].users
-    if any(cell[seed].users != people for cell in (after, before) for seed in both):
-        # As where prompts too long for a setting were left out.
+    asked, people = after[both[0]].prompts, after[both[0]].users
+    if any(cell[seed].prompts != asked for cell in (after, before) for seed in both):
+        # As where prompts too long for a setting were left out, or the data changed meanwhile.
         return record
     change = np.array(
         [_values(after[seed].rewards) - _values(before[seed].rewards) for seed in both]
@@ -291,30 +321,34 @@ def commands(planned: Sequence[Plan], reproduction: Reproduction, out: Path) -> 
                 *("pgrpo", "compare", str(out / "base.toml")),
                 *("--estimators", ",".join(setting.arms), "--seeds", seeds),
                 *(word for override in setting.overrides for word in ("--set", override)),
-                *("--out", str(out / RUNS / setting.name)),
+                *("--out", str(out / "again" / setting.name)),
             ]
         )
         for setting in reproduction.settings
     ]
 
 
-def _unique(planned: Sequence[Plan]) -> dict[str, Plan]:
-    """Key -> the first plan of it: the runs that there are to be."""
-    found: dict[str, Plan] = {}
+def _unique(planned: Sequence[Plan], out: Path) -> dict[str, Plan]:
+    """Key -> the plan whose folder is the run's: of those that come to the same the first that a run
+    was begun for, else the first."""
+    found: dict[str, list[Plan]] = {}
     for plan in planned:
-        found.setdefault(plan.key, plan)
-    return found
+        found.setdefault(plan.key, []).append(plan)
+    return {
+        key: next((p for p in same if RunFolder(out / RUNS / p.folder).holds_run), same[0])
+        for key, same in found.items()
+    }
 
 
 def _publish(
     reproduction: Reproduction,
-    base: Path,
+    base: Config,
     planned: Sequence[Plan],
     figures: Store[FigureRecord],
     out: Path,
 ) -> Verdict:
     """Write what follows from the figures so far."""
-    replace_file(out / "base.toml", resolved_toml(load_config(base)).encode())
+    replace_file(out / "base.toml", resolved_toml(base).encode())
     rows = table(reproduction, planned, figures)
     claims = [judged(claim, planned, figures) for claim in reproduction.claims]
     for name, records in (("table.json", rows), ("claims.json", claims)):
@@ -365,6 +399,7 @@ def _measure(key: str, name: str, folder: RunFolder, note: Callable[[str], None]
         key=key,
         run=name,
         users=[example.user for example in examples],
+        prompts=digest([[example.user, example.text] for example in examples]),
         rewards=[float(rewards.mean()) if len(rewards) else None for rewards in known],
         steps=checkpoint.step,
         rollouts=sum(record.num_rollouts or 0 for record in folder.metrics),

@@ -1,8 +1,8 @@
 """What `pgrpo reproduce` runs, as data: settings with their arms, and what is asked of them.
 
-Claims, margins and which of them count were written before the runs, and are not changed after. A
-claim compares two cells, each (setting, arm); `primary` ones are what a reproduction was made to tell,
-all others are looks, of which one in twenty comes out wrong.
+Claims, margins and which of them count were written before the runs of `pgrpo reproduce`, and are not
+changed after; what was known of some cells by then is in docs/paper.md. A claim compares two cells,
+each (setting, arm); `primary` ones are what a reproduction was made to tell, all others are looks.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Reproduction:
 
 
 MARGIN = 0.02
-"""Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: on the panel
-less than half of what a history was worth there (docs/measured.md)."""
+"""Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: a judgement, on
+the panel one choice in fifty."""
 
 CURVES = Reproduction(
     name="curves",
@@ -84,8 +84,18 @@ CURVES = Reproduction(
         Claim(("base", "auto"), ("base", "grpo"), "auto against the group"),
         Claim(("base", "auto"), ("base", "pgrpo"), "auto against the history"),
         Claim(("base", "shrinkage"), ("base", "grpo"), "shrinkage against the group"),
-        Claim(("base", "pgrpo"), ("temperature-2", "grpo"), "a history against exploration"),
-        Claim(("base", "pgrpo"), ("long", "grpo"), "a history against 2.6 times as many steps"),
+        Claim(
+            ("base", "pgrpo"),
+            ("temperature-2", "grpo"),
+            "a history reaches the group at temperature 2",
+            margin=MARGIN,
+        ),
+        Claim(
+            ("base", "pgrpo"),
+            ("long", "grpo"),
+            "a history reaches the group with 130 steps",
+            margin=MARGIN,
+        ),
     ),
 )
 
@@ -182,22 +192,34 @@ ROLLOUTS = Reproduction(
         ),
     ),
     claims=(
+        # Where more completions do nothing for grpo, to reach it with 8 says nothing of whoever does.
+        Claim(
+            ("steps-8", "grpo"), ("steps-2", "grpo"), "what 8 completions give grpo over 2", True
+        ),
         *(
             Claim(
                 (f"steps-{size}", arm),
                 ("steps-8", "grpo"),
                 f"{arm} with {size} completions reaches grpo with 8",
-                size == 2 and arm == "pgrpo",
+                arm == "pgrpo",
                 MARGIN,
             )
             for size, arm in (
                 (2, "pgrpo"),
-                (2, "auto"),
                 (1, "pgrpo"),
+                (2, "auto"),
                 (2, "grpo"),
                 (2, "pgrpo:one"),
                 (1, "pgrpo:one"),
             )
+        ),
+        *(
+            Claim(
+                (f"rollouts-{size}", "pgrpo"),
+                ("rollouts-8", "grpo"),
+                f"64 rollouts a step: pgrpo with {size} of each prompt against grpo with 8",
+            )
+            for size in (1, 2)
         ),
         *(
             Claim(
@@ -207,7 +229,8 @@ ROLLOUTS = Reproduction(
             )
             for family in ("steps", "rollouts")
             for size in GROUP_SIZES
-            if size > 1
+            # With 2, both families are the same runs.
+            if size > 2 or (size == 2 and family == "steps")
             for arm in ("pgrpo", "auto")
         ),
         *(

@@ -62,8 +62,8 @@ def verdict(page: Page) -> Verdict:
     sentences = told[1:]
     if looks:
         sentences.append(
-            f"{plural(len(looks), 'look')} beside that: {enumerate_words(counts)}. Of twenty in which "
-            "the two are really level, one comes out otherwise."
+            f"{plural(len(looks), 'look')} beside that: {enumerate_words(counts)}. About one in twenty "
+            "comes out better or worse where the two are really level, and looks share arms."
         )
     missing = page.num_planned - len(page.records)
     if missing:

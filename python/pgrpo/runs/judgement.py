@@ -207,9 +207,9 @@ class Store(Generic[KeyedT]):
         self._records: dict[str, KeyedT] = {}
         with disk_errors(f"{path} cannot be used"):
             content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(path, len(whole))
+        whole = content[: content.rfind(b"\n") + 1]
+        # What a process was killed in the middle of writing, or is writing now, if this one only reads.
+        self._torn_at = len(whole) if len(whole) < len(content) else None
         for number, line in enumerate(whole.splitlines(), 1):
             found = parse(record, line, f"{path} line {number}")
             self._records[found.key] = found
@@ -236,6 +236,9 @@ class Store(Generic[KeyedT]):
         """
         line = f"{record.model_dump_json()}\n".encode()
         with held(), disk_errors(f"{self._path} cannot be written"):
+            if self._torn_at is not None:
+                os.truncate(self._path, self._torn_at)
+                self._torn_at = None
             with open(self._path, "ab") as file:
                 file.write(line)
             self._records[record.key] = record

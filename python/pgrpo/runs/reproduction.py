@@ -1,7 +1,7 @@
 """The folder of a reproduction: what its trained policies get, line by line, and what came of it.
 
 `figures.jsonl` only grows, a line for each run that was measured; `table.json`, `claims.json` and
-`report.html` are made anew of it, whole, after every seed.
+`report.html` are made anew of it, whole, after every run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class FigureRecord(KeyedRecord):
     """folder of the run, `SETTING/ARM/seed-K`"""
     users: list[Text]
     """whose each held-out prompt is"""
+    prompts: str
+    """digest of users and texts of the held-out prompts: only figures of the same ones are compared"""
     rewards: list[float | None]
     """of each: its greedy completion's, or with `run.eval_samples` the mean over its samples; `null`
     where none got one"""
