@@ -75,6 +75,8 @@ def judged(runs: tuple[Path, Path], out: Path, url: str, **rubric: bool) -> Tree
             "url": url,
             "model": "smollm2",
             "structured": structured,
+            # Beside other work on few cores it may take longer for twelve questions at once than 30 s.
+            "request_timeout_s": 200.0,
             "parameters": {"temperature": 0.0, "max_tokens": 48},
         },
         "rubric": {"person": "{persona}", **rubric},
