@@ -18,6 +18,7 @@ from pgrpo.config.sections import ModelConfig, ParallelConfig
 from pgrpo.model.language_model import (
     LanguageModel,
     _pretrained,
+    has_fast_bf16,
     load_language_model,
     whole_tensor,
 )
@@ -161,3 +162,19 @@ def test_before_it_is_split_a_model_is_in_its_files(tmp_path: Path, dtype: torch
     ]
     for name, parameter in model.named_parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in ranges), name
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16 avx512_fp16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+        ("0x41", "asimd bf16", True),
+        ("0x41", "asimd", False),
+    ],
+)
+def test_where_bf16_is_fast(vendor: str, flags: str, fast: bool) -> None:
+    told = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: Some CPU\nflags\t\t: {flags}\n"
+    assert has_fast_bf16(told) == fast

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import test_panel as panel
 from conftest import Tree, contents, processes, write_config
 from test_cli import refused
 
@@ -24,6 +25,8 @@ from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce, r
 from pgrpo.experiments.reproductions import REPRODUCTIONS, Claim, Reproduction, Setting
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
+from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.evaluation import held_out_groups
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +102,8 @@ def test_every_cell_was_trained_and_measured_once(whole: Path) -> None:
         assert line["steps"] == 2
         assert line["rollouts"] == 2 * 4 * int(name[2])
         assert line["seconds"] == info.seconds > 0
+        assert line["expected"] == [], "completions are free"
+        assert 0 < line["commonest"] <= 1
         assert {int(k): v for k, v in line["curve"].items()} == {
             record.step: record.reward for record in folder.evaluations
         }
@@ -140,6 +145,128 @@ def test_a_figure_is_the_evaluation_of_the_last_step_where_that_had_all_prompts(
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "G-2: along the runs" in page
     assert "None of the primary questions was asked." in page
+
+
+def test_the_table_divides_people_by_the_clusters_of_the_base(whole: Path, base: Path) -> None:
+    with Assembly(load_base(base)) as parts:
+        cluster_of = parts.members.division.cluster_of
+    lines = figures(whole)
+    for row in read(whole / "table.json"):
+        if row["figure"] is None:
+            assert row["clusters"] == {}
+            continue
+        setting = "G-2" if row["setting"] == "again" else row["setting"]
+        line = lines[f"{setting}/{row['arm']}/seed-{row['seed']}"]
+        of_cluster: dict[str, list[float]] = {}
+        for user, reward in zip(line["users"], line["rewards"], strict=True):
+            of_cluster.setdefault(str(cluster_of[user]), []).append(reward)
+        assert len(of_cluster) > 1
+        assert row["clusters"] == pytest.approx({k: np.mean(v) for k, v in of_cluster.items()})
+
+
+def test_a_claim_may_be_about_the_people_of_one_cluster(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    with Assembly(load_base(base)) as parts:
+        cluster_of = parts.members.division.cluster_of
+    name = str(next(iter(cluster_of.values())))
+    asked = replace(
+        SMALL,
+        claims=(
+            Claim(("G-2", "pgrpo"), ("G-2", "grpo"), "theirs", cluster=name),
+            Claim(("G-2", "pgrpo"), ("G-2", "grpo"), "nobody's", cluster="no such"),
+        ),
+    )
+    reproduce(asked, load_base(base), SEEDS, out, shown_on=console(quiet=True))
+    theirs, nobodys = read(out / "claims.json")
+    lines = figures(out)
+    for seed, found in zip(SEEDS, theirs["each"], strict=True):
+        after, before = (lines[f"G-2/{arm}/seed-{seed}"] for arm in ("pgrpo", "grpo"))
+        change = [
+            a - b
+            for user, a, b in zip(after["users"], after["rewards"], before["rewards"], strict=True)
+            if str(cluster_of[user]) == name
+        ]
+        assert 0 < len(change) < len(after["users"])
+        assert found == pytest.approx(np.mean(change))
+    assert theirs["cluster"] == name
+    assert nobodys["verdict"] == "not known"
+
+
+def test_choices_have_the_rewards_that_the_engine_would_get_and_exact_means(tmp_path: Path) -> None:
+    """By the engine's greedy completions, and by drawing 4,000 completions of some prompts."""
+    data = {**panel.LONG, "path": str(panel.write(tmp_path / "data", panel.made_up(0)))}
+    changes = {**CHANGES, "data": data, "rewards": [{"name": "choice"}]}
+    base = load_base(write_config(tmp_path, changes))
+    chosen = restricted(SMALL, ["G-2"], ["pgrpo"])
+    with patch.object(reproducing, "_discard_checkpoints"):
+        reproduce(chosen, base, [0], tmp_path / "out", shown_on=console(quiet=True))
+    (line,) = figures(tmp_path / "out").values()
+    folder = RunFolder(tmp_path / "out" / "runs" / "G-2" / "pgrpo" / "seed-0")
+    with Assembly(folder.config(), chosen_checkpoint(folder, best=False)) as parts:
+        parts.engine.sync(2)
+        prompts = [parts.builder.build(example) for example in parts.dataset.evaluation]
+        assert {len(prompt.choices or ()) for prompt in prompts} == {2, 3, 4}
+        greedy = held_out_groups(parts.engine, prompts, parts.held_out_scorer, folder.config())
+        drawn = parts.held_out_scorer.score(parts.engine.generate(prompts[:8], 4000, seed=1))
+    assert line["rewards"] == [group.rewards[0] for group in greedy]
+    said = [group.rollouts[0].completion for group in greedy]
+    assert line["commonest"] == max(map(said.count, said)) / len(said)
+    assert len(line["expected"]) == len(prompts)
+    for exact, group in zip(line["expected"], drawn, strict=False):
+        error = group.rewards.std() / np.sqrt(4000)
+        assert exact == pytest.approx(group.rewards.mean(), abs=5 * error + 1e-5)
+    row = read(tmp_path / "out" / "table.json")[0]
+    assert row["expected"] == pytest.approx(np.mean(line["expected"]))
+
+
+def test_what_another_folder_has_measured_is_taken_over(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    """Also by runs that are watched otherwise, of another name; the other folder is only read."""
+    changed = replace(
+        SMALL,
+        name="other",
+        settings=(
+            Setting("seldom", ("pgrpo",), ("generation.group_size=2", "run.eval_every=2")),
+            Setting("G-3", ("pgrpo",), ("generation.group_size=3", "run.eval_prompts=3")),
+        ),
+        claims=(Claim(("G-3", "pgrpo"), ("seldom", "pgrpo"), "more", primary=True),),
+    )
+    known, before = whole / "figures.jsonl", contents(whole)
+    assert estimate(plans(changed, load_base(base), SEEDS), tmp_path / "out", known).minutes == 0
+    reproduce(
+        changed,
+        load_base(base),
+        SEEDS,
+        tmp_path / "out",
+        known=known,
+        shown_on=console(quiet=True),
+    )
+    assert contents(whole) == before
+    assert not list(tmp_path.rglob("config.toml")), "nothing was run"
+    lines = figures(whole)
+    for row in read(tmp_path / "out" / "table.json"):
+        name = "G-2" if row["setting"] == "seldom" else "G-3"
+        line = lines[f"{name}/pgrpo/seed-{row['seed']}"]
+        assert row["figure"] == pytest.approx(np.mean(line["rewards"]))
+    with pytest.raises(ConfigError, match=r"--figures names .*no\.jsonl, which is no file"):
+        reproduce(changed, load_base(base), SEEDS, tmp_path / "out", known=tmp_path / "no.jsonl")
+
+
+def test_how_a_run_is_watched_does_not_change_its_last_policy(whole: Path, tmp_path: Path) -> None:
+    """What a key leaves out: the same weights come of it."""
+    watched = {"run.eval_every": 2, "run.eval_prompts": 3, "run.checkpoint_every": 1}
+    watched |= {"run.samples_per_step": 0, "run.keep_checkpoints": 2, "run.keep_best": True}
+    base = load_base(write_config(tmp_path, {**CHANGES, **watched}))
+    chosen = restricted(SMALL, ["G-2"], [])
+    reproduce(chosen, base, [0], tmp_path / "out", shown_on=console(quiet=True))
+    for name, line in figures(tmp_path / "out").items():
+        same = figures(whole)[name]
+        assert line["key"] == same["key"]
+        assert (line["rewards"], line["expected"]) == (same["rewards"], same["expected"])
 
 
 def test_claims_are_differences_by_seed_and_prompt(whole: Path) -> None:

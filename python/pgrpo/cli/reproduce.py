@@ -26,6 +26,10 @@ def reproduce(
     ] = None,
     settings: Annotated[str, Option(help="only these settings, with commas")] = "",
     arms: Annotated[str, Option(help="only these arms, with commas")] = "",
+    figures: Annotated[
+        Path | None,
+        Option(help="figures.jsonl of another folder: what was measured there is not run again"),
+    ] = None,
     only_estimate: Annotated[
         bool, Option("--estimate", help="tell how much is left to run, and run nothing")
     ] = False,
@@ -42,7 +46,8 @@ def reproduce(
 
     seed_numbers = numbers(seeds, "--seeds")
     if name is None:
-        of_one = {"--out": out, "--settings": settings, "--arms": arms, "--json": as_json}
+        of_one = {"--out": out, "--settings": settings, "--arms": arms}
+        of_one |= {"--figures": figures, "--json": as_json}
         for option, given in {**of_one, "--estimate": only_estimate}.items():
             if given:
                 raise ConfigError(f"{option} has no effect without the name of what to reproduce")
@@ -65,7 +70,7 @@ def reproduce(
         chosen = restricted(REPRODUCTIONS[name], _words(settings), _words(arms))
         planned = plans(chosen, config, seed_numbers)
         if only_estimate:
-            cost = estimate(planned, out)
+            cost = estimate(planned, out, figures)
             if as_json:
                 print(json.dumps(asdict(cost), indent=2))
                 return
@@ -81,7 +86,7 @@ def reproduce(
 
         try:
             shown_on = console(quiet=quiet, stderr=as_json)
-            verdict = reproduce(chosen, config, seed_numbers, out, shown_on=shown_on)
+            verdict = reproduce(chosen, config, seed_numbers, out, known=figures, shown_on=shown_on)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"the same command goes on with what is saved in {out}"

@@ -116,7 +116,7 @@ class ModelConfig(Section):
     """What the chat template is told besides, such as `enable_thinking = false` for Qwen3."""
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
     """`autocast` keeps fp32 weights and computes in bf16; `bf16` holds the weights in bf16 too, which
-    swallows small updates; `auto` is autocast where the processor has bf16 units, else fp32."""
+    swallows small updates; `auto` is autocast where the processor is faster in bf16, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None

@@ -1,7 +1,8 @@
 """Running a reproduction: train its grid, measure each policy once, and judge its claims by rule.
 
 A policy's figure is its mean reward on all held-out prompts at the last step. It is kept in
-`figures.jsonl` under a key of the run's config. Then the run's checkpoints, by far the most of it, are
+`figures.jsonl` under a key of the run's config, and may be taken over from there by another name that
+has the same run in its grid. Then the run's checkpoints, by far the most of it, are
 deleted: such a run can be looked at, but neither continued nor chatted with.
 """
 
@@ -12,6 +13,7 @@ import math
 import shlex
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from pgrpo.config.toml import apply_override, resolved_toml, resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments.compare import arm_config, arm_folder, run_all
 from pgrpo.experiments.reproductions import Cell, Claim, Reproduction, Setting
+from pgrpo.model.language_model import resolve_precision
 from pgrpo.report import Verdict, write_report
 from pgrpo.report.reproduction import Page, render, verdict
 from pgrpo.report.statistics import paired_difference
@@ -34,15 +37,33 @@ from pgrpo.runs.disk import disk_errors, flush, locked, replace_file
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import Store
-from pgrpo.runs.reproduction import ClaimRecord, FigureRecord, RowRecord
+from pgrpo.runs.reproduction import (
+    ClaimRecord,
+    DifferenceRecord,
+    FigureRecord,
+    RowRecord,
+    mean_known,
+)
 from pgrpo.runs.terminal import printable
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
-from pgrpo.train.evaluation import held_out, held_out_groups
-from pgrpo.types import FloatArray
+from pgrpo.train.evaluation import (
+    choice_probabilities,
+    choice_rewards,
+    held_out,
+    held_out_groups,
+)
+from pgrpo.types import ClusterId, FloatArray, Prompt
 
 RUNS = "runs"
 """Folder of the runs within that of the reproduction."""
+_WATCHING = frozenset(
+    {
+        *("eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints", "keep_best"),
+        *("samples_per_step", "trackers", "project"),
+    }
+)
+"""Settings of [run] that do not change what is learned."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +91,10 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """Of the config."""
-        return digest(resolved_tree(self.config))
+        """Of the config, but for what only watches the run: its last policy does not depend on it."""
+        tree = resolved_tree(self.config)
+        run = {name: value for name, value in tree["run"].items() if name not in _WATCHING}
+        return digest({**tree, "run": run})
 
 
 @dataclass(frozen=True)
@@ -156,14 +179,14 @@ def restricted(
     return replace(reproduction, settings=tuple(kept), claims=tuple(claims))
 
 
-def estimate(planned: Sequence[Plan], out: Path) -> Cost:
+def estimate(planned: Sequence[Plan], out: Path, known: Path | None = None) -> Cost:
     """How much is left to run in a folder, by what finished runs there took.
 
     A run is expected to take as long for each prompt of its steps as the median of the finished ones of
-    its setting did, or where there is none, of all.
+    its setting did, or where there is none, of all. For `known` see `reproduce`.
     """
     unique = _unique(planned, out)
-    figures = Store(out / "figures.jsonl", FigureRecord)
+    figures = {line.key: line for line in _lines(out / "figures.jsonl", known)}
     took: dict[str, list[float]] = {}
     for key, plan in unique.items():
         if found := figures.get(key):
@@ -188,6 +211,7 @@ def reproduce(
     seeds: Sequence[int],
     out: Path,
     *,
+    known: Path | None = None,
     shown_on: Console | None = None,
 ) -> Verdict:
     """Run what is missing of a reproduction, and write its tables and page after every run.
@@ -203,16 +227,26 @@ def reproduce(
         base: that its settings change (`load_base`).
         seeds: of every cell.
         out: folder.
+        known: a figures.jsonl of runs that were measured elsewhere; those of the grid are taken over,
+            and not run again.
         shown_on: where progress goes, by default standard output.
 
     Raises:
-        ConfigError: a setting does not go with the base, or a folder holds a run with other settings.
-        RunFolderError: a run is finished, and neither its figure nor its checkpoint is there.
+        ConfigError: a setting does not go with the base, a folder holds a run with other settings, or
+            there is no such file as `known`.
+        RunFolderError: a line of figures is damaged, or a run is finished, and neither its figure nor
+            its checkpoint is there.
     """
     planned = plans(reproduction, base, seeds)
     with locked(out):
         figures = Store(out / "figures.jsonl", FigureRecord)
         unique = _unique(planned, out)
+        for line in _lines(known):
+            if line.key in unique and line.key not in figures:
+                figures.append(line)
+        with Assembly(base) as parts:
+            cluster_of = parts.members.division.cluster_of
+        grid = _Grid(reproduction, base, planned, figures, _by_name(cluster_of), out)
         by_folder = {plan.folder: plan for plan in unique.values()}
         wanted = {name: plan.config for name, plan in by_folder.items() if plan.key not in figures}
 
@@ -233,7 +267,7 @@ def reproduce(
             # Before what it was measured of is gone.
             flush(out / "figures.jsonl")
             _discard_checkpoints(folder)
-            _publish(reproduction, base, planned, figures, out)
+            grid.publish()
 
         # A process that was killed between measuring and deleting, or publishing, left that undone.
         for name, plan in by_folder.items():
@@ -241,75 +275,130 @@ def reproduce(
             if plan.key in figures and folder.is_finished and folder.config() == plan.config:
                 _discard_checkpoints(folder)
         if any(plan.key in figures for plan in planned):
-            _publish(reproduction, base, planned, figures, out)
+            grid.publish()
         run_all(wanted, out / RUNS, ended=ended, shown_on=shown_on)
         _write_pages(planned, unique, out)
-        return _publish(reproduction, base, planned, figures, out)
+        return grid.publish()
 
 
-def table(
-    reproduction: Reproduction, planned: Sequence[Plan], figures: Store[FigureRecord]
-) -> list[RowRecord]:
-    """The rows of what was measured so far, and of arms without a signal."""
-    rows = [
-        RowRecord(
-            setting=plan.setting,
-            arm=plan.arm,
-            seed=plan.seed,
-            figure=found.figure,
-            steps=found.steps,
-            rollouts=found.rollouts,
-            minutes=found.seconds / 60,
+@dataclass(frozen=True)
+class _Grid:
+    """What was asked for, and the figures so far."""
+
+    reproduction: Reproduction
+    base: Config
+    planned: Sequence[Plan]
+    figures: Store[FigureRecord]
+    cluster_of: Mapping[str, str]
+    """User -> the name of their cluster by the base's own division, the same one for all settings."""
+    out: Path
+
+    def publish(self) -> Verdict:
+        """Write what follows from the figures."""
+        reproduction, out = self.reproduction, self.out
+        replace_file(out / "base.toml", resolved_toml(self.base).encode())
+        rows = self.rows()
+        claims = [self.judged(claim) for claim in reproduction.claims]
+        for name, records in (("table.json", rows), ("claims.json", claims)):
+            lines = [record.model_dump() for record in records]
+            replace_file(out / name, f"{json.dumps(lines, indent=1)}\n".encode())
+        page = Page(
+            name=reproduction.name,
+            about=reproduction.about,
+            axis=reproduction.axis,
+            rows=rows,
+            claims=claims,
+            records={
+                (plan.setting, plan.arm, plan.seed): found
+                for plan in self.planned
+                if (found := self.figures.get(plan.key))
+            },
+            num_planned=len(self.planned),
+            commands=commands(self.planned, reproduction, out),
         )
-        for plan in planned
-        if (found := figures.get(plan.key))
-    ]
-    seeds = dict.fromkeys(row.seed for row in rows)
-    return rows + [
-        RowRecord(setting=setting.name, arm=arm, seed=seed)
-        for seed in seeds
-        for setting in reproduction.settings
-        for arm in setting.no_signal
-    ]
+        replace_file(out / "report.html", render(page).encode())
+        return verdict(page)
 
+    def rows(self) -> list[RowRecord]:
+        """Of what was measured, and of arms without a signal."""
+        rows = [
+            RowRecord(
+                setting=plan.setting,
+                arm=plan.arm,
+                seed=plan.seed,
+                figure=found.figure,
+                expected=mean_known(found.expected),
+                clusters=self._of_clusters(found),
+                commonest=found.commonest,
+                steps=found.steps,
+                rollouts=found.rollouts,
+                minutes=found.seconds / 60,
+            )
+            for plan in self.planned
+            if (found := self.figures.get(plan.key))
+        ]
+        seeds = dict.fromkeys(row.seed for row in rows)
+        return rows + [
+            RowRecord(setting=setting.name, arm=arm, seed=seed)
+            for seed in seeds
+            for setting in self.reproduction.settings
+            for arm in setting.no_signal
+        ]
 
-def judged(claim: Claim, planned: Sequence[Plan], figures: Store[FigureRecord]) -> ClaimRecord:
-    """A claim with the difference that was found, over the seeds that both cells have."""
-    record = ClaimRecord(
-        what=claim.what,
-        after=list(claim.after),
-        before=list(claim.before),
-        primary=claim.primary,
-        margin=claim.margin,
-    )
-    of_cell: dict[Cell, dict[int, FigureRecord]] = {claim.after: {}, claim.before: {}}
-    for plan in planned:
-        found = figures.get(plan.key)
-        if found and plan.cell in of_cell:
-            of_cell[plan.cell][plan.seed] = found
-    after, before = of_cell[claim.after], of_cell[claim.before]
-    both = [seed for seed in after if seed in before]
-    if not both:
-        return record
-    asked, people = after[both[0]].prompts, after[both[0]].users
-    if any(cell[seed].prompts != asked for cell in (after, before) for seed in both):
-        # As where prompts too long for a setting were left out, or the data changed meanwhile.
-        return record
-    change = np.array(
-        [_values(after[seed].rewards) - _values(before[seed].rewards) for seed in both]
-    )
-    each = [float(np.nanmean(row)) for row in change if np.isfinite(row).any()]
-    if not each:
-        return record
-    record = record.model_copy(update={"each": each, "mean": statistics.fmean(each)})
-    difference = paired_difference(change, people)
-    if difference is None:
-        return record
-    if claim.margin is None:
-        said = difference.outcome
-    else:
-        said = "reached" if difference.reaches(claim.margin) else "not shown"
-    return record.model_copy(update={**vars(difference), "verdict": said})
+    def judged(self, claim: Claim) -> ClaimRecord:
+        """A claim with the difference that was found, over the seeds that both cells have."""
+        record = ClaimRecord(
+            what=claim.what,
+            after=list(claim.after),
+            before=list(claim.before),
+            primary=claim.primary,
+            cluster=claim.cluster,
+            margin=claim.margin,
+        )
+        of_cell: dict[Cell, dict[int, FigureRecord]] = {claim.after: {}, claim.before: {}}
+        for plan in self.planned:
+            found = self.figures.get(plan.key)
+            if found and plan.cell in of_cell:
+                of_cell[plan.cell][plan.seed] = found
+        after, before = of_cell[claim.after], of_cell[claim.before]
+        pairs = [(after[seed], before[seed]) for seed in after if seed in before]
+        # They differ where prompts too long for a setting were left out, or the data changed meanwhile.
+        if len({found.prompts for pair in pairs for found in pair}) != 1:
+            return record
+        asked = [
+            place
+            for place, user in enumerate(pairs[0][0].users)
+            if claim.cluster is None or self.cluster_of.get(user) == claim.cluster
+        ]
+        people = [pairs[0][0].users[place] for place in asked]
+        change = np.array([_values(a.rewards) - _values(b.rewards) for a, b in pairs])[:, asked]
+        if not len(asked) or not np.isfinite(change).any(1).all():
+            return record
+        each = [float(np.nanmean(row)) for row in change]
+        record = record.model_copy(update={"each": each, "mean": statistics.fmean(each)})
+        difference = paired_difference(change, people)
+        if difference is None:
+            return record
+        if claim.margin is None:
+            said = difference.outcome
+        else:
+            said = "reached" if difference.reaches(claim.margin) else "not shown"
+        expected = None
+        if all(found.expected for pair in pairs for found in pair):
+            change = np.array([_values(a.expected) - _values(b.expected) for a, b in pairs])[
+                :, asked
+            ]
+            exact = paired_difference(change, people)
+            expected = exact and DifferenceRecord(**vars(exact))
+        return record.model_copy(update={**vars(difference), "verdict": said, "expected": expected})
+
+    def _of_clusters(self, found: FigureRecord) -> dict[str, float]:
+        rewards: dict[str, list[float | None]] = {}
+        for user, reward in zip(found.users, found.rewards, strict=True):
+            if user in self.cluster_of:
+                rewards.setdefault(self.cluster_of[user], []).append(reward)
+        means = {name: mean_known(values) for name, values in sorted(rewards.items())}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def commands(planned: Sequence[Plan], reproduction: Reproduction, out: Path) -> list[str]:
@@ -340,36 +429,22 @@ def _unique(planned: Sequence[Plan], out: Path) -> dict[str, Plan]:
     }
 
 
-def _publish(
-    reproduction: Reproduction,
-    base: Config,
-    planned: Sequence[Plan],
-    figures: Store[FigureRecord],
-    out: Path,
-) -> Verdict:
-    """Write what follows from the figures so far."""
-    replace_file(out / "base.toml", resolved_toml(base).encode())
-    rows = table(reproduction, planned, figures)
-    claims = [judged(claim, planned, figures) for claim in reproduction.claims]
-    for name, records in (("table.json", rows), ("claims.json", claims)):
-        lines = [record.model_dump() for record in records]
-        replace_file(out / name, f"{json.dumps(lines, indent=1)}\n".encode())
-    page = Page(
-        name=reproduction.name,
-        about=reproduction.about,
-        axis=reproduction.axis,
-        rows=rows,
-        claims=claims,
-        records={
-            (plan.setting, plan.arm, plan.seed): found
-            for plan in planned
-            if (found := figures.get(plan.key))
-        },
-        num_planned=len(planned),
-        commands=commands(planned, reproduction, out),
-    )
-    replace_file(out / "report.html", render(page).encode())
-    return verdict(page)
+def _lines(*paths: Path | None) -> list[FigureRecord]:
+    """Of all these files of figures.
+
+    Raises:
+        ConfigError: there is no such file as the last one.
+        RunFolderError: a line is damaged.
+    """
+    if paths[-1] is not None and not paths[-1].is_file():
+        raise ConfigError(
+            f"--figures names {paths[-1]}, which is no file; expected a figures.jsonl"
+        )
+    return [line for path in paths if path for line in Store(path, FigureRecord).values()]
+
+
+def _by_name(cluster_of: Mapping[str, ClusterId]) -> dict[str, str]:
+    return {user: str(cluster) for user, cluster in cluster_of.items()}
 
 
 def _write_pages(planned: Sequence[Plan], unique: Mapping[str, Plan], out: Path) -> None:
@@ -389,18 +464,32 @@ def _measure(key: str, name: str, folder: RunFolder, note: Callable[[str], None]
     config, info = folder.config(), folder.info()
     checkpoint = chosen_checkpoint(folder, best=False)
     with Assembly(config, checkpoint, note) as parts:
-        parts.engine.sync(int(checkpoint.state()["policy_version"]))
         examples = held_out(parts.dataset, len(parts.dataset.evaluation))
         note(f"measuring {name} on all {len(examples):,} held-out prompts")
         prompts = [parts.builder.build(example) for example in examples]
-        groups = held_out_groups(parts.engine, prompts, parts.held_out_scorer, config)
-    known = [group.rewards[np.isfinite(group.rewards)] for group in groups]
+        expected: list[FloatArray] = []
+        if all(map(_is_labelled, prompts)) and not config.run.eval_samples:
+            budget = config.optimizer.token_budget
+            shares = choice_probabilities(parts.model, prompts, budget)
+            of_choices = choice_rewards(parts.tokenizer, prompts, parts.held_out_scorer)
+            likeliest = [int(each.argmax()) for each in shares]
+            said = [p.choices[k] for p, k in zip(prompts, likeliest, strict=True) if p.choices]
+            rewards = [r[[k]] for r, k in zip(of_choices, likeliest, strict=True)]
+            expected = [p @ r for p, r in zip(shares, of_choices, strict=True)]
+        else:
+            parts.engine.sync(int(checkpoint.state()["policy_version"]))
+            groups = held_out_groups(parts.engine, prompts, parts.held_out_scorer, config)
+            said = [group.rollouts[0].completion_ids for group in groups]
+            rewards = [group.rewards for group in groups]
     return FigureRecord(
         key=key,
         run=name,
         users=[example.user for example in examples],
         prompts=digest([[example.user, example.text] for example in examples]),
-        rewards=[float(rewards.mean()) if len(rewards) else None for rewards in known],
+        rewards=[_mean(each) for each in rewards],
+        # To five digits, for files of many runs are kept.
+        expected=[None if mean is None else round(mean, 5) for mean in map(_mean, expected)],
+        commonest=max(Counter(said).values()) / len(said),
         steps=checkpoint.step,
         rollouts=sum(record.num_rollouts or 0 for record in folder.metrics),
         seconds=info.seconds,
@@ -409,7 +498,19 @@ def _measure(key: str, name: str, folder: RunFolder, note: Callable[[str], None]
             record.step: record.reward for record in folder.evaluations if record.reward is not None
         },
         versions=info.versions,
+        precision=resolve_precision(config.model.precision),
     )
+
+
+def _is_labelled(prompt: Prompt) -> bool:
+    """Whether its completion is one of some single tokens."""
+    return prompt.choices is not None and all(len(choice) == 1 for choice in prompt.choices)
+
+
+def _mean(values: FloatArray) -> float | None:
+    """Of the finite ones; None where there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
 
 
 def _discard_checkpoints(folder: RunFolder) -> None:

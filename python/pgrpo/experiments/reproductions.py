@@ -39,6 +39,8 @@ class Claim:
     primary: bool = False
     margin: float | None = None
     """The loss from which on `before` counts as not reached."""
+    cluster: str | None = None
+    """Whose prompts are asked of: the people of one of the base's clusters; None stands for all."""
 
 
 @dataclass(frozen=True)

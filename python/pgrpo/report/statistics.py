@@ -79,7 +79,7 @@ def mean_change(before: Sequence[float], after: Sequence[float]) -> Difference |
 def bootstrap_difference(
     change: FloatArray, people: Sequence[str], draws: int = DRAWS, seed: int = 0
 ) -> Difference | None:
-    """Mean of the changes with the percentile interval of a two-way bootstrap.
+    """Mean over seeds of each one's mean change, with the percentile interval of a two-way bootstrap.
 
     Each draw takes as many seeds and, on its own, as many people as there are, with replacement (the
     pigeonhole bootstrap, Owen 2007), a person with all prompts that are theirs: prompts of a person are
@@ -94,26 +94,28 @@ def bootstrap_difference(
         seed: of the draws.
 
     Returns:
-        None with fewer than two seeds or people, or with nothing known.
+        None with fewer than two seeds or people, or where nothing is known of a seed.
     """
-    known = np.isfinite(change)
     names, who = np.unique(np.array(people), return_inverse=True)
     num_seeds, num_people = len(change), len(names)
-    if num_seeds < 2 or num_people < 2 or not known.any():
+    known = np.isfinite(change)
+    if num_seeds < 2 or num_people < 2 or not known.any(1).all():
         return None
-    theirs = np.eye(num_people)[who]  # [H, P]
-    sums = np.where(known, change, 0.0) @ theirs
-    sizes = known.astype(np.float64) @ theirs
+
+    def per_person(values: FloatArray) -> FloatArray:
+        return np.stack([np.bincount(who, row, num_people) for row in values]).astype(np.float64)
+
+    sums, sizes = per_person(np.where(known, change, 0.0)), per_person(known.astype(np.float64))
     rng = np.random.default_rng(seed)
     # How often each is drawn: all that a mean needs of a draw.
     seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
     drawn = rng.multinomial(num_people, np.full(num_people, 1 / num_people), draws)
-    totals = ((seeds @ sums) * drawn).sum(1)
     with np.errstate(invalid="ignore"):
-        means = totals / ((seeds @ sizes) * drawn).sum(1)
+        of_seed = (drawn @ sums.T) / (drawn @ sizes.T)  # [draws, S]
+    means = (seeds * of_seed).sum(1) / num_seeds
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(means, [tail, 1 - tail])
-    return Difference(float(change[known].mean()), float(low), float(high))
+    return Difference(float((sums.sum(1) / sizes.sum(1)).mean()), float(low), float(high))
 
 
 def paired_difference(

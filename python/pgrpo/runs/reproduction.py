@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -16,7 +17,8 @@ from pgrpo.runs.records import Record, Text
 
 class FigureRecord(KeyedRecord):
     """A line of figures.jsonl: what the last checkpoint of a run gets on all held-out prompts. Its key
-    is that of the run's config: settings that come to the same are trained once."""
+    is that of the run's config, but for what only watches the run: what comes to the same is trained
+    once."""
 
     run: str
     """folder of the run, `SETTING/ARM/seed-K`"""
@@ -27,6 +29,12 @@ class FigureRecord(KeyedRecord):
     rewards: list[float | None]
     """of each: its greedy completion's, or with `run.eval_samples` the mean over its samples; `null`
     where none got one"""
+    expected: list[float | None] = Field(default=[])
+    """of each: the exact mean over its choices, as the policy would draw them at temperature 1; empty
+    where completions are no choices of one token"""
+    commonest: float
+    """share of the commonest completion among the likeliest ones: 1 where a policy says one thing to
+    everybody"""
     steps: int
     """that were taken"""
     rollouts: int
@@ -39,12 +47,19 @@ class FigureRecord(KeyedRecord):
     """step -> held-out reward of the run's own evaluations, of `run.eval_prompts` prompts"""
     versions: dict[str, str]
     """of pgrpo, torch, transformers and numpy, by which it was trained"""
+    precision: str
+    """that it was trained in: what `auto` stood for"""
 
     @property
     def figure(self) -> float | None:
         """Mean of the rewards there are."""
-        found = [reward for reward in self.rewards if reward is not None]
-        return sum(found) / len(found) if found else None
+        return mean_known(self.rewards)
+
+
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 class RowRecord(Record):
@@ -55,10 +70,24 @@ class RowRecord(Record):
     seed: int
     figure: float | None = None
     """mean held-out reward; `null` where the rule gives no signal in this setting"""
+    expected: float | None = None
+    """mean of the exact expected rewards at temperature 1, where completions are single tokens"""
+    clusters: dict[str, float] = Field(default={})
+    """mean held-out reward of the people of each of the base's clusters, the same ones in all rows"""
+    commonest: float | None = None
+    """share of the commonest completion: 1 where the policy says one thing to everybody"""
     steps: int | None = None
     rollouts: int | None = None
     minutes: float | None = None
     """that training took, the run's own evaluations included"""
+
+
+class DifferenceRecord(Record):
+    """A difference with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class ClaimRecord(Record):
@@ -74,6 +103,8 @@ class ClaimRecord(Record):
     """whether the reproduction was made to tell this; all others are looks"""
     margin: float | None = None
     """how much less than `before` would still do, where that is the question"""
+    cluster: str | None = None
+    """of whose people's prompts it is asked; `null`: of all"""
     each: list[float] = Field(default=[])
     """mean of after - before over the held-out prompts, of each seed that both have"""
     mean: float | None = None
@@ -84,3 +115,5 @@ class ClaimRecord(Record):
     verdict: Literal["better", "level", "worse", "reached", "not shown", "not known"] = "not known"
     """by rule: `better` and `worse` where the interval is above or below zero, else `level`; with a
     margin `reached` where it is above minus the margin, else `not shown`; `not known` without one"""
+    expected: DifferenceRecord | None = None
+    """the same difference of exact expected rewards, as a look; `null` where they are not known"""

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config.checks import check
 from pgrpo.data import DataConfig, load_dataset
 from pgrpo.data.movielens import MovieLensConfig
 from pgrpo.errors import ConfigError, DataError, PluginError
+from pgrpo.model.attention import PrefixCache
+from pgrpo.model.language_model import LanguageModel
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.seeds import derive_seed
@@ -23,7 +27,7 @@ from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
-from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt
+from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt, Rollout
 
 SAMPLES = 24
 """Held-out completions of an evaluation that are logged."""
@@ -141,6 +145,53 @@ def held_out_groups(
     for start, end in within_budget(costs, budget):
         scored += ranks.gather(partial(part, start, end))
     return scored
+
+
+@torch.no_grad()
+def choice_probabilities(
+    model: LanguageModel, prompts: Sequence[Prompt], token_budget: int
+) -> list[FloatArray]:
+    """Of each prompt [C], how probable the model finds each of its choices at temperature 1.
+
+    Args:
+        model: the policy's.
+        prompts: their choices are of one token each.
+        token_budget: prompt tokens of one pass.
+    """
+    found: list[FloatArray] = []
+    for start, end in within_budget([len(prompt.token_ids) for prompt in prompts], token_budget):
+        some = prompts[start:end]
+        first = [[choice[0] for choice in prompt.choices or ()] for prompt in some]
+        with model.whole(), model.autocast():
+            cache = PrefixCache([prompt.token_ids for prompt in some], 1, 1, model.device)
+            logits, column = model.permitted_logits(model.prefill(cache), first)
+        probabilities = logits.double().softmax(-1).cpu().numpy()
+        found += [
+            row[[column[token] for token in tokens]]
+            for row, tokens in zip(probabilities, first, strict=True)
+        ]
+    return found
+
+
+def choice_rewards(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], scorer: Scorer
+) -> list[FloatArray]:
+    """Of each prompt [C], the reward of each choice; NaN where there is none."""
+
+    def group(place: int, prompt: Prompt) -> Group:
+        choices = prompt.choices or ()
+        texts = tokenizer.batch_decode(
+            [list(choice) for choice in choices], skip_special_tokens=True
+        )
+        return Group.sampled(
+            [
+                Rollout(prompt, place, choice, text, (0.0,) * len(choice), truncated=False)
+                for choice, text in zip(choices, texts, strict=True)
+            ]
+        )
+
+    groups = scorer.score(group(place, prompt) for place, prompt in enumerate(prompts))
+    return [scored.rewards for scored in groups]
 
 
 def _require_reward(values: FloatArray) -> list[None]:
