@@ -56,6 +56,10 @@ class Reproduction:
     claims: tuple[Claim, ...]
 
 
+_CURVE = ("run.eval_every=10", "run.eval_prompts=200")
+"""Evaluations along a run, for its curve; the last policy is measured on all prompts anyway."""
+_NO_CURVE = ("run.eval_every=50", "run.eval_prompts=100")
+
 MARGIN = 0.02
 """Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: a judgement, on
 the panel one choice in fifty."""
@@ -69,13 +73,13 @@ CURVES = Reproduction(
         Setting(
             "base",
             ("grpo", "pgrpo:one", "pgrpo", "pgrpo:shuffled", "auto", "shrinkage"),
-            ("run.eval_every=10",),
+            _CURVE,
         ),
-        Setting("temperature-2", ("grpo",), ("run.eval_every=10", "generation.temperature=2.0")),
+        Setting("temperature-2", ("grpo",), (*_CURVE, "generation.temperature=2.0")),
         Setting(
             "long",
             ("grpo",),
-            ("run.eval_every=10", "run.num_steps=130", "run.checkpoint_every=130"),
+            (*_CURVE, "run.num_steps=130", "run.checkpoint_every=130"),
         ),
     ),
     claims=(
@@ -108,17 +112,20 @@ GRANULARITY = Reproduction(
     axis="histories",
     settings=(
         # The control arm reads one history, and the clusters of K-5 are still told apart.
-        Setting("K-1", ("pgrpo:one",), ("clustering.num_clusters=5",)),
-        *(Setting(f"K-{k}", ("pgrpo",), (f"clustering.num_clusters={k}",)) for k in (2, 5, 16, 64)),
+        Setting("K-1", ("pgrpo:one",), (*_NO_CURVE, "clustering.num_clusters=5")),
+        *(
+            Setting(f"K-{k}", ("pgrpo",), (*_NO_CURVE, f"clustering.num_clusters={k}"))
+            for k in (2, 5, 16, 64)
+        ),
         Setting(
             "person-borrowing",
             ("pgrpo:user",),
-            ("clustering.num_clusters=5", "estimator.prior_count=8.0"),
+            (*_NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=8.0"),
         ),
         Setting(
             "person-alone",
             ("pgrpo:user",),
-            ("clustering.num_clusters=5", "estimator.prior_count=0.0"),
+            (*_NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=0.0"),
         ),
     ),
     claims=(
@@ -142,12 +149,14 @@ RANDOM = Reproduction(
     axis="clusters",
     settings=(
         Setting(
-            "kmeans", ("pgrpo", "pgrpo:shuffled"), ('clustering={name="kmeans",num_clusters=5}',)
+            "kmeans",
+            ("pgrpo", "pgrpo:shuffled"),
+            (*_NO_CURVE, 'clustering={name="kmeans",num_clusters=5}'),
         ),
         Setting(
             "latent-class",
             ("pgrpo", "pgrpo:shuffled"),
-            ('clustering={name="latent_class",num_clusters=5}',),
+            (*_NO_CURVE, 'clustering={name="latent_class",num_clusters=5}'),
         ),
     ),
     claims=(
@@ -175,7 +184,7 @@ def _of_group_size(family: str, size: int, *overrides: str, controls: bool = Fal
     return Setting(
         f"{family}-{size}",
         (*(_ALONE if size == 1 else _RULES), *(_CONTROLS if controls else ())),
-        (f"generation.group_size={size}", *overrides),
+        (*_NO_CURVE, f"generation.group_size={size}", *overrides),
         no_signal=("grpo", "rloo") if size == 1 else (),
     )
 

@@ -78,13 +78,14 @@ def verdict(page: Page) -> Verdict:
 def render(page: Page) -> str:
     """The page as one HTML document that loads nothing from outside itself."""
     made = _Sections(page)
-    sections = [made.grid(), made.claims(), *made.curves(), made.how()]
+    sections = [made.grid(), made.claims(), made.people(), *made.curves(), made.how()]
     runs = page.runs
     seeds = {row.seed for row in page.rows}
     facts = [plural(len(runs), "run"), plural(len(seeds), "seed")]
     if runs:
         people = len(set(runs[0].users))
         facts.append(f"{len(runs[0].users):,} held-out prompts of {people:,} people")
+        facts.append(enumerate_words(sorted({found.precision for found in runs})))
     versions = {found.versions.get("pgrpo", "of unknown version") for found in runs}
     return document(
         title=f"Reproduction: {page.name}",
@@ -173,6 +174,44 @@ class _Sections(Charts):
         }
         return [self.place(figure, f"Held-out reward over {self.page.axis}")]
 
+    def people(self) -> Section | None:
+        """What the mean over people does not tell."""
+        rows: list[Sequence[Cell | str]] = [
+            [
+                setting,
+                Cell(arm, self.colors[arm]),
+                estimate(over_seeds([_value(row.expected) for row in known])),
+                estimate(
+                    over_seeds([min(row.clusters.values(), default=math.nan) for row in known])
+                ),
+                estimate(
+                    over_seeds([max(row.clusters.values(), default=math.nan) for row in known])
+                ),
+                estimate(over_seeds([_value(row.commonest) for row in known])),
+            ]
+            for (setting, arm), found in self.cells.items()
+            if (known := [row for row in found if row.figure is not None])
+        ]
+        if not rows:
+            return None
+        header = [
+            "Setting",
+            "Arm",
+            "Exact mean",
+            "Worst cluster",
+            "Best cluster",
+            "Commonest answer",
+        ]
+        return section(
+            "Who gets how much, and how sure it is",
+            [Table(header, rows, dict.fromkeys(range(2, len(header)), "n"), sorts=True)],
+            "The exact mean is what the policy would get on average if it drew its answers at "
+            "temperature 1, where answers are single tokens. Worst and best cluster are those of "
+            "each run, by the clusters of the base config: the same people in all settings.",
+            "Where the commonest answer has nearly all of the share, the policy says one thing to "
+            "everybody: such runs carry the means of their arm.",
+        )
+
     def claims(self) -> Section | None:
         """What was asked beforehand, and the answers."""
         claims = self.page.claims
@@ -180,12 +219,13 @@ class _Sections(Charts):
             return None
         rows: list[Sequence[Cell | str]] = [
             [
-                Cell(claim.what, small=["primary"] if claim.primary else []),
+                Cell(claim.what, small=_kind(claim)),
                 " ".join(claim.after),
                 " ".join(claim.before),
                 number(_value(claim.mean), sign=True),
                 _interval(claim),
                 " ".join(number(change, sign=True) for change in claim.each),
+                _exact(claim),
                 Cell(
                     claim.verdict,
                     COLORS[claim.verdict],
@@ -194,7 +234,8 @@ class _Sections(Charts):
             ]
             for claim in claims
         ]
-        header = ["Question", "After", "Before", "After − before", "95 % interval", "Each seed", ""]
+        header = ["Question", "After", "Before", "After − before", "95 % interval", "Each seed"]
+        header += ["Exact means", ""]
         blocks: list[Block] = []
         known = [claim for claim in claims if claim.each]
         if known:
@@ -205,14 +246,15 @@ class _Sections(Charts):
             blocks.append(self.place(figure, "Differences with their intervals"))
         return section(
             "What was asked before the runs",
-            [*blocks, Table(header, rows, {0: "text", 3: "n", 4: "n", 5: "n"})],
+            [*blocks, Table(header, rows, {0: "text", 3: "n", 4: "n", 5: "n", 6: "n"})],
             "Better or worse where the whole interval is above or below zero, otherwise level. Where "
             "the question is whether one reaches the other, the interval has to be above minus the "
             "margin: reached, or not shown.",
             "Differences are taken by seed and held-out prompt. At either end the interval is the "
             "wider of two: of a bootstrap that draws seeds and, on their own, people with all their "
             "prompts, and Student's of the seeds' means. Fewer than two seeds tell nothing, nor do "
-            "cells that were asked different prompts.",
+            "cells that were asked different prompts. Beside each seed stands the same difference of "
+            "exact means, a look: verdicts do not rest on it.",
             f"There are {plural(len(claims), 'question')}, and each interval holds by itself: those "
             "marked primary are what this was run for, all others are looks.",
             "It speaks for this data set, its split and its clusters, which all seeds share.",
@@ -293,6 +335,21 @@ def _interval(claim: ClaimRecord) -> str:
     if found is None:
         return "–"
     return f"{number(found.low, sign=True)} to {number(found.high, sign=True)}"
+
+
+def _kind(claim: ClaimRecord) -> list[str]:
+    return [
+        *(["primary"] if claim.primary else []),
+        *([] if claim.cluster is None else [f"people of cluster {claim.cluster}"]),
+    ]
+
+
+def _exact(claim: ClaimRecord) -> str:
+    found = claim.expected
+    if found is None:
+        return "–"
+    low, high = number(found.low, sign=True), number(found.high, sign=True)
+    return f"{number(found.mean, sign=True)} ({low} to {high})"
 
 
 def _value(x: float | None) -> float:
