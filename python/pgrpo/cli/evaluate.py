@@ -21,7 +21,7 @@ def evaluate(
     best: Best = False,
 ) -> None:
     """Held-out reward of a run's last checkpoint."""
-    counts = [None] if candidates is None else numbers(candidates, "--candidates")
+    counts = None if candidates is None else numbers(candidates, "--candidates")
     if prompts < 1:
         raise ConfigError(f"--prompts is {prompts}; expected 1 or more")
     from pgrpo.train.evaluation import evaluate_run

@@ -24,7 +24,8 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -144,6 +145,28 @@ def load_movielens(config: MovieLensConfig) -> Dataset:
         users={ratings.users[i]: features[i] for i in np.flatnonzero(chosen)},
         feature_names=names,
     )
+
+
+def with_candidates(dataset: Dataset, candidates: int) -> Dataset:
+    """The same interactions with another number of films to choose from.
+
+    Nothing is read again, and both data sets share the ratings in memory.
+
+    Args:
+        dataset: of `load_movielens`.
+        candidates: films to choose from.
+
+    Raises:
+        DataError: a user leaves too few films to choose from.
+    """
+
+    def changed(examples: Sequence[Example]) -> _Examples:
+        assert isinstance(examples, _Examples)
+        return examples.with_candidates(candidates)
+
+    train, evaluation = changed(dataset.train), changed(dataset.evaluation)
+    evaluation.source.check_pools(np.isin(evaluation.source.ratings.users, list(dataset.users)))
+    return replace(dataset, train=train, evaluation=evaluation)
 
 
 def _split_time(time: IntArray, evaluation_share: float) -> int | None:
@@ -363,7 +386,13 @@ class _Examples(Sequence[Example]):
     """Examples that are built when they are read, so a large data set stays small in memory."""
 
     def __init__(self, source: _Source, rows: IntArray) -> None:
-        self._source, self._rows = source, rows
+        self.source, self._rows = source, rows
+
+    def with_candidates(self, candidates: int) -> _Examples:
+        """The same interactions with so many films to choose from."""
+        source = copy(self.source)
+        source.config = source.config.model_copy(update={"candidates": candidates})
+        return _Examples(source, self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -374,5 +403,5 @@ class _Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self._source.example(int(row)) for row in self._rows[index]]
-        return self._source.example(int(self._rows[index]))
+            return [self.source.example(int(row)) for row in self._rows[index]]
+        return self.source.example(int(self._rows[index]))

@@ -60,20 +60,39 @@ def baselines(
         held_out: examples that they are judged by.
         cluster_of: every user's cluster.
     """
-    asked = _choices(held_out)
-    seen = _choices(_spread(dataset.observed or dataset.train))
-    if asked is None or not seen:
-        return {}
-    everybody = dict.fromkeys(cluster_of, 0)
-    return {
-        "chance": np.array([choice.rewards.mean() for choice in asked]),
-        "most popular": _rewards(asked, [choice.popularity for choice in asked]),
-        "one rule for all": _Logit.fitted(seen, everybody).rewards(asked),
-        "one rule per cluster": _Logit.chosen(seen, cluster_of).rewards(asked),
-        "one rule per person": _Logit.chosen(seen, {user: user for user in cluster_of}).rewards(
-            asked
-        ),
-    }
+    return Rules(dataset, cluster_of).rewards(held_out)
+
+
+class Rules:
+    """The rules, fitted once.
+
+    Args:
+        dataset: whose choices of the training period they are fitted to.
+        cluster_of: every user's cluster.
+    """
+
+    def __init__(self, dataset: Dataset, cluster_of: Mapping[str, ClusterId]) -> None:
+        seen = _choices(_spread(dataset.observed or dataset.train))
+        self._logits: dict[str, _Logit] = {}
+        if seen:
+            everybody = dict.fromkeys(cluster_of, 0)
+            person = {user: user for user in cluster_of}
+            self._logits = {
+                "one rule for all": _Logit.fitted(seen, everybody),
+                "one rule per cluster": _Logit.chosen(seen, cluster_of),
+                "one rule per person": _Logit.chosen(seen, person),
+            }
+
+    def rewards(self, held_out: Sequence[Example]) -> dict[str, FloatArray]:
+        """As of `baselines`; examples may have more options than those that were fitted to."""
+        asked = _choices(held_out)
+        if asked is None or not self._logits:
+            return {}
+        return {
+            "chance": np.array([choice.rewards.mean() for choice in asked]),
+            "most popular": _rewards(asked, [choice.popularity for choice in asked]),
+            **{name: logit.rewards(asked) for name, logit in self._logits.items()},
+        }
 
 
 def rewards_of_one_rule(dataset: Dataset) -> tuple[list[str], FloatArray] | None:

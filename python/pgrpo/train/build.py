@@ -92,7 +92,17 @@ class Assembly:
         if self.config.generation.long_prompts == "fail":
             return dataset
         self._note("counting the tokens of all prompts")
-        return _without_long_prompts(dataset, self.tokenizer, self.config)
+        return _without_long_prompts(dataset, self.fits, self.config)
+
+    def fits(self, example: Example) -> bool:
+        """Whether its prompt has no more tokens than `generation.max_prompt_tokens`.
+
+        Raises:
+            ModelError: prompts are to be chats, and the model has no template.
+        """
+        require_template(self.tokenizer, self.config.model)
+        ids = token_ids(example, self.tokenizer, self.config.model)
+        return len(ids) <= self.config.generation.max_prompt_tokens
 
     @cached_property
     def _loaded(self) -> Dataset:
@@ -249,15 +259,11 @@ class Assembly:
 
 
 def _without_long_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, config: Config
+    dataset: Dataset, fits: Callable[[Example], bool], config: Config
 ) -> Dataset:
-    require_template(tokenizer, config.model)
     limit = config.generation.max_prompt_tokens
-
-    def short(examples: Sequence[Example]) -> list[Example]:
-        return [e for e in examples if len(token_ids(e, tokenizer, config.model)) <= limit]
-
-    train, evaluation = short(dataset.train), short(dataset.evaluation)
+    train = [example for example in dataset.train if fits(example)]
+    evaluation = [example for example in dataset.evaluation if fits(example)]
     if not train:
         raise DataError(
             f"all {len(dataset.train)} prompts to train on are longer than "

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config.checks import check
-from pgrpo.data import DataConfig, load_dataset
-from pgrpo.data.movielens import MovieLensConfig
+from pgrpo.data import DataConfig
+from pgrpo.data.movielens import MovieLensConfig, load_movielens, with_candidates
 from pgrpo.errors import ConfigError, DataError, PluginError
 from pgrpo.model.attention import PrefixCache
 from pgrpo.model.language_model import LanguageModel
@@ -24,6 +24,7 @@ from pgrpo.runs.config import Config
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import one_of_each, sample_record
 from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
+from pgrpo.train.baselines import Rules
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
@@ -44,9 +45,15 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
             "the data set holds out no examples to evaluate on; give it some "
             "(data.evaluation_path), or set run.eval_every = 0"
         )
-    wanted = min(num_prompts, len(dataset.evaluation))
-    places = np.linspace(0, len(dataset.evaluation) - 1, wanted).round().astype(int).tolist()
+    places = evenly(range(len(dataset.evaluation)), num_prompts)
     return [dataset.evaluation[place] for place in places]
+
+
+def evenly(places: Sequence[int], number: int) -> list[int]:
+    """So many of the places, or all there are, the first and the last among them."""
+    wanted = min(number, len(places))
+    spread = np.linspace(0, len(places) - 1, wanted).round().astype(int).tolist()
+    return [places[index] for index in spread]
 
 
 def within_budget(costs: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
@@ -85,13 +92,21 @@ def evaluate(
         ranks: the processes that share the work; each evaluates some prompts, and gets all.
         assignment_version: of the division that the prompts' clusters are of.
     """
-    samples = config.run.eval_samples
     scored = held_out_groups(engine, prompts, scorer, config, ranks)
-    values = np.array([group.rewards for group in scored])
-    ranks.gather(partial(_require_reward, values))
+    ranks.gather(partial(_require_reward, scored))
+    record = _record(step, scored, config.run.eval_samples, assignment_version)
+    shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
+    return record, [sample_record(step, assignment_version, group) for group in shown]
+
+
+def _record(
+    step: int, groups: Sequence[Group], samples: int, assignment_version: int
+) -> EvaluationRecord:
+    """What rewarded completions of held-out prompts come to, of all and per cluster."""
+    values = np.array([group.rewards for group in groups])
     places: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        places.setdefault(str(prompt.cluster_id), []).append(place)
+    for place, group in enumerate(groups):
+        places.setdefault(str(group.prompt.cluster_id), []).append(place)
 
     def summary(rewards: FloatArray) -> ClusterEvaluation:
         chosen = rewards[np.isfinite(rewards).any(1)]
@@ -105,15 +120,13 @@ def evaluate(
             num_prompts=len(chosen),
         )
 
-    record = EvaluationRecord(
+    return EvaluationRecord(
         step=step,
         num_samples=samples,
         assignment_version=assignment_version,
         **vars(summary(values)),
         clusters={name: summary(values[where]) for name, where in sorted(places.items())},
     )
-    shown = one_of_each(scored, lambda group: group.prompt.cluster_id)[:SAMPLES]
-    return record, [sample_record(step, assignment_version, group) for group in shown]
 
 
 def held_out_groups(
@@ -194,20 +207,82 @@ def choice_rewards(
     return [scored.rewards for scored in groups]
 
 
-def _require_reward(values: FloatArray) -> list[None]:
-    if not np.isfinite(values).any():
+def _require_reward(groups: Sequence[Group]) -> list[None]:
+    if not any(np.isfinite(group.rewards).any() for group in groups):
         raise PluginError("no held-out completion got a reward")
     return []
 
 
+def held_out_with(
+    parts: Assembly, candidates: Sequence[int], num_prompts: int
+) -> Iterator[list[Example]]:
+    """Held-out examples with each number of MovieLens candidates: the same interactions in the same
+    order, so that rewards can be compared place by place.
+
+    A longer list of films holds those of a shorter one. Where prompts that are too long are left out,
+    so is an interaction whose prompt is too long with one of these numbers, or with the one that was
+    trained with. Examples are made of one number at a time, all of the same ratings in memory.
+
+    Args:
+        parts: of a run, of which neither weights nor clusters are needed.
+        candidates: films to choose from.
+        num_prompts: interactions, spread evenly over the evaluation period.
+
+    Raises:
+        ConfigError: the data set has no candidates, or other interactions with another number of them.
+        DataError: there are too few films, or no interaction is held out that fits.
+    """
+    data, generation = parts.config.data, parts.config.generation
+    varied = [_with_candidates(data, count).candidates for count in candidates]
+    assert isinstance(data, MovieLensConfig)
+    loaded = load_movielens(data)
+    sets = [with_candidates(loaded, count).evaluation for count in varied]
+    places: Sequence[int] = range(len(loaded.evaluation))
+    if generation.long_prompts == "drop":
+        asked = (loaded.evaluation, *sets)
+        places = [place for place in places if all(parts.fits(each[place]) for each in asked)]
+        if not places:
+            raise DataError(
+                f"all {len(loaded.evaluation)} held-out prompts are longer with {max(varied)} candidates "
+                f"than generation.max_prompt_tokens = {generation.max_prompt_tokens}"
+            )
+    chosen = evenly(places, num_prompts)
+    for examples in sets:
+        yield [examples[place] for place in chosen]
+
+
+def groups_with(
+    parts: Assembly, candidates: Sequence[int], num_prompts: int
+) -> Iterator[list[Group]]:
+    """What a policy answers with each number of MovieLens candidates, rewarded: `held_out_groups` of
+    `held_out_with`, one number at a time. The engine was synced by then."""
+    for examples in held_out_with(parts, candidates, num_prompts):
+        prompts = [parts.builder.build(example) for example in examples]
+        yield held_out_groups(parts.engine, prompts, parts.held_out_scorer, parts.config)
+
+
+def rules_with(
+    parts: Assembly, candidates: Sequence[int], num_prompts: int
+) -> Iterator[dict[str, FloatArray]]:
+    """What simple rules get for the same prompts [H] with each number of MovieLens candidates, by the
+    rule's name (`pgrpo.train.baselines`).
+
+    `chance` is one in so many, and the logits are fitted, like the policy, to choices among as many
+    films as the run was trained with. No weights are loaded.
+    """
+    rules = Rules(parts.dataset, parts.members.histories("cluster", 0))
+    for examples in held_out_with(parts, candidates, num_prompts):
+        yield rules.rewards(examples)
+
+
 def evaluate_run(
-    folder: Path, candidates: Sequence[int | None], num_prompts: int, *, best: bool = False
+    folder: Path, candidates: Sequence[int] | None, num_prompts: int, *, best: bool = False
 ) -> list[dict[str, Any]]:
     """Evaluate a run's last checkpoint, once for each number of MovieLens candidates.
 
     Args:
         folder: of the run.
-        candidates: films to choose from; None stands for the number that was trained with.
+        candidates: films to choose from; None stands for what was trained with.
         num_prompts: held-out prompts, the same interactions for every number of candidates.
         best: take the checkpoint of the best held-out reward in the place of the last.
 
@@ -223,32 +298,31 @@ def evaluate_run(
     run = RunFolder(folder)
     config = run.config()
     checkpoint = chosen_checkpoint(run, best=best)
+    counts = [getattr(config.data, "candidates", None)] if candidates is None else candidates
     results: list[dict[str, Any]] = []
     with Assembly(config, checkpoint) as parts:
         parts.engine.sync(int(checkpoint.state()["policy_version"]))
-        for count in candidates:
-            dataset = parts.dataset
-            if count is not None:
-                varied = load_dataset(_with_candidates(config.data, count))
-                dataset = parts.without_long_prompts(varied)
-            prompts = [parts.builder.build(e) for e in held_out(dataset, num_prompts)]
-            record, _ = evaluate(
-                checkpoint.step,
-                parts.engine,
-                prompts,
-                parts.held_out_scorer,
-                config,
-                assignment_version=parts.members.division.version,
-            )
-            result = record.model_dump()
+        if candidates is None:
+            prompts = [parts.builder.build(e) for e in held_out(parts.dataset, num_prompts)]
+            found = iter([held_out_groups(parts.engine, prompts, parts.held_out_scorer, config)])
+        else:
+            found = groups_with(parts, candidates, num_prompts)
+        for count, groups in zip(counts, found, strict=True):
+            _require_reward(groups)
+            version = parts.members.division.version
+            result = _record(checkpoint.step, groups, config.run.eval_samples, version).model_dump()
             error = result["std"] / result["num_prompts"] ** 0.5
-            shown = getattr(config.data, "candidates", None) if count is None else count
-            results.append({"candidates": shown, "standard_error": error, **result})
+            results.append({"candidates": count, "standard_error": error, **result})
     return results
 
 
 def _with_candidates(data: DataConfig, count: int) -> MovieLensConfig:
     if not isinstance(data, MovieLensConfig):
         raise ConfigError(f"data set {data.name!r} has no candidates to vary")
+    if data.task == "rated":
+        raise ConfigError(
+            "data.task is 'rated', where another number of candidates makes other choices, of other "
+            "ratings; expected 'next'"
+        )
     tree = {**data.model_dump(), "candidates": count}
     return check(MovieLensConfig, tree, "--candidates")
