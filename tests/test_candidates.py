@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from pgrpo.cli import main
 from pgrpo.data import load_dataset
 from pgrpo.data.movielens import load_movielens, with_candidates
 from pgrpo.errors import ConfigError, DataError
-from pgrpo.experiments.candidates import BASE, CANDIDATES, MEASURED_AT, TRAINED_WITH
-from pgrpo.experiments.reproduce import load_base, plans
+from pgrpo.experiments import reproduce as reproducing
+from pgrpo.experiments.candidates import CANDIDATES
+from pgrpo.experiments.design import Claim, Reproduction, Setting
+from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce
 from pgrpo.runs.config import load_config
+from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
@@ -46,7 +50,7 @@ def model_folder(folder: Path, ratings: Path) -> Path:
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": 3 + len(words)}
+    shape: dict[str, Any] = {**SHAPE, "vocab_size": 3 + len(words)}
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
     return folder
 
@@ -181,7 +185,7 @@ def test_who_is_left_out_with_one_number_is_with_all(
     short["generation.max_prompt_tokens"] = min(lengths) - 1
     with (
         Assembly(load_config(write_config(tmp_path, {**titles, **short}))) as parts,
-        pytest.raises(DataError, match="held-out prompts are longer with 12 candidates"),
+        pytest.raises(DataError, match="held-out prompts with 12 candidates are longer"),
     ):
         list(held_out_with(parts, NUMBERS, 10_000))
 
@@ -230,25 +234,62 @@ def test_numbers_that_there_are_not(run: Path, capsys: Capture) -> None:
 # --- the grid --------------------------------------------------------------------------------
 
 
-def test_the_grid_is_one_training_measured_with_every_number() -> None:
-    base = ROOT / "examples" / BASE
-    planned = plans(CANDIDATES, load_base(base), [0, 1])
-    assert {setting.name for setting in CANDIDATES.settings} == set(MEASURED_AT)
-    assert list(MEASURED_AT.values()) == [4, 8, 12, 16, 20]
-    assert {plan.config.data.candidates for plan in planned} == {TRAINED_WITH} == {4}  # type: ignore[union-attr]
-    # Each arm and seed is trained once, whatever it is measured with.
-    arms = {plan.arm for plan in planned}
-    assert arms == {"grpo", "pgrpo", "pgrpo:one", "auto"}
-    assert len({plan.key for plan in planned}) == 2 * len(arms)
-    cells = {plan.cell for plan in planned}
-    assert len(cells) == len(MEASURED_AT) * len(arms)
-    for claim in CANDIDATES.claims:
-        assert {claim.after, claim.before} <= cells and claim.after != claim.before
-    assert 1 <= sum(claim.primary for claim in CANDIDATES.claims) <= 3
+def test_a_policy_is_trained_once_and_measured_with_every_number(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = Reproduction(
+        name="films",
+        about="more films",
+        axis="films",
+        settings=tuple(Setting(f"films-{n}", ("grpo", "pgrpo"), candidates=n) for n in NUMBERS),
+        claims=(Claim(("films-12", "pgrpo"), ("films-12", "grpo"), "a history", primary=True),),
+    )
+    base = load_base(write_config(tmp_path, changes))
+    planned = plans(asked, base, [0, 1])
+    assert len({plan.run_key for plan in planned}) == 4
+    assert len({plan.key for plan in planned}) == 12
+    out = tmp_path / "out"
+    quiet = console(quiet=True)
+    with patch.object(reproducing, "_discard_checkpoints"):
+        reproduce(asked, base, [0, 1], out, shown_on=quiet)
+    trained = sorted(path.parent.relative_to(out / "runs") for path in out.rglob("config.toml"))
+    assert trained == [Path(f"films-4/{arm}/seed-{k}") for arm in ("grpo", "pgrpo") for k in (0, 1)]
+    lines = [json.loads(line) for line in (out / "figures.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 12
+    folder = RunFolder(out / "runs" / "films-4" / "pgrpo" / "seed-1")
+    checkpoint = chosen_checkpoint(folder, best=False)
+    with Assembly(folder.config(), checkpoint) as parts:
+        parts.engine.sync(2)
+        found = list(groups_with(parts, NUMBERS, 10_000))
+    rows = json.loads((out / "table.json").read_text("utf-8"))
+    for number, groups in zip(NUMBERS, found, strict=True):
+        (row,) = (
+            row
+            for row in rows
+            if (row["setting"], row["arm"], row["seed"]) == (f"films-{number}", "pgrpo", 1)
+        )
+        assert row["figure"] == pytest.approx(np.mean([group.rewards[0] for group in groups]))
+    assert len({row["figure"] for row in rows}) > 4
+    (claim,) = json.loads((out / "claims.json").read_text("utf-8"))
+    assert len(claim["each"]) == 2
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("pgrpo compare") == 1, "one command trains all"
+    assert "4 runs took" in page
+
+    # Without two of its figures a run is wanted again, and measured where its checkpoint still is.
+    kept = [json.dumps(line) for line in lines[:-2]]
+    (out / "figures.jsonl").write_text("".join(f"{line}\n" for line in kept), "utf-8")
+    assert estimate(planned, out).num_measured == 3
+    reproduce(asked, base, [0, 1], out, shown_on=quiet)
+    again = [json.loads(line) for line in (out / "figures.jsonl").read_text("utf-8").splitlines()]
+    assert [line["rewards"] for line in again] == [line["rewards"] for line in lines]
+    assert not list(out.rglob("checkpoints"))
 
 
-def test_the_base_is_the_example_and_draws_films_by_popularity() -> None:
-    packaged = ROOT / "python" / "pgrpo" / "experiments" / BASE
-    assert packaged.read_bytes() == (ROOT / "examples" / BASE).read_bytes()
-    data: Any = load_config(packaged).data
-    assert (data.negatives, data.candidates, data.answer) == ("popularity", TRAINED_WITH, "label")
+def test_the_base_draws_films_by_popularity() -> None:
+    base = load_base(ROOT / "examples" / CANDIDATES.base)
+    data: Any = base.data
+    assert (data.negatives, data.answer) == ("popularity", "label")
+    planned = plans(CANDIDATES, base, [0])
+    assert [plan.candidates for plan in planned if plan.arm == "grpo"] == [4, 8, 12, 16, 20]
+    assert len({plan.run_key for plan in planned}) == 4, "each arm is trained once"

@@ -20,9 +20,11 @@ from test_cli import refused
 
 from pgrpo.cli import main
 from pgrpo.errors import ConfigError, RunFolderError
+from pgrpo.experiments import measure as measuring
 from pgrpo.experiments import reproduce as reproducing
+from pgrpo.experiments.design import Claim, Reproduction, Setting
 from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce, restricted
-from pgrpo.experiments.reproductions import REPRODUCTIONS, Claim, Reproduction, Setting
+from pgrpo.experiments.reproductions import REPRODUCTIONS
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.build import Assembly
@@ -444,7 +446,7 @@ def _killed(base: Path, out: Path, at: str) -> None:
         delete(path, **options)
 
     with (
-        patch.object(reproducing, "held_out_groups", measured),
+        patch.object(measuring, "held_out_groups", measured),
         patch.object(shutil, "rmtree", deleted),
     ):
         run(base, out)
@@ -513,13 +515,19 @@ def test_they_are_listed_with_their_numbers_of_runs(capsys: Capture) -> None:
     assert main(["reproduce"]) == 0
     lines = capsys.readouterr().out.splitlines()
     counts = {line.split(" (")[0]: int(line.split(" (")[1].split()[0]) for line in lines}
-    assert counts == {"curves": 40, "granularity": 35, "random": 20, "rollouts": 180}
+    assert counts == {
+        "curves": 40,
+        "candidates": 20,
+        "granularity": 35,
+        "random": 20,
+        "rollouts": 180,
+    }
 
 
 @pytest.mark.parametrize("name", REPRODUCTIONS)
 def test_a_reproduction_can_be_planned_and_asks_for_cells_that_it_has(name: str) -> None:
     found = REPRODUCTIONS[name]
-    planned = plans(found, load_base(ROOT / "examples" / "electricity.toml"), [0])
+    planned = plans(found, load_base(ROOT / "examples" / found.base), [0])
     cells = {plan.cell for plan in planned}
     assert len(cells) == len(planned)
     for claim in found.claims:
@@ -538,9 +546,10 @@ def test_a_reproduction_can_be_planned_and_asks_for_cells_that_it_has(name: str)
         assert sizes == {64}
 
 
-def test_the_packaged_base_is_the_example() -> None:
-    packaged = ROOT / "python" / "pgrpo" / "experiments" / "electricity.toml"
-    assert packaged.read_bytes() == (ROOT / "examples" / "electricity.toml").read_bytes()
+@pytest.mark.parametrize("name", sorted({found.base for found in REPRODUCTIONS.values()}))
+def test_the_packaged_bases_are_the_examples(name: str) -> None:
+    packaged = ROOT / "python" / "pgrpo" / "experiments" / name
+    assert packaged.read_bytes() == (ROOT / "examples" / name).read_bytes()
 
 
 def test_the_command_runs_some_arms_of_some_settings_on_another_base(

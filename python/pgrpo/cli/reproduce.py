@@ -22,7 +22,7 @@ def reproduce(
     seeds: Annotated[str, Option(help="seeds, with commas")] = "0,1,2,3,4",
     base: Annotated[
         Path | None,
-        Option("--on", help="config that the settings change; by default the electricity panel"),
+        Option("--on", help="config that the settings change, in the place of the packaged one"),
     ] = None,
     settings: Annotated[str, Option(help="only these settings, with commas")] = "",
     arms: Annotated[str, Option(help="only these arms, with commas")] = "",
@@ -42,6 +42,7 @@ def reproduce(
     deleted once their policy was measured on all held-out prompts.
     """
     from pgrpo.config.checks import suggest
+    from pgrpo.experiments.design import Reproduction
     from pgrpo.experiments.reproductions import REPRODUCTIONS
 
     seed_numbers = numbers(seeds, "--seeds")
@@ -54,17 +55,19 @@ def reproduce(
     if name is not None and name not in REPRODUCTIONS:
         raise ConfigError(f"there is no reproduction {name!r}{suggest(name, list(REPRODUCTIONS))}")
     with ExitStack() as stack:
-        if base is None:
-            packaged = resources.files("pgrpo.experiments") / "electricity.toml"
-            base = stack.enter_context(resources.as_file(packaged))
         from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce, restricted
 
-        config = load_base(base)
+        def base_of(reproduction: Reproduction) -> Path:
+            packaged = resources.files("pgrpo.experiments") / reproduction.base
+            return base or stack.enter_context(resources.as_file(packaged))
+
         if name is None:
             for found in REPRODUCTIONS.values():
-                num_runs = len({plan.key for plan in plans(found, config, seed_numbers)})
+                planned = plans(found, load_base(base_of(found)), seed_numbers)
+                num_runs = len({plan.run_key for plan in planned})
                 print(f"{found.name} ({num_runs} runs): {found.about}")
             return
+        config = load_base(base_of(REPRODUCTIONS[name]))
         if out is None:
             raise ConfigError("--out is missing; expected a folder for runs, figures and pages")
         chosen = restricted(REPRODUCTIONS[name], _words(settings), _words(arms))

@@ -8,61 +8,13 @@ each (setting, arm); `primary` ones are what a reproduction was made to tell, al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-Cell = tuple[str, str]
-"""Setting and arm."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One command of `pgrpo compare`: a change of the base config, and arms that run under it."""
-
-    name: str
-    """Of its folder and rows."""
-    arms: tuple[str, ...]
-    """As `pgrpo compare --estimators` takes them."""
-    overrides: tuple[str, ...] = ()
-    """As `--set` takes them."""
-    no_signal: tuple[str, ...] = ()
-    """Arms that cannot learn anything here; their rows have no figure."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That one cell gets more than another, or with a margin, hardly less."""
-
-    after: Cell
-    before: Cell
-    what: str
-    """The respect in which the two differ."""
-    primary: bool = False
-    margin: float | None = None
-    """The loss from which on `before` counts as not reached."""
-    cluster: str | None = None
-    """Whose prompts are asked of: the people of one of the base's clusters; None stands for all."""
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """A grid of runs, and what is asked of it."""
-
-    name: str
-    about: str
-    """What it shows, and of which figure of the paper."""
-    axis: str
-    """What the settings vary."""
-    settings: tuple[Setting, ...]
-    claims: tuple[Claim, ...]
-
+from pgrpo.experiments.candidates import CANDIDATES
+from pgrpo.experiments.design import MARGIN, Claim, Reproduction, Setting
 
 _CURVE = ("run.eval_every=10", "run.eval_prompts=200")
 """Evaluations along a run, for its curve; the last policy is measured on all prompts anyway."""
 _NO_CURVE = ("run.eval_every=50", "run.eval_prompts=100")
-
-MARGIN = 0.02
-"""Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: a judgement, on
-the panel one choice in fifty."""
 
 CURVES = Reproduction(
     name="curves",
@@ -256,5 +208,5 @@ ROLLOUTS = Reproduction(
 )
 
 REPRODUCTIONS: Mapping[str, Reproduction] = {
-    found.name: found for found in (CURVES, GRANULARITY, RANDOM, ROLLOUTS)
+    found.name: found for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, ROLLOUTS)
 }

@@ -46,7 +46,7 @@ class Page:
     @property
     def runs(self) -> list[FigureRecord]:
         """Each that was trained once, however many cells it is in."""
-        return list({found.key: found for found in self.records.values()}.values())
+        return list({found.run: found for found in self.records.values()}.values())
 
 
 def verdict(page: Page) -> Verdict:
@@ -68,7 +68,8 @@ def verdict(page: Page) -> Verdict:
     missing = page.num_planned - len(page.records)
     if missing:
         sentences.append(f"{missing} of {page.num_planned} figures are not there yet.")
-    hours = sum(found.seconds + found.measuring_s for found in page.runs) / 3600
+    measured = {found.key: found.measuring_s for found in page.records.values()}
+    hours = (sum(found.seconds for found in page.runs) + sum(measured.values())) / 3600
     sentences.append(f"{plural(len(page.runs), 'run')} took {hours:.2f} hours.")
     return Verdict(
         told[0] if told else "None of the primary questions was asked.", tuple(sentences)

@@ -243,8 +243,8 @@ def held_out_with(
         places = [place for place in places if all(parts.fits(each[place]) for each in asked)]
         if not places:
             raise DataError(
-                f"all {len(loaded.evaluation)} held-out prompts are longer with {max(varied)} candidates "
-                f"than generation.max_prompt_tokens = {generation.max_prompt_tokens}"
+                f"all {len(loaded.evaluation)} held-out prompts with {max(varied)} candidates are "
+                f"longer than generation.max_prompt_tokens = {generation.max_prompt_tokens}"
             )
     chosen = evenly(places, num_prompts)
     for examples in sets:

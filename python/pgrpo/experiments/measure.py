@@ -1,0 +1,108 @@
+"""What a finished run's last policy gets on all held-out prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from pgrpo.rewards.pairwise import digest
+from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.reproduction import FigureRecord
+from pgrpo.train.build import Assembly
+from pgrpo.train.checkpoint import chosen_checkpoint
+from pgrpo.train.evaluation import (
+    choice_probabilities,
+    choice_rewards,
+    held_out,
+    held_out_groups,
+    held_out_with,
+)
+from pgrpo.types import Example, FloatArray, Prompt
+
+
+def measure(
+    folder: RunFolder, name: str, wanted: Mapping[str, int | None], note: Callable[[str], None]
+) -> Iterator[FigureRecord]:
+    """Measure the last checkpoint of a run, once for each figure that is wanted.
+
+    Where answers are single tokens, the rewards of all of them are known, and both the likeliest
+    answer's and the exact mean come of one pass over the prompts; otherwise completions are generated.
+
+    Args:
+        folder: of the run.
+        name: of the run, for figure and progress.
+        wanted: key of the figure -> MovieLens films to choose from, None for as many as in training.
+        note: is told what is done.
+
+    Raises:
+        RunFolderError, CheckpointError: the folder is damaged.
+        PgrpoError: what would stop an evaluation of the run.
+    """
+    config, info = folder.config(), folder.info()
+    checkpoint = chosen_checkpoint(folder, best=False)
+    with Assembly(config, checkpoint, note) as parts:
+        for key, candidates in wanted.items():
+            began = perf_counter()
+            examples = asked(parts, candidates)
+            among = "" if candidates is None else f" with {candidates} films each"
+            note(f"measuring {name} on all {len(examples):,} held-out prompts{among}")
+            prompts = [parts.builder.build(example) for example in examples]
+            expected: list[FloatArray] = []
+            if all(map(_is_labelled, prompts)) and not config.run.eval_samples:
+                budget = config.optimizer.token_budget
+                shares = choice_probabilities(parts.model, prompts, budget)
+                of_choices = choice_rewards(parts.tokenizer, prompts, parts.held_out_scorer)
+                likeliest = [int(each.argmax()) for each in shares]
+                said = [p.choices[k] for p, k in zip(prompts, likeliest, strict=True) if p.choices]
+                rewards = [r[[k]] for r, k in zip(of_choices, likeliest, strict=True)]
+                expected = [p @ r for p, r in zip(shares, of_choices, strict=True)]
+            else:
+                parts.engine.sync(int(checkpoint.state()["policy_version"]))
+                groups = held_out_groups(parts.engine, prompts, parts.held_out_scorer, config)
+                said = [group.rollouts[0].completion_ids for group in groups]
+                rewards = [group.rewards for group in groups]
+            yield FigureRecord(
+                key=key,
+                run=name,
+                users=[example.user for example in examples],
+                prompts=digest([[example.user, example.text] for example in examples]),
+                rewards=[_mean(each) for each in rewards],
+                # To five digits, for files of many runs are kept.
+                expected=[
+                    None if mean is None else round(mean, 5) for mean in map(_mean, expected)
+                ],
+                commonest=max(Counter(said).values()) / len(said),
+                steps=checkpoint.step,
+                rollouts=sum(record.num_rollouts or 0 for record in folder.metrics),
+                seconds=info.seconds,
+                measuring_s=perf_counter() - began,
+                curve={
+                    record.step: record.reward
+                    for record in folder.evaluations
+                    if record.reward is not None
+                },
+                versions=info.versions,
+                precision=info.precision,
+            )
+
+
+def asked(parts: Assembly, candidates: int | None) -> Sequence[Example]:
+    """All held-out examples, with so many films to choose from where that is another number."""
+    everything = len(parts.dataset.evaluation)
+    if candidates is None:
+        return held_out(parts.dataset, everything)
+    return next(held_out_with(parts, [candidates], everything))
+
+
+def _is_labelled(prompt: Prompt) -> bool:
+    """Whether its completion is one of some single tokens."""
+    return prompt.choices is not None and all(len(choice) == 1 for choice in prompt.choices)
+
+
+def _mean(values: FloatArray) -> float | None:
+    """Of the finite ones; None where there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
