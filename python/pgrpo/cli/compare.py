@@ -15,7 +15,10 @@ def compare(
     out: Annotated[Path, Option(help="folder for the runs and the report")],
     estimators: Annotated[
         str,
-        Option(help="arms, with commas: names, NAME:user, control arms NAME:one and NAME:shuffled"),
+        Option(
+            help="arms, with commas: names, NAME:user, control arms NAME:one and NAME:shuffled, "
+            "objectives dpo and sft; any with ARM@section.key=value"
+        ),
     ] = "grpo,pgrpo",
     seeds: Annotated[str, Option(help="seeds, with commas")] = "0",
     quiet: Quiet = False,

@@ -126,7 +126,7 @@ def _take_part(settings: Config, path: Path, *, quiet: bool, as_json: bool) -> V
     folder = RunFolder(path)
     with connect(settings.parallel) as ranks:
         shown_on = console(quiet=quiet or not ranks.leads, stderr=as_json)
-        display = Display(settings.estimator.name, settings.run.num_steps, shown_on=shown_on)
+        display = Display(settings.rule, settings.run.num_steps, shown_on=shown_on)
         try:
             with ranks.alone(lambda: folder), display:
                 verdict = trainer.train(settings, folder, display, ranks)

@@ -112,6 +112,10 @@ class ModelConfig(Section):
     """Render prompts with the tokenizer's chat template instead of as plain text."""
     system_prompt: str | None = None
     """System turn of chats that have none; without it the template's own default applies."""
+    prompt_template: str = "{prompt}"
+    """What the model reads of a prompt, or of the first user turn of a chat: `{prompt}` is its text,
+    and `{cluster}` the name of its user's cluster, by which a policy can tell clusters apart; with soft
+    membership, of the one that the user belongs to most."""
     chat_template_kwargs: dict[str, Any] = {}
     """What the chat template is told besides, such as `enable_thinking = false` for Qwen3."""
     precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
@@ -121,6 +125,18 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if template.count("{prompt}") != 1:
+            raise ValueError(f"prompt_template is {template!r}; expected {{prompt}} in it, once")
+        return template
+
+    @property
+    def names_cluster(self) -> bool:
+        """Whether the model is told the cluster."""
+        return "{cluster}" in self.prompt_template
 
     def inactive(self) -> set[str]:
         pinned = self.name == "tiny" or self.name.startswith("pypi:")
@@ -273,8 +289,14 @@ class ParallelConfig(Section):
 
 
 class LossConfig(Section):
-    """The clipped policy-gradient loss."""
+    """What is minimised."""
 
+    objective: Literal["policy_gradient", "dpo", "sft"] = "policy_gradient"
+    """The clipped policy gradient of an estimator's advantages; or, to compare with and without an
+    estimator, DPO of the pairs of each group, or cross-entropy of the completions with a positive
+    reward ([how_it_works.md](how_it_works.md#dpo-and-sft))."""
+    beta: float = Field(default=0.1, gt=0)
+    """How far DPO lets the policy go from the reference: the larger, the less."""
     aggregation: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
     """Mean over the step's tokens, sum over tokens divided by a constant length, or mean over
     rollouts of each one's token mean."""
@@ -321,11 +343,24 @@ class LossConfig(Section):
             )
         return self
 
+    @property
+    def takes_estimator(self) -> bool:
+        """Whether it is the loss of an estimator's advantages."""
+        return self.objective == "policy_gradient"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it compares the policy with the model that training began with."""
+        return self.kl_coef > 0 or self.objective == "dpo"
+
     def inactive(self) -> set[str]:
+        if not self.takes_estimator:
+            own = "beta" if self.objective == "dpo" else "aggregation"
+            return set(LossConfig.model_fields) - {"objective", "mask_truncated", own}
         correction = {"importance_cap", "mask_below", "mask_above"}
         if self.old_logprobs == "rollout":
-            return {"importance", *correction}
-        return correction if self.importance == "off" else set()
+            return {"beta", "importance", *correction}
+        return {"beta", *correction} if self.importance == "off" else {"beta"}
 
 
 class OptimizerConfig(Section):

@@ -1,7 +1,8 @@
-"""Comparing estimators: one run folder per arm and seed, one report over all."""
+"""Comparing estimators and objectives: one run folder per arm and seed, one report over all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from pgrpo.config.checks import suggest
-from pgrpo.config.sections import EstimatorConfig
-from pgrpo.config.toml import flat, resolved_tree
+from pgrpo.config.sections import EstimatorConfig, LossConfig
+from pgrpo.config.toml import apply_override, flat, resolved_tree
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
 from pgrpo.report import Verdict, write_report
@@ -32,15 +33,24 @@ def compare(
     """Run every arm with every seed, then write `out/report.html`.
 
     An arm is an estimator's name, `NAME:user` with a history for each user, or `NAME:one` and
-    `NAME:shuffled` for the control arms that read another history; its runs are
-    `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in the same order. Finished runs
-    are kept and unfinished ones continued, so that an interrupted comparison goes on where it was.
-    Progress is shown on `shown_on`, by default on standard output.
+    `NAME:shuffled` for the control arms that read another history, or `dpo` or `sft`, objectives that
+    take no estimator; `ARM@section.key=value` is that arm with another setting, of which there may be
+    several. Its runs are `out/NAME[-one]/seed-K`. All arms of a seed see the same prompts in the same
+    order. Finished runs are kept and unfinished ones continued, so that an interrupted comparison goes
+    on where it was. Progress is shown on `shown_on`, by default on standard output.
 
     Raises:
-        ConfigError: an arm is unknown, or a folder holds a run with other settings.
+        ConfigError: an arm is unknown, or a folder holds a run with other settings, or would hold two
+            arms.
     """
     arms, seeds = list(dict.fromkeys(arms)), list(dict.fromkeys(seeds))
+    named: dict[str, str] = {}
+    for arm in arms:
+        if named.setdefault(arm_folder(arm), arm) != arm:
+            raise ConfigError(
+                f"arms {named[arm_folder(arm)]!r} and {arm!r} would share the folder "
+                f"{out / arm_folder(arm)}; expected names that differ in letters or numbers"
+            )
     plans = {
         arm_folder(arm) + f"/seed-{seed}": arm_config(config, arm, seed)
         for arm in arms
@@ -108,24 +118,41 @@ def run_all(
 
 
 def arm_folder(arm: str) -> str:
-    """`pgrpo:one` -> `pgrpo-one`."""
-    return arm.replace(":", "-")
+    """`pgrpo:one` -> `pgrpo-one`, `dpo@loss.beta=0.5` -> `dpo-loss.beta=0.5`."""
+    return re.sub(r"[^\w.=]+", "-", arm)
+
+
+OBJECTIVES = ("dpo", "sft")
+"""Values of `loss.objective` that take no estimator, and are arms by themselves."""
 
 
 def arm_config(config: Config, arm: str, seed: int) -> Config:
-    """The config with this arm's estimator and seed, without settings that have no effect then."""
-    name, colon, history = arm.partition(":")
+    """The config with this arm's estimator or objective, seed and settings, without settings of its own
+    that have no effect then."""
+    rule, *overrides = arm.split("@")
+    name, colon, history = rule.partition(":")
     tree = resolved_tree(config)
     tree["run"]["seed"] = seed
-    if name not in RULES:
-        raise ConfigError(f"there is no estimator {name!r}{suggest(name, list(RULES))}")
+    takes_estimator = name not in OBJECTIVES
+    if takes_estimator and name not in RULES:
+        known = [*RULES, *OBJECTIVES]
+        raise ConfigError(f"there is no estimator {name!r}{suggest(name, known)}")
     # Not the base's own history: what an arm reads is in its name.
-    base = {key: value for key, value in tree["estimator"].items() if key != "history"}
-    chosen: dict[str, Any] = {"name": name, **({"history": history} if colon else {})}
-    idle = EstimatorConfig.model_construct(**base | chosen).inactive()
-    tree["estimator"] = {key: value for key, value in base.items() if key not in idle} | chosen
-    if not RULES[name].zero_alone:
-        tree["run"]["resample"] = 0
+    base = {key: value for key, value in tree.pop("estimator", {}).items() if key != "history"}
+    chosen: dict[str, Any] = {"history": history} if colon else {}
+    if takes_estimator:
+        chosen["name"] = name
+        idle = EstimatorConfig.model_construct(**base | chosen).inactive()
+        chosen = {key: value for key, value in base.items() if key not in idle} | chosen
+        if not RULES[name].zero_alone:
+            tree["run"]["resample"] = 0
+    if chosen:
+        tree["estimator"] = chosen
+    loss = tree["loss"] | {"objective": "policy_gradient" if takes_estimator else name}
+    idle = LossConfig.model_construct(**loss).inactive()
+    tree["loss"] = {key: value for key, value in loss.items() if key not in idle}
+    for override in overrides:
+        apply_override(tree, override)
     return parse_config(tree, source=f"arm {arm!r}")
 
 

@@ -96,8 +96,10 @@ class Setup:
     minibatches: int = 1
     recomputed: bool = True
     """Whether old log-probabilities are the trainer's, not those that the engine reported."""
+    preferences: bool = False
+    """Whether log-probabilities are read before every update instead, for the pairs of DPO."""
     reference: Literal["none", "weights", "adapters"] = "none"
-    """What a KL penalty compares with: other weights, or these without their adapters."""
+    """What a KL penalty or DPO compares with: other weights, or these without their adapters."""
     precision: str = "autocast"
     """fp32, autocast or bf16."""
     gradient_checkpointing: bool = False
@@ -568,7 +570,8 @@ def step(
         for work in passes(setup, groups, shared=shared)
         for kernels in (*forward(shape, setup, work), *head_forward(shape, setup, work.rows))
     ]
-    times = (setup.recomputed and setup.updates > 1) + (setup.reference != "none")
+    times = setup.epochs if setup.preferences else int(setup.recomputed and setup.updates > 1)
+    times += setup.reference != "none"
     if times:
         parts.append(part("log-probabilities", whole * times))
     works = setup.updates * passes(setup, ceil(groups / setup.minibatches), shared=shared)

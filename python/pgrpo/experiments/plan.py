@@ -95,7 +95,8 @@ def setup_of(config: Config, num_devices: int) -> Setup:
         epochs=config.optimizer.epochs,
         minibatches=config.optimizer.minibatches,
         recomputed=loss.old_logprobs == "recomputed",
-        reference="none" if loss.kl_coef == 0 else "adapters" if adapters else "weights",
+        preferences=loss.objective == "dpo",
+        reference="none" if not loss.has_reference else "adapters" if adapters else "weights",
         # All devices that are known here compute in bf16.
         precision="autocast" if precision == "auto" else precision,
         gradient_checkpointing=config.model.gradient_checkpointing,

@@ -124,6 +124,8 @@ def reads(arm: Arm) -> str:
     def of(option: str) -> float:
         return float(settings.get(f"estimator.{option}", getattr(Options, option)))
 
+    if settings.get("loss.objective", "policy_gradient") != "policy_gradient":
+        return "no history"
     if settings["estimator.name"] not in RULES:
         return "what this version of pgrpo does not know"
 

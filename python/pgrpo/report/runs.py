@@ -108,7 +108,8 @@ class Run:
     name: str
     """The folder's name behind that of its parent: `compare` names folders ARM/seed-K."""
     settings: Mapping[str, str]
-    """The resolved config, flat: `generation.group_size` -> `8`."""
+    """The resolved config, flat: `generation.group_size` -> `8`. An objective that takes no estimator
+    stands in the place of its name."""
     info: RunInfo
     steps: Table
     """Never empty."""
@@ -193,6 +194,8 @@ def _read_settings(path: Path) -> dict[str, str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path} is not valid TOML: {error}") from None
     settings = dict(flat(tree))
-    for key, default in (("estimator.name", "pgrpo"), ("estimator.history", "cluster")):
+    objective = settings.get("loss.objective", "policy_gradient")
+    rule = "pgrpo" if objective == "policy_gradient" else objective
+    for key, default in (("estimator.name", rule), ("estimator.history", "cluster")):
         settings.setdefault(key, default)
     return settings

@@ -303,10 +303,16 @@ class Study:
         return tukey_difference(outcomes, a.name, b.name)
 
     def arm_of(self, estimator: str, history: str) -> Arm | None:
-        """The one arm with this estimator and history; None where there is none, or several."""
-        found = [
+        """The one arm with this estimator and history; None where there is none, or several. Where only
+        some arms tell the model the cluster, those do not count."""
+        plain = [
             arm
             for arm in self.arms
+            if "{cluster}" not in arm.runs[0].settings.get("model.prompt_template", "")
+        ]
+        found = [
+            arm
+            for arm in plain or self.arms
             if arm.runs[0].settings["estimator.name"] == estimator
             and arm.runs[0].settings["estimator.history"] == history
         ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from pgrpo.clusters.assignment import Shares
 from pgrpo.clusters.membership import Membership
-from pgrpo.config.sections import ClusteringConfig, EstimatorConfig, RunConfig
+from pgrpo.config.sections import ClusteringConfig, EstimatorConfig, LossConfig, RunConfig
 from pgrpo.errors import CheckpointError, PluginError
 from pgrpo.normalizer import RULES, ClusterNormalizer, ClusterStats
 from pgrpo.normalizer.diagnostics import Diagnostics
@@ -121,6 +121,7 @@ class Collector:
         run: the section `[run]`.
         clustering: the section `[clustering]`.
         estimator: the section `[estimator]`.
+        loss: the section `[loss]`.
         generation: the section `[generation]`.
         dataset: what prompts are made of.
         members: knows whose rewards share a history.
@@ -142,6 +143,7 @@ class Collector:
         run: RunConfig,
         clustering: ClusteringConfig,
         estimator: EstimatorConfig,
+        loss: LossConfig,
         generation: GenerationConfig,
         dataset: Dataset,
         members: Membership,
@@ -160,6 +162,7 @@ class Collector:
         self._scorer = scorer
         self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
+        self._loss = loss
         self._rule = RULES[estimator.name]
         self._borrows = estimator.history == "user" and estimator.prior_count > 0
         self._reads_before = estimator.order == "normalize_then_update"
@@ -267,7 +270,9 @@ class Collector:
 
     def diagnostics(self) -> dict[str, Diagnostics]:
         """Of the histories that advantages are read from: by reward where each has its own, else of one
-        without a name."""
+        without a name; empty where the objective takes no estimator."""
+        if not self._loss.takes_estimator:
+            return {}
         parts = self.normalizer.rewards or {"": self.normalizer}
         return {name: part.diagnostics() for name, part in parts.items()}
 
@@ -322,6 +327,8 @@ class Collector:
 
     def _has_signal(self, group: Group) -> bool:
         """Whether the rule gives any of its rollouts an advantage when it sees this group alone."""
+        if not self._loss.takes_estimator:
+            return bool(without_estimator(group.shaped, self._loss.objective).any())
         rewards, columns = self._columns([group])
         # A group's part in a cluster may count for less than one reward.
         rule = ClusterNormalizer(self._rule.name, nan_policy="zero", min_count=0.0, **self._several)
@@ -338,7 +345,11 @@ class Collector:
         rewards, columns = self._columns(kept)
         self._remember(kept)
         entries = Entries.of(kept, rewards, self._histories_of)
-        parts = split_by_group(entries.advantages(self.normalizer, columns), kept)
+        if self._loss.takes_estimator:
+            parts = split_by_group(entries.advantages(self.normalizer, columns), kept)
+        else:
+            entries.fold(self.normalizer, columns)
+            parts = [without_estimator(group.shaped, self._loss.objective) for group in kept]
         if replaced and self._reads_before:
             self._fold(replaced)
         groups = [replace(g, advantages=part) for g, part in zip(kept, parts, strict=True)]
@@ -465,6 +476,19 @@ class Collector:
             random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
             self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
         return self._order[1]
+
+
+def without_estimator(rewards: FloatArray, objective: str) -> FloatArray:
+    """What stands for the advantages of a group, [G], under an objective that takes no estimator.
+
+    Of `dpo` the pairs that a rollout wins less those that it loses, which is its part in the first
+    update but for a factor (`train.loss.preferences`); of `sft` max(r, 0), the weight of its
+    cross-entropy. Both are 0 of a NaN reward.
+    """
+    if objective == "sft":
+        return np.where(rewards > 0, rewards, 0.0)
+    wins = rewards[:, None] > rewards
+    return (wins.sum(1) - wins.sum(0)).astype(np.float64)
 
 
 def overlong_penalties(rollouts: Sequence[Rollout], generation: GenerationConfig) -> FloatArray:

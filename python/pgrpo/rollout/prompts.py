@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerFast
@@ -10,7 +11,7 @@ from pgrpo.clusters.membership import Membership
 from pgrpo.config.sections import ModelConfig
 from pgrpo.errors import DataError, ModelError
 from pgrpo.rollout.settings import GenerationConfig
-from pgrpo.types import Example, Prompt
+from pgrpo.types import ClusterId, Example, Prompt
 
 
 class PromptBuilder:
@@ -23,7 +24,8 @@ class PromptBuilder:
         members: knows every user's cluster.
 
     Raises:
-        ModelError: a chat template is asked for and the tokenizer has none.
+        ModelError: a chat template is asked for and the tokenizer has none, or two clusters that
+            prompts are to name are the same to it.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class PromptBuilder:
         self._longest = generation.max_prompt_tokens
         self._members = members
         self._choice_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        if model.names_cluster:
+            self._require_different(list(members.about))
 
     def build(self, example: Example) -> Prompt:
         """One prompt.
@@ -47,7 +51,8 @@ class PromptBuilder:
             DataError: the prompt is empty or longer than max_prompt_tokens, its user has no
                 cluster, or its choices cannot be told apart as tokens.
         """
-        ids = token_ids(example, self._tokenizer, self._model)
+        cluster = self._members.cluster(example.user)
+        ids = token_ids(example, self._tokenizer, self._model, cluster)
         if not ids:
             raise DataError(f"the prompt of user {example.user!r} has no tokens: {example.text!r}")
         if len(ids) > self._longest:
@@ -57,7 +62,20 @@ class PromptBuilder:
                 "leaves such prompts out"
             )
         choices = None if example.choices is None else self._choices(example.choices)
-        return Prompt(example, self._members.cluster(example.user), ids, choices)
+        return Prompt(example, cluster, ids, choices)
+
+    def _require_different(self, clusters: Sequence[str]) -> None:
+        """See that prompts which name clusters tell them apart, where a tokenizer knows few words."""
+        first: dict[tuple[int, ...], str] = {}
+        for name in clusters:
+            same = first.setdefault(
+                token_ids(Example("", ""), self._tokenizer, self._model, name), name
+            )
+            if same != name:
+                raise ModelError(
+                    f"model.prompt_template names clusters, and to model {self._model.name!r} "
+                    f"{same!r} and {name!r} are the same; expected one whose tokens tell them apart"
+                )
 
     def _choices(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         if texts not in self._choice_ids:
@@ -100,9 +118,13 @@ def require_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> 
 
 
 def token_ids(
-    example: Example, tokenizer: PreTrainedTokenizerFast, model: ModelConfig
+    example: Example,
+    tokenizer: PreTrainedTokenizerFast,
+    model: ModelConfig,
+    cluster: ClusterId | None = None,
 ) -> tuple[int, ...]:
-    """The prompt of an example as the model reads it, by its chat template if it is wanted.
+    """The prompt of an example as the model reads it, by its chat template if it is wanted; `cluster`
+    is its user's, needed where `model.prompt_template` names it.
 
     Raises:
         DataError: the prompt is a chat, and `model.chat` is false.
@@ -111,9 +133,16 @@ def token_ids(
         raise DataError(
             f"the prompt of user {example.user!r} is a chat, and model.chat is false; expected true"
         )
+    before, after = (
+        part.replace("{cluster}", str(cluster)) for part in model.prompt_template.split("{prompt}")
+    )
     if not model.chat:
-        return tuple(cast(Any, tokenizer)(example.text).input_ids)
+        return tuple(cast(Any, tokenizer)(f"{before}{example.text}{after}").input_ids)
     turns = list(example.turns) or [("user", example.text)]
+    for place, (role, content) in enumerate(turns):
+        if role == "user":
+            turns[place] = (role, f"{before}{content}{after}")
+            break
     if model.system_prompt is not None and turns[0][0] != "system":
         turns.insert(0, ("system", model.system_prompt))
     text = cast(

@@ -50,6 +50,14 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
 
+    def inactive(self) -> set[str]:
+        return set() if self.loss.takes_estimator else {"estimator"}
+
+    @property
+    def rule(self) -> str:
+        """What it learns by: the estimator's name, or the objective where that takes no estimator."""
+        return self.estimator.name if self.loss.takes_estimator else self.loss.objective
+
     def resolved_loss(self) -> LossConfig:
         """`[loss]` with `importance = "auto"` as what it stands for with this sampling."""
         if self.loss.importance != "auto":
@@ -116,20 +124,28 @@ class Config(Section):
                 "generation.overlong_buffer takes a penalty off the sum of the rewards, which is not "
                 "normalised with estimator.combine = 'normalize_then_sum'; expected 0"
             )
+        if self.model.names_cluster and self.generation.long_prompts == "drop":
+            raise ValueError(
+                "generation.long_prompts = 'drop' counts tokens before there are clusters, which "
+                "model.prompt_template names; expected 'fail'"
+            )
         if self.clustering.soft:
             self._check_soft()
         if self.clustering.recluster_every:
             self._check_recluster()
-        compares_within_groups = RULES[self.estimator.name].zero_alone
-        if self.run.resample and not compares_within_groups:
+        takes_estimator = self.loss.takes_estimator
+        compares_within_groups = (
+            RULES[self.rule].zero_alone if takes_estimator else self.rule == "dpo"
+        )
+        if self.run.resample and takes_estimator and not compares_within_groups:
             raise ValueError(
-                f"run.resample has no effect under estimator {self.estimator.name!r}, by which groups "
+                f"run.resample has no effect under estimator {self.rule!r}, by which groups "
                 "of equal rewards have a signal; expected 0"
             )
         if self.generation.group_size == 1 and compares_within_groups:
             raise ValueError(
-                f"estimator {self.estimator.name!r} learns nothing from groups of one; "
-                "generation.group_size must be at least 2"
+                f"{'estimator' if takes_estimator else 'objective'} {self.rule!r} learns nothing from "
+                "groups of one; generation.group_size must be at least 2"
             )
         return self
 

@@ -167,7 +167,8 @@ class StepRecord(Record):
     """the loss that was minimised, a mean over the step's optimizer updates. With one update per step
     and `loss.old_logprobs = "recomputed"` the probability ratio is 1, so this is minus the weighted
     mean advantage, times the importance weights (plus the KL penalty): it tells nothing about
-    progress"""
+    progress. Under `loss.objective = "dpo"` that of the pairs, log 2 at the start, under `"sft"` the
+    cross-entropy"""
     grad_norm: float | None = None
     """global L2 norm of the gradient before it is scaled down to `optimizer.max_grad_norm`; mean over
     updates"""
@@ -295,7 +296,9 @@ class SampleRecord(Record):
     reward: float | None = None
     """raw; `null` where there is none"""
     advantage: float | None = None
-    """what the update used; 0 for a rollout without a reward, `null` for a held-out completion"""
+    """what the update used; 0 for a rollout without a reward, `null` for a held-out completion. Under
+    `loss.objective = "dpo"` the pairs of its group that it wins less those that it loses, under `"sft"`
+    its reward where that is positive, else 0"""
     scores: dict[str, float | None] = {}
     """reward -> what it gave, raw and without its weight, where there are several; `null` where that is
     nothing"""

@@ -211,6 +211,7 @@ class Assembly:
             config.run,
             config.clustering,
             config.estimator,
+            config.loss,
             config.generation,
             self.dataset,
             self.members,
@@ -251,7 +252,7 @@ class Assembly:
 
     def _load_reference(self) -> LanguageModel | None:
         """The untrained model, where the loss needs it beside the trained one."""
-        if not self.config.loss.kl_coef or self.config.model.lora:
+        if not self.config.loss.has_reference or self.config.model.lora:
             return None
         reference = self._load_model(None)
         reference.model.requires_grad_(False)

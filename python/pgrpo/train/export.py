@@ -82,13 +82,16 @@ def _card(run: RunFolder, config: Config, step: int, merge: bool) -> str:
     info, base, estimator = run.info(), config.model.name, config.estimator
     on_hub = base != "tiny" and HUB_NAME.fullmatch(base) and not Path(base).exists()
     name = Path(base).name if Path(base).exists() else base
-    history = "" if estimator.history == "cluster" else f":{estimator.history}"
+    learned_by = f"objective `{config.rule}`"
+    if config.loss.takes_estimator:
+        history = "" if estimator.history == "cluster" else f":{estimator.history}"
+        learned_by = f"estimator `{estimator.name}{history}`"
     # Others have other folders, and need not know of these.
     told = re.sub(r'"(/[^"]*)"', lambda path: f'"{Path(path[1]).name}"', resolved_toml(config))
     trained = (
         f"Trained by pgrpo (P-GRPO, arXiv 2603.10009): {step} steps of "
         f"{config.run.prompts_per_step} prompts with {config.generation.group_size} completions, "
-        f"estimator `{estimator.name}{history}`, data set `{config.data.name}`, reward "
+        f"{learned_by}, data set `{config.data.name}`, reward "
         f"`{info.reward_name}`."
     )
     lines = [

@@ -1,10 +1,11 @@
-"""The clipped policy-gradient loss, token by token.
+"""The losses: the clipped policy gradient, token by token, and two without advantages.
 
 Source: PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) as GRPO uses it (Shao et al.
 2024, arXiv 2402.03300); asymmetric clipping and token-level aggregation from DAPO (Yu et al. 2025,
 arXiv 2503.14476); constant-length aggregation from Dr. GRPO (Liu et al. 2025, arXiv 2503.20783);
 ratios of whole completions from GSPO (Zheng et al. 2025, arXiv 2507.18071); clipped weights in place
-of a clipped surrogate from CISPO (MiniMax 2025, arXiv 2506.13585).
+of a clipped surrogate from CISPO (MiniMax 2025, arXiv 2506.13585). DPO is that of Rafailov et al.
+(2023, arXiv 2305.18290).
 
 Engine and trainer never agree exactly: precision and kernels differ, and weights may be older. The
 correction keeps the policy that sampled apart from the one that the ratio is clipped against, as in
@@ -79,16 +80,53 @@ def rollout_weights(lengths: Sequence[int], aggregation: str, constant_length: i
 
 
 def importance_level(config: LossConfig) -> Literal["off", "token", "sequence"]:
-    """What the importance ratio is taken over; `off` where old_logprobs are those of the rollout.
+    """What the importance ratio is taken over; `off` where old_logprobs are those of the rollout, and
+    under objectives that do not mind who sampled.
 
     Raises:
         ValueError: it is still `auto`, which depends on the engine.
     """
-    if config.old_logprobs == "rollout":
+    if config.old_logprobs == "rollout" or not config.takes_estimator:
         return "off"
     if config.importance == "auto":
         raise ValueError("loss.importance is 'auto'; expected 'off', 'token' or 'sequence'")
     return config.importance
+
+
+def preferences(
+    rewards: Sequence[FloatArray], log_ratios: Sequence[FloatArray], beta: float
+) -> tuple[float, list[FloatArray]]:
+    """DPO's loss over all pairs of a group's completions of which one has the larger reward, and minus
+    its derivative by each completion's log-probability.
+
+        z(w, l) = beta (h_w - h_l)           h = log pi(y | x) - log ref(y | x)
+        loss    = mean over the P pairs (w, l) of all groups of -log sigmoid(z)
+        c_n     = beta / P (sum over (n, l) of sigmoid(-z) - sum over (w, n) of sigmoid(-z))
+
+    The sum of -c_n log pi(y_n | x_n), c_n held fixed, has the gradient of the loss, and is a sum over
+    completions, which may be computed apart. Where the policy is the reference, h = 0 and c_n is
+    beta / 2P times the pairs won less those lost; for rewards of 0 and 1 that is G beta / 2P times
+    the reward less its group's mean, the advantage of Dr. GRPO.
+
+    Args:
+        rewards: [G] of each group, finite.
+        log_ratios: [G] of each group, h in nats, sums over the tokens of a completion.
+        beta: positive.
+
+    Returns:
+        The loss, and c [G] of each group; 0 where there is no pair.
+    """
+    wins = [values[:, None] > values for values in rewards]
+    num_pairs = max(sum(int(each.sum()) for each in wins), 1)
+    loss, found = 0.0, list[FloatArray]()
+    for won, h in zip(wins, log_ratios, strict=True):
+        # log sigmoid(z) is -log(1 + e^-z), and sigmoid(-z) is e^-(z + log(1 + e^-z)).
+        z = beta * (h[:, None] - h)
+        losses = np.logaddexp(0.0, -z)
+        loss += float(losses[won].sum()) / num_pairs
+        pull = np.where(won, np.exp(-z - losses), 0.0) * beta / num_pairs
+        found.append(pull.sum(1) - pull.sum(0))
+    return loss, found
 
 
 def sum_over_completions(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -126,7 +164,8 @@ def token_loss(
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> TokenLoss:
-    """Clipped surrogate, importance correction, KL penalty and entropy bonus of each token.
+    """Clipped surrogate, importance correction, KL penalty and entropy bonus of each token; under
+    `dpo` and `sft` -A logprobs, where A is c of `preferences`, or the reward.
 
         ratio = exp(logprobs - old_logprobs)                                        ratio "token"
               = exp(mean over the completion's trained tokens of the same)                "sequence"
@@ -167,6 +206,9 @@ def token_loss(
 
     Shapes: everything [T] float32, log-probabilities in nats.
     """
+    if not config.takes_estimator:
+        nothing = torch.zeros_like(logprobs)
+        return TokenLoss(-advantages * logprobs, nothing, nothing, nothing)
     log_ratios = logprobs - old_logprobs
     if completion_log_ratios is not None:
         log_ratios = completion_log_ratios + (logprobs - logprobs.detach())

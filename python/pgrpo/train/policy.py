@@ -26,6 +26,7 @@ from pgrpo.train.loss import (
     importance_level,
     importance_weights,
     mismatch,
+    preferences,
     rollout_weights,
     sum_over_completions,
     token_loss,
@@ -65,7 +66,7 @@ class Policy:
         num_steps: length of the run, for the learning-rate schedule.
         temperature: softmax temperature the rollouts are sampled at.
         max_new_tokens: the constant length of `dr_grpo` aggregation.
-        reference: what the KL penalty compares with; needed when kl_coef > 0 and the model has no
+        reference: what a KL penalty or DPO compares with; needed for them when the model has no
             adapters to switch off.
         ranks: the processes that share the work, each with its part of the model's weights.
 
@@ -148,16 +149,17 @@ class Policy:
         return [[next(values) for _ in group] for group in wanted]
 
     def update(self, groups: Sequence[Group], learning_rate: float) -> UpdateStats:
-        """Move the policy along the clipped gradient of these rollouts by their advantages.
+        """Move the policy along the gradient of the loss of these rollouts.
 
         One optimizer step for each of `minibatches` parts of the groups, `epochs` times over; each
         accumulates its gradient over passes of at most `token_budget` tokens, with weights of the
         whole minibatch, so the split changes nothing. A rollout whose advantage is exactly 0 has no
         gradient without a KL penalty or an entropy bonus, and is left out of the passes (not of the
-        averages).
+        averages). Under `sft` those without a positive reward, and under `dpo` groups of equal rewards
+        are as if they were not there.
 
         Args:
-            groups: with finite advantages.
+            groups: with finite rewards and advantages.
             learning_rate: of this step.
 
         Raises:
@@ -167,6 +169,8 @@ class Policy:
         c = self._config
         if self._loss.mask_truncated:
             groups = _without_truncated(groups)
+        if not self._loss.takes_estimator:
+            groups = _with_signal(groups, self._loss.objective)
         # Groups without a reward may have left fewer than there are minibatches; none at all leave the
         # step to the momentum.
         num_parts = max(min(c.minibatches, len(groups)), 1)
@@ -176,7 +180,7 @@ class Policy:
         old: Sequence[Sequence[FloatArray | None]]
         if self._loss.old_logprobs == "rollout":
             old = [[_rollout_logprobs(rollout) for rollout in g.rollouts] for g in groups]
-        elif moves > 1:
+        elif moves > 1 and self._loss.takes_estimator:
             old = self.logprobs(groups)
         else:
             # The current policy is the old one, so its log-probabilities come out of the update's
@@ -190,20 +194,27 @@ class Policy:
             for part in range(num_parts):
                 members = range(part, len(groups), num_parts)
                 lengths = [num_trained_tokens(r) for g in members for r in groups[g].rollouts]
+                advantages = [groups[g].advantages for g in members]
                 weights = iter(
                     rollout_weights(lengths, self._loss.aggregation, self._max_new_tokens)
                 )
+                loss: float | None = None
+                if self._loss.objective == "dpo":
+                    loss, advantages = self._preferences(
+                        [groups[g] for g in members], [ref[g] for g in members]
+                    )
+                    weights = iter([1.0] * len(lengths))
                 trained = [
                     [
                         TrainedRollout(rollout, float(advantage), before, reference, next(weights))
                         for rollout, advantage, before, reference in zip(
-                            groups[g].rollouts, groups[g].advantages, old[g], ref[g], strict=True
+                            groups[g].rollouts, of_group, old[g], ref[g], strict=True
                         )
                     ]
-                    for g in members
+                    for g, of_group in zip(members, advantages, strict=True)
                 ]
                 sums, norm, seen = self._optimizer_step(trained)
-                totals += sums
+                totals += sums if loss is None else [loss, *sums[1:]]
                 norms.append(norm)
                 if epoch == 0:
                     differences += seen
@@ -217,6 +228,16 @@ class Policy:
             mismatch=mismatch(differences, self._loss),
             num_updates=moves,
         )
+
+    def _preferences(
+        self, groups: Sequence[Group], ref: Sequence[Sequence[FloatArray | None]]
+    ) -> tuple[float, list[FloatArray]]:
+        """`preferences` of these groups by the policy as it is now."""
+        log_ratios = [
+            np.array([n.sum() - r.sum() for n, r in zip(*pair, strict=True) if r is not None])
+            for pair in zip(self.logprobs(groups), ref, strict=True)
+        ]
+        return preferences([group.shaped for group in groups], log_ratios, self._loss.beta)
 
     def _optimizer_step(
         self, groups: Sequence[Sequence[TrainedRollout]]
@@ -376,7 +397,7 @@ class Policy:
         return moves and num_trained_tokens(trained.rollout) > 0
 
     def _ref_logprobs(self, groups: Sequence[Group]) -> Sequence[Sequence[FloatArray | None]]:
-        if self._loss.kl_coef == 0:
+        if not self._loss.has_reference:
             return [[None] * len(group.rollouts) for group in groups]
         if self._reference is not None:
             return self.logprobs(groups, self._reference)
@@ -412,6 +433,15 @@ def _local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor that may be split."""
     split: Any = tensor
     return split.to_local() if hasattr(split, "to_local") else split
+
+
+def _with_signal(groups: Sequence[Group], objective: str) -> list[Group]:
+    """Those that an objective without estimator learns from: groups with a pair of unequal rewards, or
+    of each group the rollouts with an advantage, where there are any."""
+    if objective == "dpo":
+        return [group for group in groups if group.shaped.min() < group.shaped.max()]
+    kept = [group.only(np.flatnonzero(group.advantages).tolist()) for group in groups]
+    return [group for group in kept if group.rollouts]
 
 
 def _without_truncated(groups: Sequence[Group]) -> list[Group]:

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 
@@ -87,8 +87,10 @@ class Trainer:
             display.note(f"warning: {parts.other_data}")
         self.registry = parts.registry
         self.held_out_scorer = parts.held_out_scorer
-        examples = held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
-        self.held_out_prompts = [parts.builder.build(example) for example in examples]
+        self._builder = parts.builder
+        self._held_out = (
+            held_out(self.dataset, config.run.eval_prompts) if config.run.eval_every else []
+        )
         self._meet_clusters()
         self.baselines = self._fit_baselines()
         self.policy = parts.policy
@@ -254,10 +256,7 @@ class Trainer:
     def _meet_clusters(self) -> None:
         """Take the clusters as they are now: who they are, and which held-out prompts are theirs."""
         self.display.about = {name: about["about"] for name, about in self.members.about.items()}
-        self.held_out_prompts = [
-            replace(prompt, cluster_id=self.members.cluster(prompt.example.user))
-            for prompt in self.held_out_prompts
-        ]
+        self.held_out_prompts = [self._builder.build(example) for example in self._held_out]
 
     def _sync(self, watch: Stopwatch | None = None) -> None:
         """Let the engine, which must be idle, have the newest weights."""
@@ -335,8 +334,7 @@ class Trainer:
         if not self.held_out_prompts or not are_known(scored_by):
             return {}
         self.display.note("fitting baselines")
-        examples = [prompt.example for prompt in self.held_out_prompts]
-        found = baselines(self.dataset, examples, self.members.histories("cluster", 0))
+        found = baselines(self.dataset, self._held_out, self.members.histories("cluster", 0))
         if self.config.clustering.recluster_every:
             # It would be of clusters that are no more.
             found.pop("one rule per cluster", None)
