@@ -160,6 +160,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         3,
         {"loss.kl_coef": 0.1, "optimizer.minibatches": 2, "optimizer.epochs": 2},
     ),
+    "pairs": (
+        2,
+        {"loss.objective": "dpo", "generation.group_size": 4, "optimizer.minibatches": 2},
+    ),
     "adapters, sampled evaluations": (2, {"model.lora": {"rank": 2}, "run.eval_samples": 3}),
     "replaced groups": (2, {"run.resample": 2, "estimator": {"name": "grpo"}}),
     "copies": (4, {"parallel.replicate": 2}),

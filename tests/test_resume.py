@@ -155,6 +155,15 @@ VARIANTS = {
         },
         75,
     ),
+    "pairs": (
+        {
+            "loss.objective": "dpo",
+            "generation.group_size": 4,
+            "optimizer.minibatches": 2,
+            "run.resample": 1,
+        },
+        75,
+    ),
     "minibatches, epochs, a schedule": (
         {
             "optimizer.minibatches": 2,

@@ -57,6 +57,32 @@ def test_a_chat_goes_through_the_template() -> None:
     assert make_builder(template=TEMPLATE).build(example).token_ids == (5,)
 
 
+def test_a_prompt_may_name_the_cluster() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    people = members({"u": 7, "v": "8"})
+
+    def ids(example: Example, template: str, *, chat: bool) -> tuple[int, ...]:
+        model = ModelConfig(name="m", chat=chat, prompt_template=template)
+        return PromptBuilder(tokenizer, model, GenerationConfig(), people).build(example).token_ids
+
+    named = "w{cluster} {prompt} w9 w{cluster}"
+    assert ids(Example("w5", "u"), named, chat=False) == (7, 5, 9, 7)
+    assert ids(Example("w5", "v"), named, chat=False) == (8, 5, 9, 8)
+    assert ids(Example("w5", "v"), "{prompt} w9", chat=False) == (5, 9)
+    # What looks like a field in a prompt is none.
+    odd = Example("{cluster} w5", "u")
+    assert ids(odd, named, chat=False) == (7, 2, 5, 9, 7)
+    turns = (("system", "w4"), ("user", "w5"), ("assistant", "w6"), ("user", "w5"))
+    found = ids(Example("", "v", turns=turns), "w{cluster} {prompt}", chat=True)
+    assert found == (11, 4, 10, 8, 5, 11, 6, 10, 5, 12)
+
+
+def test_clusters_that_are_the_same_to_the_model_are_refused() -> None:
+    with pytest.raises(ModelError, match="to model 'm' 'c' and '3' are the same|'3' and 'c' are"):
+        make_builder(prompt_template="{cluster} {prompt}")
+
+
 def test_special_tokens_are_not_added_twice() -> None:
     """A tokenizer that begins every text with a token of its own must not do so behind a template."""
     from tokenizers.processors import TemplateProcessing
