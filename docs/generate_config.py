@@ -75,6 +75,10 @@ These would have no effect, and are therefore refused:
 @ESTIMATORS@
 - `max_unreadable` of a reward with `on_error = "no_reward"`
 - `frequency_weight` of `[estimator]` with `history = "one"`
+- `[estimator]` with an objective other than `policy_gradient`, and in `[loss]`:
+  - with `objective = "dpo"` all but `beta` and `mask_truncated`
+  - with `objective = "sft"` all but `aggregation` and `mask_truncated`
+  - with `objective = "policy_gradient"` `beta`
 - `importance_cap`, `mask_below` and `mask_above` of `[loss]` with `importance = "off"`
 - `importance` and these three with `old_logprobs = "rollout"`
 - `generation.overlong_penalty` without `generation.overlong_buffer`

@@ -292,8 +292,8 @@ class LossConfig(Section):
     """What is minimised."""
 
     objective: Literal["policy_gradient", "dpo", "sft"] = "policy_gradient"
-    """The clipped policy gradient of an estimator's advantages; or, to compare with and without an
-    estimator, DPO of the pairs of each group, or cross-entropy of the completions with a positive
+    """The clipped policy gradient of an estimator's advantages; or what to compare it with, without an
+    estimator: DPO of the pairs of each group, or the cross-entropy of completions with a positive
     reward ([how_it_works.md](how_it_works.md#dpo-and-sft))."""
     beta: float = Field(default=0.1, gt=0)
     """How far DPO lets the policy go from the reference: the larger, the less."""

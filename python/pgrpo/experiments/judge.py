@@ -158,8 +158,10 @@ def _answered(
                 pair_judge.question(example)
         with Assembly(b.config, b.checkpoint, note) as others:
             _check_prompts(asked, held_out(others.dataset, settings.num_prompts))
-            # The first run says whose clusters count: the other one's people are not divided.
-            said_b = _complete(others, b, asked, parts.members, settings, completions, note)
+            # The first run says whose clusters count: the other one's people are not divided, unless
+            # its prompts name the clusters that it was trained with.
+            members = others.members if b.config.model.names_cluster else parts.members
+            said_b = _complete(others, b, asked, members, settings, completions, note)
         said_a = _complete(parts, a, asked, parts.members, settings, completions, note)
         # Both are scored as answers to the first run's prompts, which its own tokenizer made.
         said_b = [
