@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ from test_policy import (
     TEMPERATURE,
     flat,
     gradients,
-    loss_config,
     make_rollouts,
     naive_logprobs,
-    naive_loss,
 )
 
 from pgrpo.cli import main
@@ -31,8 +30,12 @@ from pgrpo.model.language_model import LanguageModel
 from pgrpo.report.runs import read_runs
 from pgrpo.rollout.collector import without_estimator
 from pgrpo.runs.config import load_config, parse_config
+from pgrpo.runs.display import Display
+from pgrpo.runs.folder import RunFolder
+from pgrpo.train.build import Assembly
 from pgrpo.train.loss import preferences
 from pgrpo.train.policy import Policy
+from pgrpo.train.trainer import Trainer
 from pgrpo.types import Example, Prompt, Rollout
 
 BETA = 0.3
@@ -206,15 +209,6 @@ def test_sft_is_the_cross_entropy_of_what_was_rewarded(aggregation: str, token_b
     rewards = REWARDS - 0.25
     chosen = [place for place, reward in enumerate(rewards) if reward > 0]
     assert 0 < len(chosen) < len(rollouts)
-    loss = naive_loss(
-        model,
-        [rollouts[place] for place in chosen],
-        [0.0] * len(chosen),
-        loss_config(aggregation=aggregation),
-        None,
-    )
-    # What the policy gradient makes of nothing is 0; the cross-entropy is written out beside it.
-    assert loss.item() == 0
     logs = [naive_logprobs(model, rollouts[place]) * rewards[place] for place in chosen]
     match aggregation:
         case "dapo":
@@ -222,7 +216,7 @@ def test_sft_is_the_cross_entropy_of_what_was_rewarded(aggregation: str, token_b
         case "grpo":
             loss = -torch.stack([each.mean() for each in logs]).mean()
         case _:
-            loss = -sum(each.sum() for each in logs) / (len(chosen) * MAX_NEW_TOKENS)  # type: ignore[assignment]
+            loss = -torch.cat(logs).sum() / (len(chosen) * MAX_NEW_TOKENS)
     loss.backward()
     expected = gradients(model)
     model.model.zero_grad()
@@ -380,6 +374,44 @@ def test_the_config_of_a_run_reruns_it(compared: Path) -> None:
         config = load_config(path / "config.toml")
         assert "estimator" not in resolved_tree(config)
         assert resolved_toml(config) == (path / "config.toml").read_text("utf-8")
+
+
+def test_a_judge_tells_a_policy_the_clusters_of_its_own_run(compared: Path, tmp_path: Path) -> None:
+    """Beside a run that has divided nobody."""
+    config = compared.parent / "run.toml"
+    alone = ['clustering={name="single"}', "run.num_steps=1", "run.eval_every=0"]
+    sets = [word for setting in alone for word in ("--set", setting)]
+    assert main(["train", str(config), *sets, "--out", str(tmp_path / "single")]) == 0
+    judge = tmp_path / "judge.toml"
+    judge.write_text('num_prompts = 8\n[reward]\nname = "choice"\n', "utf-8")
+    told = compared / f"dpo{PROMPTED}" / "seed-0"
+    out = tmp_path / "judged"
+    command = ["judge", str(tmp_path / "single"), str(told), "--judge", str(judge)]
+    assert main([*command, "--out", str(out)]) == 0
+    said = [record["completions"] for record in records(out, "completions.jsonl")]
+    # Equal prompts are completed once: the second policy's two, and then the only one of the first's.
+    assert sorted(said[:2]) == [["a"], ["c"]]
+    assert len(said) == 3
+
+
+def test_held_out_prompts_name_the_clusters_of_now(tmp_path: Path) -> None:
+    config = load_config(tastes(tmp_path), [f"model.prompt_template={NAMED}"])
+    folder = RunFolder(tmp_path / "run")
+    with folder, Assembly(config) as parts:
+        trainer = Trainer(parts, folder, Display("x", 1))
+
+        def read() -> set[tuple[str, str]]:
+            return {
+                (str(prompt.cluster_id), str(parts.tokenizer.decode([*prompt.token_ids])))
+                for prompt in trainer.held_out_prompts
+            }
+
+        assert read() == {("many", "[many] ?"), ("few", "[few] ?")}
+        division = parts.members.division
+        everybody = dict.fromkeys(division.cluster_of, "few")
+        parts.members.division = replace(division, cluster_of=everybody)
+        trainer._meet_clusters()
+        assert read() == {("few", "[few] ?")}
 
 
 # Settings.

@@ -191,6 +191,19 @@ def test_a_shared_prompt_never_costs_more(
         assert ours.flops <= others.flops
 
 
+def test_dpo_reads_the_policy_before_every_update_and_the_reference_once(tmp_path: Path) -> None:
+    flops: list[float] = []
+    for loss in ({"objective": "dpo"}, {"kl_coef": 0.1}):
+        setup = setup_of(
+            load_config(write_config(tmp_path, {"loss": loss, "optimizer.epochs": 3})), 1
+        )
+        assert setup.reference == "weights"
+        parts = {part.name: part.flops for part in step(QWEN, setup, DEVICES["h100"], 0.4)}
+        flops.append(parts["log-probabilities"])
+    # Three times and once; with the KL penalty the old ones once, and the reference's.
+    assert flops[0] / 4 == flops[1] / 2
+
+
 def read(name: str, **others: Any) -> Shape:
     return read_shape(ModelConfig.model_validate({"name": name, **others}))
 
