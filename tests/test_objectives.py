@@ -28,6 +28,7 @@ from pgrpo.errors import ConfigError
 from pgrpo.experiments.compare import arm_config, arm_folder, compare
 from pgrpo.model.language_model import LanguageModel
 from pgrpo.report.runs import read_runs
+from pgrpo.report.study import Study
 from pgrpo.rollout.collector import without_estimator
 from pgrpo.runs.config import load_config, parse_config
 from pgrpo.runs.display import Display
@@ -143,7 +144,9 @@ def test_dpo_s_updates_equal_the_naive_ones(
     with torch.no_grad():
         ref = [naive_logprobs(reference, r).sum() for r in rollouts]
     # Groups without a pair are dealt to no minibatch.
-    parts = list(zip(*(by_group(rollouts, v) for v in (rollouts, rewards, ref)), strict=True))
+    parts = list(
+        zip(*(by_group(rollouts, v) for v in (rollouts, rewards.tolist(), ref)), strict=True)
+    )
     parts = [part for part in parts if len(set(part[1])) > 1]
     losses: list[float] = []
     for _ in range(epochs):
@@ -367,6 +370,18 @@ def test_a_report_names_arms_by_objective_and_prompt(compared: Path) -> None:
     for name in ("dpo · prompt_template {prompt}", f"dpo · prompt_template {NAMED}"):
         assert name in page
     assert "no history (dpo · prompt_template {prompt})" in page
+
+
+def test_what_estimators_gain_is_told_of_arms_that_are_not_told_the_cluster(
+    compared: Path,
+) -> None:
+    runs = [compared / f"pgrpo{suffix}" / "seed-0" for suffix in ("", PROMPTED)]
+    both, told = Study.of(read_runs(runs)), Study.of(read_runs(runs[1:]))
+    for study, template in ((both, "{prompt}"), (told, NAMED)):
+        arm = study.arm_of("pgrpo", "cluster")
+        assert arm is not None
+        assert arm.runs[0].settings["model.prompt_template"] == template
+    assert both.arm_of("dpo", "cluster") is None
 
 
 def test_the_config_of_a_run_reruns_it(compared: Path) -> None:
