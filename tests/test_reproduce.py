@@ -258,6 +258,25 @@ def test_what_another_folder_has_measured_is_taken_over(
         reproduce(changed, load_base(base), SEEDS, tmp_path / "out", known=tmp_path / "no.jsonl")
 
 
+def test_figures_stay_known_where_settings_were_added_and_not_where_one_has_changed(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    """Figures of an earlier version lack what it did not have, and have its own defaults."""
+    for change, num_known in (("without", 8), ("other", 0)):
+        out = tmp_path / change
+        out.mkdir()
+        lines = list(figures(whole).values())
+        for line in lines:
+            assert line["settings"]["optimizer.beta2"] == "0.999"
+            if change == "without":
+                del line["settings"]["optimizer.beta2"]
+            else:
+                line["settings"]["optimizer.beta2"] = "0.95"
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (out / "figures.jsonl").write_text(text, "utf-8")
+        assert estimate(plans(SMALL, load_base(base), SEEDS), out).num_measured == num_known
+
+
 def test_how_a_run_is_watched_does_not_change_its_last_policy(whole: Path, tmp_path: Path) -> None:
     """What a key leaves out: the same weights come of it."""
     watched = {"run.eval_every": 2, "run.eval_prompts": 3, "run.checkpoint_every": 1}

@@ -71,13 +71,20 @@ def apply_override(tree: Tree, override: str) -> None:
     cast(Tree, node)[last] = value
 
 
-def resolved_tree(config: BaseModel) -> Tree:
-    """The config as plain values, complete but for settings that have no effect."""
+def resolved_tree(config: BaseModel, *, defaults: bool = True) -> Tree:
+    """The config as plain values, complete but for settings that have no effect; or without those that
+    are at their defaults."""
 
     def dump(section: BaseModel) -> Tree:
         idle: set[str] = section.inactive() if isinstance(section, Section) else set()
-        keys = [*type(section).model_fields, *(section.model_extra or {})]
+        fields = type(section).model_fields
+        keys = [*fields, *(section.model_extra or {})]
         values = {key: getattr(section, key) for key in keys if key not in idle}
+        if not defaults:
+            usual = {
+                key: field.get_default(call_default_factory=True) for key, field in fields.items()
+            }
+            values = {key: x for key, x in values.items() if key not in usual or x != usual[key]}
         return {key: plain(value) for key, value in values.items() if value is not None}
 
     def plain(value: Any) -> Any:

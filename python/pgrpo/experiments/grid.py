@@ -6,14 +6,14 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from pgrpo.config.toml import resolved_toml, resolved_tree
+from pgrpo.config.toml import Tree, flat, resolved_toml, resolved_tree
 from pgrpo.experiments.compare import arm_folder
 from pgrpo.experiments.design import Cell, Claim, Reproduction
 from pgrpo.report import Verdict
@@ -68,10 +68,15 @@ class Plan:
 
     @cached_property
     def run_key(self) -> str:
-        """Of the config, but for what only watches the run: its last policy does not depend on it."""
-        tree = resolved_tree(self.config)
-        run = {name: value for name, value in tree["run"].items() if name not in _WATCHING}
-        return digest({**tree, "run": run})
+        """Of what the config sets, but for what only watches the run: no last policy depends on
+        it. Settings at their defaults are no part of it, so that a run stays known when a later version
+        has settings that it had not."""
+        return digest(_without_watching(resolved_tree(self.config, defaults=False)))
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Of the run, those at their defaults among them, by their dotted names."""
+        return dict(flat(_without_watching(resolved_tree(self.config))))
 
     @cached_property
     def key(self) -> str:
@@ -79,6 +84,21 @@ class Plan:
         if self.candidates is None:
             return self.run_key
         return digest({"run": self.run_key, "candidates": self.candidates})
+
+    def figure(self, find: Callable[[str], FigureRecord | None]) -> FigureRecord | None:
+        """What was measured of it, of those that are found by key; None where nothing was, or a default
+        has changed since."""
+        found = find(self.key)
+        if found is None:
+            return None
+        settings = self.settings
+        both = found.settings.keys() & settings.keys()
+        return found if all(found.settings[name] == settings[name] for name in both) else None
+
+
+def _without_watching(tree: Tree) -> Tree:
+    run = {name: value for name, value in tree["run"].items() if name not in _WATCHING}
+    return {**tree, "run": run}
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class Grid:
             records={
                 (plan.setting, plan.arm, plan.seed): found
                 for plan in self.planned
-                if (found := self.figures.get(plan.key))
+                if (found := plan.figure(self.figures.get))
             },
             num_planned=len(self.planned),
             commands=commands(self.planned, reproduction, out),
@@ -135,7 +155,7 @@ class Grid:
                 minutes=found.seconds / 60,
             )
             for plan in self.planned
-            if (found := self.figures.get(plan.key))
+            if (found := plan.figure(self.figures.get))
         ]
         seeds = dict.fromkeys(row.seed for row in rows)
         return rows + [
@@ -157,8 +177,7 @@ class Grid:
         )
         of_cell: dict[Cell, dict[int, FigureRecord]] = {claim.after: {}, claim.before: {}}
         for plan in self.planned:
-            found = self.figures.get(plan.key)
-            if found and plan.cell in of_cell:
+            if plan.cell in of_cell and (found := plan.figure(self.figures.get)):
                 of_cell[plan.cell][plan.seed] = found
         after, before = of_cell[claim.after], of_cell[claim.before]
         pairs = [(after[seed], before[seed]) for seed in after if seed in before]

@@ -24,7 +24,11 @@ from pgrpo.types import Example, FloatArray, Prompt
 
 
 def measure(
-    folder: RunFolder, name: str, wanted: Mapping[str, int | None], note: Callable[[str], None]
+    folder: RunFolder,
+    name: str,
+    settings: dict[str, str],
+    wanted: Mapping[str, int | None],
+    note: Callable[[str], None],
 ) -> Iterator[FigureRecord]:
     """Measure the last checkpoint of a run, once for each figure that is wanted.
 
@@ -34,6 +38,7 @@ def measure(
     Args:
         folder: of the run.
         name: of the run, for figure and progress.
+        settings: of the run, for the figure.
         wanted: key of the figure -> MovieLens films to choose from, None for as many as in training.
         note: is told what is done.
 
@@ -84,6 +89,7 @@ def measure(
                     for record in folder.evaluations
                     if record.reward is not None
                 },
+                settings=settings,
                 versions=info.versions,
                 precision=info.precision,
             )

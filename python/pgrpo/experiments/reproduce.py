@@ -128,16 +128,17 @@ def estimate(planned: Sequence[Plan], out: Path, known: Path | None = None) -> C
     its setting did, or where there is none, of all. For `known` see `reproduce`.
     """
     runs = _runs(planned, out)
-    figures = {line.key: line for line in _lines(out / "figures.jsonl", known)}
+    figures = _lines(out / "figures.jsonl", known)
     took: dict[str, list[float]] = {}
     left: list[Plan] = []
     for same in runs.values():
         plan = same[0]
-        found = [figures[key] for key in {each.key for each in same} if key in figures]
-        if any(each.key not in figures for each in same):
+        measured = {each.key: line for each in same if (line := each.figure(figures.get))}
+        if any(each.key not in measured for each in same):
             left.append(plan)
         else:
-            seconds = found[0].seconds + sum(line.measuring_s for line in found)
+            lines = list(measured.values())
+            seconds = lines[0].seconds + sum(line.measuring_s for line in lines)
             took.setdefault(plan.setting, []).append(seconds / _num_prompts(plan.config))
     everywhere = [seconds for each in took.values() for seconds in each]
     minutes = None
@@ -185,9 +186,9 @@ def reproduce(
     planned = plans(reproduction, base, seeds)
     with locked(out):
         figures = Store(out / "figures.jsonl", FigureRecord)
-        keys = {plan.key for plan in planned}
-        for line in _lines(known):
-            if line.key in keys and line.key not in figures:
+        elsewhere = _lines(known)
+        for plan in planned:
+            if not plan.figure(figures.get) and (line := plan.figure(elsewhere.get)):
                 figures.append(line)
         with Assembly(base) as parts:
             cluster_of = {u: str(c) for u, c in parts.members.division.cluster_of.items()}
@@ -195,7 +196,7 @@ def reproduce(
         runs = {same[0].folder: same for same in _runs(planned, out).values()}
 
         def missing(name: str) -> dict[str, int | None]:
-            return {p.key: p.candidates for p in runs[name] if p.key not in figures}
+            return {p.key: p.candidates for p in runs[name] if not p.figure(figures.get)}
 
         shown = shown_on or console()
 
@@ -209,7 +210,7 @@ def reproduce(
                     "what its last policy gets, whose checkpoint is gone; remove the folder, and the "
                     "same command runs it again"
                 )
-            for line in measure(folder, name, missing(name), note):
+            for line in measure(folder, name, runs[name][0].settings, missing(name), note):
                 figures.append(line)
             # Before what it was measured of is gone.
             flush(out / "figures.jsonl")
@@ -222,7 +223,7 @@ def reproduce(
             done = not missing(name) and folder.is_finished
             if done and folder.config() == same[0].config:
                 _discard_checkpoints(folder)
-        if any(plan.key in figures for plan in planned):
+        if any(plan.figure(figures.get) for plan in planned):
             grid.publish()
         wanted = {name: same[0].config for name, same in runs.items() if missing(name)}
         run_all(wanted, out / RUNS, ended=ended, shown_on=shown_on)
@@ -242,8 +243,8 @@ def _runs(planned: Sequence[Plan], out: Path) -> dict[str, list[Plan]]:
     }
 
 
-def _lines(*paths: Path | None) -> list[FigureRecord]:
-    """Of all these files of figures.
+def _lines(*paths: Path | None) -> dict[str, FigureRecord]:
+    """Of all these files of figures, by their keys.
 
     Raises:
         ConfigError: there is no such file as the last one.
@@ -253,7 +254,8 @@ def _lines(*paths: Path | None) -> list[FigureRecord]:
         raise ConfigError(
             f"--figures names {paths[-1]}, which is no file; expected a figures.jsonl"
         )
-    return [line for path in paths if path for line in Store(path, FigureRecord).values()]
+    lines = [line for path in paths if path for line in Store(path, FigureRecord).values()]
+    return {line.key: line for line in lines}
 
 
 def _write_pages(planned: Sequence[Plan], runs: Mapping[str, Sequence[Plan]], out: Path) -> None:

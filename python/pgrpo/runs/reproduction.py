@@ -17,8 +17,8 @@ from pgrpo.runs.records import Record, Text
 
 class FigureRecord(KeyedRecord):
     """A line of figures.jsonl: what the last checkpoint of a run gets on all held-out prompts. Its key
-    is that of the run's config, but for what only watches the run: what comes to the same is trained
-    once."""
+    is of what the run's config sets, but for what only watches the run: what comes to the same is
+    trained once."""
 
     run: str
     """folder of the run, `SETTING/ARM/seed-K`"""
@@ -45,6 +45,8 @@ class FigureRecord(KeyedRecord):
     """and this measurement after it"""
     curve: dict[int, float]
     """step -> held-out reward of the run's own evaluations, of `run.eval_prompts` prompts"""
+    settings: dict[str, str]
+    """of the run's config, by their dotted names, those that have an effect"""
     versions: dict[str, str]
     """of pgrpo, torch, transformers and numpy, by which it was trained"""
     precision: str
