@@ -43,6 +43,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[data] of a plugin", DataPluginConfig),
     ("[clustering]", sections.ClusteringConfig),
     ("[[rewards]] and [[evaluation]]", sections.RewardConfig),
+    ("[rewards.shift]", sections.ShiftConfig),
     ("[generation]", GenerationConfig),
     ("[generation.vllm]", VllmConfig),
     ("[estimator]", sections.EstimatorConfig),
@@ -74,6 +75,7 @@ These would have no effect, and are therefore refused:
 - `run.resample` with an estimator that does not compare within the group
 @ESTIMATORS@
 - `max_unreadable` of a reward with `on_error = "no_reward"`
+- `shift` of a reward in `[[evaluation]]`, or one that begins after the last step
 - `frequency_weight` of `[estimator]` with `history = "one"`
 - `[estimator]` with an objective other than `policy_gradient`, and in `[loss]`:
   - with `objective = "dpo"` all but `beta` and `mask_truncated`

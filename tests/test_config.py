@@ -274,6 +274,33 @@ def test_histories_of_each_reward_need_several() -> None:
         parse_config(tiny_run({**changes, "rewards": rewards, "generation.overlong_buffer": 2}))
 
 
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        ({"after": 2}, "rewards.0.shift: a scale of 1 and an offset of 0 change nothing"),
+        ({"offset": 1.0}, "rewards.0.shift.after is missing"),
+        ({"after": 0, "offset": 1.0}, "rewards.0.shift.after is 0: input should be greater than"),
+        ({"after": 2, "ofset": 1.0}, "unknown key rewards.0.shift.ofset; did you mean 'offset'?"),
+        (
+            {"after": 4, "offset": 1.0},
+            "reward 'persona' shifts after step 4 of 4; expected an earlier",
+        ),
+    ],
+)
+def test_a_shift_that_changes_nothing_is_refused(shift: Tree, words: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        parse_config(tiny_run({"rewards": [{"name": "persona", "shift": shift}]}))
+    assert words in str(told.value)
+
+
+def test_a_shift_is_of_training_alone() -> None:
+    reward = {"name": "persona", "shift": {"after": 2, "offset": -1.0}}
+    config = parse_config(tiny_run({"rewards": [reward], "evaluation": [{"name": "persona"}]}))
+    assert parse_config(resolved_tree(config)) == config
+    with pytest.raises(ConfigError, match="evaluation reward 'persona' has a shift, which is of"):
+        parse_config(tiny_run({"evaluation": [reward]}))
+
+
 def vllm(**settings: object) -> Tree:
     return {"generation": {"engine": "vllm", "vllm": settings}}
 

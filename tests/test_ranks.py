@@ -173,6 +173,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"clustering": {"name": "kmeans", "num_clusters": 3, "recluster_every": 1}},
     ),
+    "prompts by shares of clusters": (2, {"clustering.prompt_shares": {"0": 0.7}}),
     "gradient checkpointing": (2, {"model.gradient_checkpointing": True}),
 }
 

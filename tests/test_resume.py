@@ -107,6 +107,21 @@ VARIANTS = {
         {"generation.overlong_buffer": 2, "generation.overlong_penalty": 0.5},
         75,
     ),
+    "prompts by shares of clusters": (
+        {
+            "clustering.prompt_shares": {"2": 0.5},
+            "run.resample": 2,
+            "estimator": {"name": "grpo"},
+        },
+        75,
+    ),
+    "a reward that shifts": (
+        {
+            "rewards": [{"name": "persona", "shift": {"after": 2, "scale": 10.0, "offset": -2.0}}],
+            "estimator": {"name": "pgrpo", "forgetting": 0.9},
+        },
+        75,
+    ),
     "lora": ({"model.lora": {"rank": 2}}, 75),
     "lora with a KL penalty": ({"model.lora": {"rank": 2}, "loss.kl_coef": 0.1}, 75),
     "KL penalty to a reference": ({"loss.kl_coef": 0.1}, 75),

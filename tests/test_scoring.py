@@ -140,6 +140,32 @@ def test_a_reward_scores_the_clusters_that_it_is_for(batch: str, caplog):
     assert "group 1" in caplog.text and "'c'" in caplog.text
 
 
+@pytest.mark.parametrize("batch", ["group", "step"])
+def test_a_reward_shifts_after_a_step_of_training_and_nowhere_else(batch: str):
+    shift = {"after": 3, "scale": -0.5, "offset": 0.25}
+
+    def judge(rollouts):
+        return [None if rollout.completion == "no" else 8.0 for rollout in rollouts]
+
+    rewards: Any = [
+        (section("judge", shift=shift, weight=10, clusters=[1], batch=batch), judge),
+        (section("length", batch=batch), length),
+    ]
+    groups = [group(0, "a", "no", cluster=1), group(1, "ccc", cluster=2)]
+    with Scorer(rewards) as scorer:
+        for step in (1, 3, None):
+            scored = scorer.score(groups, step)
+            np.testing.assert_array_equal(flat(scored)[1], [81, math.nan, 3])
+            np.testing.assert_array_equal(scored[0].scores["judge"], [8, math.nan])
+        for step in (4, 5, 1000):
+            scored = scorer.score(groups, step)
+            # -0.5 * 8 + 0.25, times the weight.
+            np.testing.assert_array_equal(flat(scored)[1], [-37.5 + 1, math.nan, 3])
+            np.testing.assert_array_equal(scored[0].scores["judge"], [-3.75, math.nan])
+            np.testing.assert_array_equal(scored[0].scores["length"], [1, 2])
+            np.testing.assert_array_equal(scored[1].scores["judge"], [math.nan])
+
+
 def test_an_async_plugin_keeps_one_event_loop():
     loops = set()
 

@@ -795,7 +795,7 @@ def test_groups_without_signal_give_their_places_to_others(
     check_metrics(run)
 
     with Assembly(parse_config(tiny_run({"run.num_steps": 4}))) as parts:
-        own = {step: parts.collector._examples(step) for step in range(1, 5)}
+        own = {step: parts.order.examples(step) for step in range(1, 5)}
         train_examples = list(parts.dataset.train)
     assert len(collected) == 4
     for batch, told, record in zip(collected, learned, lines(run, "metrics.jsonl"), strict=True):
@@ -856,10 +856,10 @@ def test_the_prompts_that_replace_others() -> None:
     for size in (4, 63, 64, 100):
         changes = {"run.prompts_per_step": size, "estimator.name": "grpo"}
         with Assembly(parse_config(tiny_run(changes))) as parts:
-            own = {example.text for example in parts.collector._examples(3)}
-            others = [example.text for example in parts.collector._others(3, 150)]
-            assert others[:50] == [example.text for example in parts.collector._others(3, 50)]
-            assert others != [example.text for example in parts.collector._others(4, 150)]
+            own = {example.text for example in parts.order.examples(3)}
+            others = [example.text for example in parts.order.others(3, 150)]
+            assert others[:50] == [example.text for example in parts.order.others(3, 50)]
+            assert others != [example.text for example in parts.order.others(4, 150)]
             everything = {example.text for example in parts.dataset.train}
         # Some that the step does not have, if there are any, each as often as the others.
         expected = everything - own or everything
@@ -1043,7 +1043,7 @@ def test_every_evaluation_samples_from_the_same_seeds(tmp_path: Path, capsys: Ca
 def test_every_example_comes_once_per_epoch_in_another_order() -> None:
     config = parse_config(tiny_run({"data": {"name": "personas", "num_examples": 64, "words": 2}}))
     with Assembly(config) as parts:
-        examples = [id(e) for step in range(1, 33) for e in parts.collector._examples(step)]
+        examples = [id(e) for step in range(1, 33) for e in parts.order.examples(step)]
         everything = {id(example) for example in parts.dataset.train}
     first, second = examples[:64], examples[64:]
     assert set(first) == set(second) == everything
@@ -1083,6 +1083,19 @@ def test_runs_with_other_losses(tmp_path: Path, loss: Tree) -> None:
             assert a["exact_entropy"] == pytest.approx(a["entropy"], rel=0.3)
         else:
             assert a["exact_entropy"] is None
+
+
+def test_a_judge_that_shifts_is_learned_from_and_not_evaluated_by(tmp_path: Path) -> None:
+    """A policy that does not move shows what became of its rewards, and nothing else."""
+    still = {"optimizer.learning_rate": 1e-30, "estimator": {"name": "pgrpo", "forgetting": 0.5}}
+    steady = train(tmp_path / "steady", still)
+    shift = {"after": 2, "scale": 10.0, "offset": -2.0}
+    run = train(tmp_path / "shifts", {**still, "rewards": [{"name": "persona", "shift": shift}]})
+    for a, b in zip(lines(run, "metrics.jsonl"), lines(steady, "metrics.jsonl"), strict=True):
+        expected = 10 * b["reward"] - 2 if b["step"] > 2 else b["reward"]
+        assert a["reward"] == pytest.approx(expected, rel=1e-12)
+    assert lines(run, "evaluations.jsonl") == lines(steady, "evaluations.jsonl")
+    assert lines(run, "held_out.jsonl") == lines(steady, "held_out.jsonl")
 
 
 def test_learning_happens(tmp_path: Path) -> None:

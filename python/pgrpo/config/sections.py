@@ -6,7 +6,7 @@ A section of a data set, a plugin or an engine stands beside what it configures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -174,9 +174,46 @@ class ClusteringConfig(PluginSection):
     """What is known of a user then, beside the data set's features: mean and spread of each reward so
     far; or how long completions are, and what they get, all of them and those that take the first,
     second, ... of the choices."""
+    prompt_shares: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        default=None, min_length=1
+    )
+    """How often a training prompt is of which cluster, such as `{ "4" = 0.02 }`: so many of the prompts
+    of all steps, on average. What the clusters named here leave is the others', by how many prompts
+    they have; without it every prompt comes equally often. Who is held out stays as it is
+    ([how_it_works.md](how_it_works.md#shares-of-clusters-in-training))."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> ClusteringConfig:
+        total = sum((self.prompt_shares or {}).values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"prompt_shares come to {total:g} together; expected at most 1")
+        if self.prompt_shares and self.recluster_every:
+            raise ValueError(
+                f"prompt_shares are of clusters, whose people change with recluster_every = "
+                f"{self.recluster_every}; expected 0"
+            )
+        return self
 
     def inactive(self) -> set[str]:
         return set() if self.recluster_every else {"recluster_from"}
+
+
+class ShiftConfig(Section):
+    """A reward that changes while a run goes on, as where a judge becomes stricter, or uses another
+    scale."""
+
+    after: int = Field(ge=1)
+    """Steps with the reward r as it is; in all later ones it is scale * r + offset."""
+    scale: float = 1.0
+    """Factor from then on; with -1 what was good is bad."""
+    offset: float = 0.0
+    """What is added from then on."""
+
+    @model_validator(mode="after")
+    def _check_change(self) -> ShiftConfig:
+        if (self.scale, self.offset) == (1.0, 0.0):
+            raise ValueError("a scale of 1 and an offset of 0 change nothing; expected others")
+        return self
 
 
 class RewardConfig(PluginSection):
@@ -187,6 +224,9 @@ class RewardConfig(PluginSection):
     clusters: list[ClusterId] = []
     """The clusters whose rollouts it scores, where some are judged and others click; all if none is
     named. It is not called for others, and adds nothing to theirs."""
+    shift: ShiftConfig | None = None
+    """How it changes after so many steps of training, such as `{ after = 25, offset = -2.0 }`; held-out
+    completions get what the reward gives."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds one call may take."""
     on_error: Literal["fail", "retry", "no_reward"] = "fail"

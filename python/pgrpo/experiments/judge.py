@@ -333,7 +333,11 @@ def _check_prompts(a: Sequence[Example], b: Sequence[Example]) -> None:
 def _programmatic(a: Config, b: Config, settings: JudgeConfig) -> list[RewardConfig]:
     """The held-out rewards of both runs; none where they differ, ask a judge, score whole steps, or
     judge here."""
-    found = [config.evaluation or config.rewards for config in (a, b)]
+    found = [
+        # Held-out completions are scored without it.
+        [each.model_copy(update={"shift": None}) for each in config.evaluation or config.rewards]
+        for config in (a, b)
+    ]
     trees = [[resolved_tree(section) for section in sections] for sections in found]
     judging = [resolved_tree(settings.reward)] if settings.reward else None
     usable = trees[0] == trees[1] and trees[0] != judging

@@ -87,6 +87,8 @@ class JudgeConfig(Section):
             raise ValueError(
                 "reward.clusters names those that it scores; expected a reward for everybody's answers"
             )
+        if self.reward is not None and self.reward.shift:
+            raise ValueError("reward.shift is of training, and nothing is trained; expected none")
         return self
 
     def cost(self, opinion: OpinionRecord) -> float | None:

@@ -99,7 +99,7 @@ class Scorer:
         if not self._interrupted.done():
             self._interrupted.set_exception(CancelledError())
 
-    def score(self, groups: Iterable[Group]) -> list[Group]:
+    def score(self, groups: Iterable[Group], step: int | None = None) -> list[Group]:
         """Score groups while this thread pulls them, in whatever order they come.
 
         A plugin that returns None gives a rollout no reward, which is no error; nor is an
@@ -110,6 +110,8 @@ class Scorer:
         Args:
             groups: of different group_ids. It is closed at the end if it can be. Whatever ends the
                 scoring early also ends the calls under way.
+            step: of the training they are for, where rewards have a `shift`; None where they are for
+                none, and rewards are as they were before it.
 
         Returns:
             The groups by group_id, with raw rewards: sum over rewards of weight * reward, NaN where
@@ -149,7 +151,7 @@ class Scorer:
         for name, worker in zip(self._names, self._workers, strict=True):
             answers = [by_step[worker]] if worker in by_step else [a[worker] for a in by_group]
             self._check_unreadable(worker, rollouts, answers)
-            given = np.concatenate([a.rewards for a in answers])
+            given = _shifted(np.concatenate([a.rewards for a in answers]), worker.section, step)
             wanted = np.array([worker.scores(rollout) for rollout in rollouts])
             total += worker.section.weight * np.where(wanted, given, 0.0)
             scores[name] = split_by_group(given, scored)
@@ -253,6 +255,13 @@ class Scorer:
         if worker not in self._logged:
             self._logged.add(worker)
             _log.warning("%s (%d unrewarded; not logged again)", message, num_unrewarded)
+
+
+def _shifted(rewards: FloatArray, section: RewardConfig, step: int | None) -> FloatArray:
+    shift = section.shift
+    if shift is None or step is None or step <= shift.after:
+        return rewards
+    return shift.scale * rewards + shift.offset
 
 
 def _is_failure(error: BaseException) -> bool:

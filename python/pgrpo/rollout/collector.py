@@ -22,6 +22,7 @@ from pgrpo.normalizer.diagnostics import Diagnostics
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.engines import Engine
 from pgrpo.rollout.entries import Columns, Entries
+from pgrpo.rollout.order import PromptOrder
 from pgrpo.rollout.people import People
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed, seed_globals
@@ -29,7 +30,6 @@ from pgrpo.rollout.settings import GenerationConfig
 from pgrpo.types import (
     ClusterId,
     Dataset,
-    Example,
     FloatArray,
     Group,
     Prompt,
@@ -123,7 +123,8 @@ class Collector:
         estimator: the section `[estimator]`.
         loss: the section `[loss]`.
         generation: the section `[generation]`.
-        dataset: what prompts are made of.
+        dataset: whose users they are.
+        order: the examples that prompts are made of.
         members: knows whose rewards share a history.
         builder: makes prompts.
         engine: generates, with whatever weights it was last synced to.
@@ -146,6 +147,7 @@ class Collector:
         loss: LossConfig,
         generation: GenerationConfig,
         dataset: Dataset,
+        order: PromptOrder,
         members: Membership,
         builder: PromptBuilder,
         engine: Engine,
@@ -155,12 +157,11 @@ class Collector:
         self._run = run
         self._peers = peers
         self._generation = generation
-        self._dataset = dataset
+        self._order = order
         self._members = members
         self._builder = builder
         self._engine = engine
         self._scorer = scorer
-        self._order: tuple[int, Sequence[int]] | None = None
         self.num_folded = 0
         self._loss = loss
         self._rule = RULES[estimator.name]
@@ -214,18 +215,19 @@ class Collector:
         """
         run, watch = self._run, _Watch()
         seed_globals(derive_seed(run.seed, "globals", step))
-        kept = self._sample(self._prompts(step), 0, derive_seed(run.seed, "sampling", step), watch)
+        seed = derive_seed(run.seed, "sampling", step)
+        kept = self._sample(step, self._prompts(step), 0, seed, watch)
         replaced: list[Group] = []
         for attempt in range(run.resample):
             idle = [group for group in kept if not self._has_signal(group)]
             if not idle:
                 break
             first = len(kept) + len(replaced)
-            others = self._others(step, len(replaced) + len(idle))[len(replaced) :]
+            others = self._order.others(step, len(replaced) + len(idle))[len(replaced) :]
             prompts = [self._builder.build(example) for example in others]
             seed = derive_seed(run.seed, f"resample {attempt}", step)
             kept = [group for group in kept if group not in idle]
-            kept += self._sample(prompts, first, seed, watch)
+            kept += self._sample(step, prompts, first, seed, watch)
             replaced += idle
 
         def require_reward() -> list[None]:
@@ -305,10 +307,10 @@ class Collector:
         return batch
 
     def _sample(
-        self, prompts: Sequence[Prompt], first: int, seed: int, watch: _Watch
+        self, step: int, prompts: Sequence[Prompt], first: int, seed: int, watch: _Watch
     ) -> list[Group]:
-        """Groups of these prompts, numbered from `first` on, with rewards; each process makes some of
-        them, and gets all."""
+        """Groups of these prompts, numbered from `first` on, with the step's rewards; each process
+        makes some of them, and gets all."""
         own = self._peers.share([len(prompt.token_ids) for prompt in prompts])
 
         def make() -> list[Group]:
@@ -318,7 +320,7 @@ class Collector:
                 seed=seed,
                 first=first + own.start,
             )
-            return self._scorer.score(watch.over(groups))
+            return self._scorer.score(watch.over(groups), step)
 
         scored = self._peers.gather(make)
         if self._by_reward:
@@ -416,7 +418,7 @@ class Collector:
 
     def _prompts(self, step: int, num_others: int = 0) -> list[Prompt]:
         """By group_id: the step's own prompts, then as many of those that may take their places."""
-        examples = self._examples(step) + self._others(step, num_others)
+        examples = self._order.examples(step) + self._order.others(step, num_others)
         return [self._builder.build(example) for example in examples]
 
     def _batch(self, state: Mapping[str, Any]) -> Batch:
@@ -448,34 +450,6 @@ class Collector:
             {name: histories(table) for name, table in state["of_rewards"].items()},
             self._members.division.version,
         )
-
-    def _examples(self, step: int) -> list[Example]:
-        """The step's training examples: consecutive places in a shuffle of its own per epoch."""
-        return [self._dataset.train[place] for place in self._places(step)]
-
-    def _others(self, step: int, num: int) -> list[Example]:
-        """The first examples of a shuffle of the step's own, in which its own examples do not stand
-        unless there are no others; over again where they are too few."""
-        train = self._dataset.train
-        if not num:
-            return []
-        random = np.random.default_rng(derive_seed(self._run.seed, "resample", step))
-        shuffled = random.permutation(len(train))
-        others = shuffled[~np.isin(shuffled, self._places(step))]
-        return [train[n] for n in np.resize(others if len(others) else shuffled, num).tolist()]
-
-    def _places(self, step: int) -> list[int]:
-        num, size = len(self._dataset.train), self._run.prompts_per_step
-        return [
-            self._shuffled(place // num)[place % num]
-            for place in range((step - 1) * size, step * size)
-        ]
-
-    def _shuffled(self, epoch: int) -> Sequence[int]:
-        if self._order is None or self._order[0] != epoch:
-            random = np.random.default_rng(derive_seed(self._run.seed, "shuffle", epoch))
-            self._order = (epoch, random.permutation(len(self._dataset.train)).tolist())
-        return self._order[1]
 
 
 def without_estimator(rewards: FloatArray, objective: str) -> FloatArray:

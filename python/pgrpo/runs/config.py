@@ -114,6 +114,18 @@ class Config(Section):
                 "clustering.unseen = 'pooled' has new people begin with the history of all clusters "
                 "pooled, which estimator.prior_count weighs; it is 0, expected more"
             )
+        for section in self.evaluation:
+            if section.shift:
+                raise ValueError(
+                    f"evaluation reward {section.name!r} has a shift, which is of training alone; "
+                    "expected none"
+                )
+        for section in self.rewards:
+            if section.shift and section.shift.after >= self.run.num_steps:
+                raise ValueError(
+                    f"reward {section.name!r} shifts after step {section.shift.after} of "
+                    f"{self.run.num_steps}; expected an earlier one"
+                )
         if self.estimator.combine == "normalize_then_sum" and len(self.rewards) < 2:
             raise ValueError(
                 "estimator.combine is 'normalize_then_sum', and there is one reward; expected at least "

@@ -26,6 +26,7 @@ from pgrpo.rewards.on_ray import RewardOnRay
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.rollout.engines import Engine, make_engine
+from pgrpo.rollout.order import PromptOrder
 from pgrpo.rollout.prompts import PromptBuilder, require_template, token_ids
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
@@ -127,6 +128,12 @@ class Assembly:
         return Membership(self.ranks.first(fit))
 
     @cached_property
+    def order(self) -> PromptOrder:
+        """The training examples of each step."""
+        shares = self.config.clustering.prompt_shares
+        return PromptOrder(self.config.run, self.dataset, self.members, shares)
+
+    @cached_property
     def new_people(self) -> frozenset[str] | None:
         """Users whom saved clusters do not know; None where clusters are not saved ones."""
         if self.config.clustering.name != "saved":
@@ -214,6 +221,7 @@ class Assembly:
             config.loss,
             config.generation,
             self.dataset,
+            self.order,
             self.members,
             self.builder,
             self.engine,

@@ -123,7 +123,11 @@ def check(config: Config, *, with_baselines: bool = False) -> Findings:
             baselines=found,
             num_parameters=num_parameters,
             memory_bytes=None if num_parameters is None else _memory(config, num_parameters),
-            notes=[*dataset.notes, *_of_new(parts.new_people, len(dataset.users))],
+            notes=[
+                *dataset.notes,
+                *_of_new(parts.new_people, len(dataset.users)),
+                *parts.order.notes(config.run.num_steps),
+            ],
             suspicious=suspicious,
         )
 

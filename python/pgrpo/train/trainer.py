@@ -356,8 +356,9 @@ class Trainer:
 
     def _chance(self) -> float | None:
         """Reward of guessing in training: that of the baseline where evaluation has the same reward,
-        else 1 / choices, for one of them is worth 1; None where it is another in each cluster."""
-        if any(section.clusters for section in self.config.rewards):
+        else 1 / choices, for one of them is worth 1; None where it is another in each cluster, or does
+        not stay the same."""
+        if any(section.clusters or section.shift for section in self.config.rewards):
             return None
         if "chance" in self.baselines and not self.config.evaluation:
             return float(self.baselines["chance"].mean())
