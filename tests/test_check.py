@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ def test_a_run_is_described_and_nothing_is_written(
     said = capsys.readouterr().out
     assert f"suspicious: {found['suspicious'][0]}\n" in said and found["prompts"][0]["text"] in said
     assert contents(tmp_path) == before
+
+
+def test_shares_of_clusters_are_described_and_checked(tmp_path: Path, capsys: Capture) -> None:
+    shares = {"clustering.prompt_shares": {"0": 0.75}, "run.num_steps": 100}
+    found = checked(capsys, write_config(tmp_path, shares))
+    (note,) = found["notes"]
+    assert re.fullmatch(
+        r"cluster 0 has \d+ prompts to train on, and a share of 0.75 of those of all steps, which is "
+        "300 on average",
+        note,
+    )
+    config = write_config(tmp_path, {"clustering.prompt_shares": {"seven": 0.5}})
+    capsys.readouterr()
+    assert main(["check", str(config)]) == 2
+    assert "names cluster 'seven', which there is not; expected some of" in capsys.readouterr().err
 
 
 @pytest.mark.assets

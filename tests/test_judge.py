@@ -18,24 +18,37 @@ import numpy as np
 import pytest
 import tomli_w
 from chat_server import Answer, Server, say
-from conftest import PEAK, WITH_PEAK, Tree, changed, contents, install_plugin, start, train
+from conftest import (
+    PEAK,
+    WITH_PEAK,
+    Tree,
+    changed,
+    contents,
+    install_plugin,
+    start,
+    tiny_run,
+    train,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from test_report import parse
 
 from pgrpo.cli import main
+from pgrpo.config.sections import RewardConfig
 from pgrpo.data.personas import (
     PersonasConfig,
     load_personas,
     persona_reward,
     persona_utility,
 )
+from pgrpo.experiments.judge import _programmatic
 from pgrpo.experiments.opinions import JudgeConfig
 from pgrpo.report.judgement import render
 from pgrpo.report.pairs import rates, share_of, wilson
 from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Rubric
 from pgrpo.rewards.verdict import read_preference, read_verdict
+from pgrpo.runs.config import parse_config
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import JudgementRecord, OpinionRecord, PairRecord, ShareRecord, Store
 from pgrpo.types import Example
@@ -1146,6 +1159,17 @@ def test_a_held_out_reward_that_fails_leaves_the_judgement_its_outcome(
     assert len(server.requests) == asked
 
 
+def test_a_judge_that_shifted_in_training_measures_answers_as_it_was() -> None:
+    shifted = [{"name": "persona", "shift": {"after": 2, "scale": 10.0}}]
+    a, b = (
+        parse_config(tiny_run({"rewards": rewards})) for rewards in ([{"name": "persona"}], shifted)
+    )
+    judge = JudgeConfig(reward=RewardConfig(name="persona_utility"))
+    assert _programmatic(a, b, judge) == _programmatic(b, a, judge) == a.rewards
+    other = parse_config(tiny_run({"rewards": [{"name": "persona", "weight": 2.0}]}))
+    assert _programmatic(other, b, judge) == []
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -1184,6 +1208,10 @@ def test_a_held_out_reward_that_fails_leaves_the_judgement_its_outcome(
         ({"reward": {"name": "personna"}}, "there is no reward 'personna'; did you mean"),
         ({"reward": {"name": "persona", "batch": "step"}}, "reward.batch is 'step'"),
         ({"reward": {"name": "persona", "clusters": [0]}}, "reward.clusters names those that it"),
+        (
+            {"reward": {"name": "persona", "shift": {"after": 1, "offset": 1.0}}},
+            "reward.shift is of training, and nothing is trained; expected none",
+        ),
         (
             settings(endpoint__api_key_env="NO_SUCH_KEY"),
             "NO_SUCH_KEY, named by api_key_env, is not",
