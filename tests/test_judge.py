@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import zlib
@@ -28,6 +29,7 @@ from conftest import (
     start,
     tiny_run,
     train,
+    write_config,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +47,7 @@ from pgrpo.data.personas import (
 from pgrpo.experiments.judge import _programmatic
 from pgrpo.experiments.opinions import JudgeConfig
 from pgrpo.report.judgement import render
-from pgrpo.report.pairs import rates, share_of, wilson
+from pgrpo.report.pairs import rates, rates_over_seeds, share_of, wilson
 from pgrpo.rewards.pairwise import PairEndpoint, PairJudge, Rubric
 from pgrpo.rewards.verdict import read_preference, read_verdict
 from pgrpo.runs.config import parse_config
@@ -1168,6 +1170,211 @@ def test_a_judge_that_shifted_in_training_measures_answers_as_it_was() -> None:
     assert _programmatic(a, b, judge) == _programmatic(b, a, judge) == a.rewards
     other = parse_config(tiny_run({"rewards": [{"name": "persona", "weight": 2.0}]}))
     assert _programmatic(other, b, judge) == []
+
+
+# --- arms with several seeds -----------------------------------------------------------------
+
+
+def played(skill: np.ndarray, people: np.ndarray, ties: float, rng: Any) -> list[list[PairRecord]]:
+    """Of each seed its pairs: the first run wins one that is decided with chance skill [seeds, pairs]."""
+    drawn = np.where(rng.random(skill.shape) < skill, "a", "b")
+    drawn = np.where(rng.random(skill.shape) < ties, "tie", drawn)
+    return [[pair(str(o), f"u{u}") for o, u in zip(row, people, strict=True)] for row in drawn]
+
+
+def test_of_one_seed_rates_are_those_of_its_pairs() -> None:
+    (match,) = played(np.full((1, 30), 0.6), np.arange(30) // 2, 0.2, np.random.default_rng(0))
+    assert rates_over_seeds([match]) == rates(match)
+
+
+def test_intervals_over_seeds_are_the_farthest_of_three() -> None:
+    """Each made otherwise: people's by `rates`, Student's by scipy, the bootstrap draw by draw."""
+    rng = np.random.default_rng(1)
+    people = np.arange(40) // 2
+    skill = 0.6 + rng.normal(0, 0.08, (4, 1)) + rng.normal(0, 0.1, 20)[people]
+    matches = played(skill, people, 0.25, rng)
+    found, pooled = rates_over_seeds(matches), rates([p for match in matches for p in match])
+    outcomes = np.array([[p.outcome for p in match] for match in matches])
+    for name, wins, counted in (
+        ("win", outcomes == "a", np.ones(outcomes.shape, bool)),
+        ("loss", outcomes == "b", np.ones(outcomes.shape, bool)),
+        ("decided", outcomes == "a", outcomes != "tie"),
+    ):
+        share, alone = getattr(found, name), getattr(pooled, name)
+        assert share.share == alone.share == pytest.approx(wins.sum() / counted.sum())
+        of_seeds = wins.sum(1) / counted.sum(1)
+        student = stats.t.interval(0.95, 3, of_seeds.mean(), stats.sem(of_seeds))
+        draws: list[float] = []
+        for _ in range(4000):
+            seeds = rng.integers(4, size=4)
+            where = np.concatenate([np.flatnonzero(people == u) for u in rng.integers(20, size=20)])
+            drawn = np.ix_(seeds, where)
+            draws.append(wins[drawn].sum() / counted[drawn].sum())
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert share.low == pytest.approx(min(student[0], low, alone.low), abs=0.012)
+        assert share.high == pytest.approx(max(student[1], high, alone.high), abs=0.012)
+        assert share.trials is None
+
+
+def mirrored(matches: list[list[PairRecord]]) -> list[list[PairRecord]]:
+    other = {"a": "b", "b": "a", "tie": "tie"}
+    return [[pair(other[p.outcome or "tie"], p.user) for p in match] for match in matches]
+
+
+def test_the_other_way_round_it_is_the_other_outcome() -> None:
+    rng = np.random.default_rng(2)
+    matches = played(np.full((5, 60), 0.75), np.arange(60), 0.2, rng)
+    found, other = rates_over_seeds(matches), rates_over_seeds(mirrored(matches))
+    assert (found.winner, other.winner) == ("a", "b")
+    assert found.decided.low is not None and other.decided.high is not None
+    assert other.decided.high == pytest.approx(1 - found.decided.low, abs=0.01)
+
+
+@pytest.mark.parametrize("what", ["seeds", "people", "pairs"])
+def test_level_arms_are_seldom_said_to_have_won_over_seeds(what: str) -> None:
+    """Whatever it is that pairs of runs differ by; two runs of one seed each are no two arms."""
+    rng = np.random.default_rng(3)
+    people = np.arange(60) // 2
+    won = naive = 0
+    for _ in range(150):
+        skill = np.full((4, 60), 0.5)
+        if what == "seeds":
+            skill += rng.choice([-0.25, 0.25], (4, 1))
+        if what == "people":
+            skill += rng.choice([-0.4, 0.4], 30)[people]
+        matches = played(skill, people, 0.2, rng)
+        won += rates_over_seeds(matches).winner != "level"
+        naive += rates([p for match in matches for p in match]).winner != "level"
+    assert won / 150 < 0.103  # 5 % and three standard errors
+    assert what != "seeds" or naive / 150 > 0.3, "that of people alone is certain of what seeds do"
+
+
+def test_a_few_people_who_agree_with_every_seed_are_a_few_people() -> None:
+    matches = [[pair("a", f"u{u}") for u in range(3)] for _ in range(5)]
+    found = rates_over_seeds(matches)
+    assert found.decided.share == 1.0 and found.winner == "level"
+    # Nothing is known of seeds where one alone has decided pairs.
+    matches = [[pair("a", f"u{u}") for u in range(40)], [pair("tie", f"u{u}") for u in range(40)]]
+    found = rates_over_seeds(matches)
+    assert (found.decided.low, found.decided.high, found.winner) == (0.0, 1.0, "level")
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two arms as `pgrpo compare` leaves them, one of which has a seed more."""
+    out = tmp_path_factory.mktemp("arms")
+    config = write_config(out, CHANGES)
+    for names, seeds in (("pgrpo,grpo", "0,1,2"), ("pgrpo", "3")):
+        command = ["compare", str(config), "--estimators", names, "--seeds", seeds, "--out"]
+        assert main([*command, str(out / "runs")]) == 0
+    return {name: out / "runs" / name for name in ("pgrpo", "grpo")}
+
+
+BY_REWARD: Tree = {"num_prompts": NUM_PROMPTS, "reward": {"name": "persona_utility"}}
+
+
+def test_arms_are_judged_seed_by_seed(
+    arms: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    record = judged((arms["pgrpo"], arms["grpo"]), out, BY_REWARD)
+    said = capsys.readouterr().out
+    assert (record["a"]["name"], record["b"]["name"]) == ("pgrpo", "grpo")
+    assert [match["folder"] for match in record["matches"]] == ["seed-0", "seed-1", "seed-2"]
+    assert "Seeds that have nothing to be judged against: 3." in record["notes"]
+    every: list[list[Tree]] = []
+    for match in record["matches"]:
+        folder = match["folder"]
+        # Each is what judging these two runs alone comes to.
+        both = (arms["pgrpo"] / folder, arms["grpo"] / folder)
+        alone = judged(both, tmp_path / folder, BY_REWARD)
+        assert json.loads((out / folder / "judge.json").read_text()) == alone
+        assert pairs_of(out / folder) == pairs_of(tmp_path / folder)
+        assert (match["a"], match["overall"]) == (alone["a"], alone["overall"])
+        assert (out / folder / "judge.html").exists()
+        every.append(pairs_of(out / folder))
+    assert pairs_of(out) == [found for pairs in every for found in pairs]
+    assert record["num_prompts"] == NUM_PROMPTS and record["num_pairs"] == 3 * NUM_PROMPTS
+    as_records = [[PairRecord.model_validate(found) for found in pairs] for pairs in every]
+    assert record["overall"] == rates_over_seeds(as_records).model_dump()
+    assert record["clusters"]
+    for name, found in record["clusters"].items():
+        own = [[p for p in pairs if p.cluster == name] for pairs in as_records]
+        assert found == rates_over_seeds(own).model_dump()
+    page = (out / "judge.html").read_text()
+    assert "Each pair of runs" in page and "3 pairs of runs" in page
+    assert "Of 3 pairs of runs by themselves" in said and said.count("\n") > 3
+    # Once more, and all is there.
+    before = contents(out)
+    judged((arms["pgrpo"], arms["grpo"]), out, BY_REWARD)
+    after = contents(out)
+    assert {k: v for k, v in after.items() if k != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+
+
+def test_an_arm_against_itself_is_a_control(arms: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = judged((arms["pgrpo"], arms["pgrpo"]), out, BY_REWARD)
+    assert [match["folder"] for match in record["matches"]] == ["seed-0-1", "seed-2-3"]
+    names = [(match["a"]["name"], match["b"]["name"]) for match in record["matches"]]
+    assert names == [("pgrpo/seed-0", "pgrpo/seed-1"), ("pgrpo/seed-2", "pgrpo/seed-3")]
+    assert record["overall"]["winner"] == "level"
+    assert "This is a control" in record["notes"][0]
+    assert "one seed of pgrpo and another are level." in (out / "judge.html").read_text()
+
+
+def test_an_arm_against_what_it_began_with(arms: dict[str, Path], tmp_path: Path) -> None:
+    record = judged((arms["grpo"], "base"), tmp_path / "out", BY_REWARD)
+    assert record["b"]["name"] == "tiny before training"
+    assert [match["b"]["step"] for match in record["matches"]] == [0, 0, 0]
+
+
+def test_a_budget_is_that_of_all_seeds_and_leaves_each_a_part(
+    arms: dict[str, Path], tmp_path: Path, serve: Serve
+) -> None:
+    server, out = serve(fair), tmp_path / "out"
+    both = (arms["pgrpo"], arms["grpo"])
+    record = judged(both, out, settings(server, prices=PRICES, budget=EACH * 40.5))
+    assert len(server.requests) == 40
+    assert record["usage"]["cost"] == pytest.approx(40 * EACH)
+    told = [sum(bool(found["votes"]) for found in pairs_of(out / f"seed-{k}")) for k in range(3)]
+    assert sum(told) == 20 and min(told) >= 2
+    record = judged(both, out, settings(server))
+    assert record["num_unasked"] == 0
+    assert max(Counter(questions(server)).values()) == 1, "seeds share what was answered"
+
+
+def test_runs_that_divide_people_otherwise_have_no_clusters_in_common(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for arm in ("one", "other"):
+            changes = {**CHANGES, "run.seed": seed, "clustering.num_clusters": 2 + seed}
+            changes["estimator.name"] = {"one": "pgrpo", "other": "grpo"}[arm]
+            path = write_config(tmp_path / f"{arm}-{seed}", changes)
+            command = ["train", str(path), "--out", str(tmp_path / arm / f"seed-{seed}")]
+            assert main(command) == 0
+    record = judged((tmp_path / "one", tmp_path / "other"), tmp_path / "out", BY_REWARD)
+    assert record["clusters"] == {} and "different clusters" in record["notes"][0]
+    assert record["overall"]["num_pairs"] == 2 * NUM_PROMPTS
+
+
+def test_arms_that_cannot_be_judged(arms: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    def refused(*both: Path) -> str:
+        capsys.readouterr()
+        assert main(command((both[0], both[1]), tmp_path / "out", BY_REWARD)) == 2
+        return capsys.readouterr().err
+
+    pgrpo, grpo = arms["pgrpo"], arms["grpo"]
+    said = refused(pgrpo, grpo / "seed-0")
+    assert f"{grpo / 'seed-0'} is a run, and the other folder holds several" in said
+    assert f"{pgrpo / 'seed-0'} is a run" in refused(pgrpo / "seed-0", grpo)
+    assert "is not a run folder" in refused(pgrpo, tmp_path)
+    assert "make 1 pairs by their seeds; expected two or more" in refused(grpo, grpo)
+    twice = tmp_path / "twice"
+    shutil.copytree(grpo, twice)
+    shutil.copytree(grpo / "seed-1", twice / "again")
+    assert "are both of seed 1; expected a folder with one run of each" in refused(pgrpo, twice)
+    assert not (tmp_path / "out").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ BASE = "base"
 
 
 def judge(
-    run_a: Annotated[Path, Argument(help="run folder")],
+    run_a: Annotated[Path, Argument(help="run folder, or an arm's folder of runs by seed")],
     run_b: Annotated[
         Path, Argument(help=f"another, or `{BASE}` for the model that RUN_A began with")
     ],
@@ -23,7 +23,8 @@ def judge(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Which of two policies people like these would rather be answered by."""
+    """Which of two policies, or arms with a run for each seed, people like these would rather be
+    answered by."""
     from pgrpo.experiments.judge import judge
     from pgrpo.experiments.opinions import load_judge
     from pgrpo.runs.display import console

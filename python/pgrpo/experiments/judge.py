@@ -2,7 +2,8 @@
 
 A judge sees each pair in both orders; one run's answer wins where both votes name it, and everything
 else is a tie. What is generated, asked and scored is kept line by line (`pgrpo.runs.judgement`), so
-that a judgement that was killed goes on, and nothing is paid for twice.
+that a judgement that was killed goes on, and nothing is paid for twice. Two arms, folders of runs with
+several seeds, are judged run by run, each against that of the same seed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,17 +24,18 @@ from pgrpo.experiments.opinions import JudgeConfig, ask_all
 from pgrpo.plugins.registry import load_registry
 from pgrpo.report import Verdict
 from pgrpo.report.judgement import render, verdict
-from pgrpo.report.pairs import rates, share_by_person
+from pgrpo.report.pairs import rates_over_seeds, share_by_person
 from pgrpo.rewards.pairwise import PairJudge, Question, digest
 from pgrpo.rollout.prompts import PromptBuilder
 from pgrpo.rollout.seeds import derive_seed
 from pgrpo.runs.config import Config
-from pgrpo.runs.disk import locked, replace_file
+from pgrpo.runs.disk import disk_errors, locked, replace_file
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import (
     CompletionRecord,
     ContestantRecord,
     JudgementRecord,
+    MatchRecord,
     OpinionRecord,
     PairRecord,
     ScoreRecord,
@@ -80,6 +82,29 @@ class _Contestant:
         }
 
 
+@dataclass(frozen=True)
+class _Match:
+    """Two policies, and where their own judgement goes within that of all."""
+
+    a: _Contestant
+    b: _Contestant
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What two policies said, not yet judged."""
+
+    pairs: list[PairRecord]
+    """With what rewards say of them."""
+    examples: list[Example]
+    """Of each pair."""
+    about: dict[str, str]
+    """Cluster -> how its people differ from all."""
+    notes: list[str]
+    """What is to be told."""
+
+
 def judge(
     run_a: Path,
     run_b: Path | None,
@@ -89,11 +114,13 @@ def judge(
     best: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[JudgementRecord, Verdict]:
-    """Judge two policies, and write `judge.json`, `pairs.jsonl` and `judge.html` into a folder.
+    """Judge two policies, or two arms, and write `judge.json`, `pairs.jsonl` and `judge.html` into a
+    folder; of arms those of each pair of runs too, into `seed-K`.
 
     Args:
-        run_a: folder of the first run.
-        run_b: of the second; None for the model that the first run began with.
+        run_a: folder of the first run, or of the first arm's runs. Runs of two arms are paired by their
+            seeds; those of an arm that is judged against itself, as a control, each with the next one.
+        run_b: of the second; None for the models that the first runs began with.
         settings: who judges what.
         out: the folder; what it holds already is taken from there.
         best: take the checkpoints of the best held-out reward in the place of the last ones.
@@ -102,40 +129,115 @@ def judge(
     Raises:
         RunFolderError: a folder holds no run, or `out` is in use or damaged.
         CheckpointError: a run has no such checkpoint.
-        ConfigError: the runs have different data, or the settings do not fit them.
+        ConfigError: the runs have different data, seeds that cannot be paired, or the settings do not
+            fit them.
         PluginError: the judge is not there, cannot be read, or failed.
     """
-    a, b = _contestants(run_a, run_b, settings, best)
+    matches, arms, notes = _matches(run_a, run_b, settings, best)
     # What is wrong with a judge is told before anything is generated.
     pair_judge = None
     if settings.endpoint is not None:
         pair_judge = PairJudge(settings.endpoint, settings.rubric)
     if settings.reward is not None:
         load_registry().check("reward", settings.reward)
+    criteria = settings.rubric.criteria if pair_judge else {}
     with locked(out):
-        pairs, examples, about, notes = _answered(a, b, settings, pair_judge, out, note)
+        found = [_answered(m.a, m.b, settings, pair_judge, out, note) for m in matches]
+        asked = [[(example.user, example.text) for example in each.examples] for each in found]
+        for match, prompts in zip(matches, asked, strict=True):
+            _check_prompts(asked[0], prompts, f"{matches[0].a.record.run} and {match.a.record.run}")
         opinions = Store(out / "opinions.jsonl", OpinionRecord)
-        if pair_judge is None:
-            pairs = [_compared(pair) for pair in pairs]
-            lacking = Counter("unreadable" for pair in pairs if pair.outcome is None)
-        else:
-            questions = [
-                _questions(pair_judge, example, about.get(pair.cluster, ""), pair)
-                for example, pair in zip(examples, pairs, strict=True)
+        questions: list[list[list[Question]]] = [
+            [
+                _questions(pair_judge, example, each.about.get(pair.cluster, ""), pair)
+                for example, pair in zip(each.examples, each.pairs, strict=True)
             ]
-            failed, said = ask_all(pair_judge, questions, settings, opinions, note)
+            for each in found
+            if pair_judge is not None
+        ]
+        failed: set[str] = set()
+        if pair_judge is not None:
+            # Of all seeds at once, so that a budget leaves each of them a fair part.
+            everything = [asked for of_match in questions for asked in of_match]
+            failed, said = ask_all(pair_judge, everything, settings, opinions, note)
             notes += said
-            pairs = [
-                _voted(pair, asked, opinions) for pair, asked in zip(pairs, questions, strict=True)
-            ]
-            lacking = Counter(_lack(asked, opinions, failed) for asked in questions)
-        record = _judgement(a, b, settings, pairs, about, opinions, lacking, notes)
-        lines = "".join(f"{pair.model_dump_json()}\n" for pair in pairs)
-        replace_file(out / "pairs.jsonl", lines.encode())
-        replace_file(out / "judge.json", f"{record.model_dump_json(indent=2)}\n".encode())
-        criteria = settings.rubric.criteria if pair_judge else {}
-        replace_file(out / "judge.html", render(record, pairs, criteria).encode())
+        judged: list[list[PairRecord]] = []
+        lacking: list[Counter[str]] = []
+        for place, each in enumerate(found):
+            if pair_judge is None:
+                pairs = [_compared(pair) for pair in each.pairs]
+                lacking.append(Counter("unreadable" for pair in pairs if pair.outcome is None))
+            else:
+                pairs = [
+                    _voted(pair, asked, opinions)
+                    for pair, asked in zip(each.pairs, questions[place], strict=True)
+                ]
+                lacking.append(Counter(_lack(q, opinions, failed) for q in questions[place]))
+            judged.append(pairs)
+        own = [
+            _judgement(
+                (match.a.record, match.b.record),
+                settings,
+                [pairs],
+                each.about,
+                opinions,
+                lacks,
+                each.notes if arms else [*each.notes, *notes],
+            )
+            for match, each, pairs, lacks in zip(matches, found, judged, lacking, strict=True)
+        ]
+        if arms is None:
+            record = own[0]
+        else:
+            for match, alone, pairs in zip(matches, own, judged, strict=True):
+                _publish(alone, pairs, criteria, out / match.folder)
+            record = _pooled(arms, settings, matches, found, judged, own, opinions, lacking, notes)
+        _publish(record, [pair for pairs in judged for pair in pairs], criteria, out)
     return record, verdict(record)
+
+
+def _pooled(
+    arms: tuple[ContestantRecord, ContestantRecord],
+    settings: JudgeConfig,
+    matches: Sequence[_Match],
+    found: Sequence[_Answers],
+    judged: Sequence[Sequence[PairRecord]],
+    own: Sequence[JudgementRecord],
+    opinions: Store[OpinionRecord],
+    lacking: Sequence[Counter[str]],
+    notes: Sequence[str],
+) -> JudgementRecord:
+    """The judgement of two arms, by those of their runs."""
+    about, notes = found[0].about, [*notes, *(told for each in found for told in each.notes)]
+    if any([pair.cluster for pair in pairs] != [p.cluster for p in judged[0]] for pairs in judged):
+        about = {}
+        notes.append(
+            "The runs put people into different clusters, so that all numbers are of everybody; each "
+            "pair of runs has its own by cluster."
+        )
+    lacks = sum(lacking, Counter[str]())
+    notes = list(dict.fromkeys(notes))
+    record = _judgement(arms, settings, judged, about, opinions, lacks, notes)
+    of_runs = [
+        MatchRecord(folder=match.folder, a=alone.a, b=alone.b, overall=alone.overall)
+        for match, alone in zip(matches, own, strict=True)
+    ]
+    return record.model_copy(update={"matches": of_runs})
+
+
+def _publish(
+    record: JudgementRecord,
+    pairs: Sequence[PairRecord],
+    criteria: Mapping[str, str],
+    folder: Path,
+) -> None:
+    """Write what came of a judgement."""
+    with disk_errors(f"{folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{pair.model_dump_json()}\n" for pair in pairs)
+    replace_file(folder / "pairs.jsonl", lines.encode())
+    replace_file(folder / "judge.json", f"{record.model_dump_json(indent=2)}\n".encode())
+    replace_file(folder / "judge.html", render(record, pairs, criteria).encode())
 
 
 def _answered(
@@ -145,9 +247,8 @@ def _answered(
     pair_judge: PairJudge | None,
     out: Path,
     note: Callable[[str], None],
-) -> tuple[list[PairRecord], list[Example], dict[str, str], list[str]]:
-    """All pairs with what rewards say of them, not yet judged; the example of each; cluster -> how its
-    people differ from all; and what is to be told."""
+) -> _Answers:
+    """All pairs of two policies; what the folder has is not generated or scored again."""
     completions = Store(out / "completions.jsonl", CompletionRecord)
     rewards = Store(out / "rewards.jsonl", ScoreRecord)
     with Assembly(a.config, a.checkpoint, note) as parts:
@@ -157,7 +258,9 @@ def _answered(
             for example in asked:
                 pair_judge.question(example)
         with Assembly(b.config, b.checkpoint, note) as others:
-            _check_prompts(asked, held_out(others.dataset, settings.num_prompts))
+            asked_b = held_out(others.dataset, settings.num_prompts)
+            of_both = [[(example.user, example.text) for example in e] for e in (asked, asked_b)]
+            _check_prompts(*of_both, f"{a.record.run} and {b.record.run}")
             # The first run says whose clusters count: the other one's people are not divided, unless
             # its prompts name the clusters that it was trained with.
             members = others.members if b.config.model.names_cluster else parts.members
@@ -187,7 +290,7 @@ def _answered(
             )
         about = {name: who["about"] for name, who in parts.members.about.items()}
     examples = [group.prompt.example for group in said_a for _ in group.rollouts]
-    return _pairs(said_a, said_b, scored), examples, about, notes
+    return _Answers(_pairs(said_a, said_b, scored), examples, about, notes)
 
 
 def _selection(
@@ -206,6 +309,89 @@ def _selection(
         f"{met} of the {len(asked)} that are judged here: on these it looks better than on others."
     )
     return [said]
+
+
+def _matches(
+    run_a: Path, run_b: Path | None, settings: JudgeConfig, best: bool
+) -> tuple[list[_Match], tuple[ContestantRecord, ContestantRecord] | None, list[str]]:
+    """The policies that are judged against each other, of which data, checkpoints and names were looked
+    at; the arms that they are of, where folders hold several runs; and what is to be told."""
+    runs_a, runs_b = _runs(run_a), None if run_b is None else _runs(run_b)
+    if runs_a is None and runs_b is None:
+        return [_Match(*_contestants(run_a, run_b, settings, best))], None, []
+    if runs_a is None or (runs_b is None and run_b is not None):
+        single = run_a if runs_a is None or run_b is None else run_b
+        RunFolder(single).config()
+        raise ConfigError(
+            f"{single} is a run, and the other folder holds several; expected two runs, or two folders "
+            "of runs"
+        )
+    is_control = run_b is not None and run_a.resolve() == run_b.resolve()
+    seeds, notes = list(runs_a), list[str]()
+    if is_control:
+        both = list(zip(seeds[::2], seeds[1::2], strict=False))
+        pairs = [(f"seed-{one}-{other}", runs_a[one], runs_a[other]) for one, other in both]
+        left_out = seeds[2 * len(both) :]
+        notes.append(
+            "This is a control: of one arm, the run of one seed against that of the next. What differs "
+            "is owed to seeds."
+        )
+    else:
+        others = dict.fromkeys(seeds) if runs_b is None else runs_b
+        shared = [seed for seed in seeds if seed in others]
+        pairs = [(f"seed-{seed}", runs_a[seed], others[seed]) for seed in shared]
+        left_out = sorted({*seeds} ^ {*others})
+    if left_out:
+        notes.append(f"Seeds that have nothing to be judged against: {_listed(left_out)}.")
+    if len(pairs) < 2:
+        raise ConfigError(
+            f"the runs in {run_a} and {run_b or 'base'} make {len(pairs)} pairs by their seeds; "
+            "expected two or more, for fewer tell nothing of seeds (an arm against itself wants four "
+            "runs; two runs are judged by their own folders)"
+        )
+    matches = [_Match(*_contestants(a, b, settings, best), name) for name, a, b in pairs]
+    for match in matches:
+        _check_same_data(matches[0].a, match.a)
+    name = run_a.resolve().name
+    if is_control:
+        names = [f"one seed of {name}", "another"]
+    else:
+        names = [name, run_b.resolve().name if run_b else matches[0].b.record.name]
+    if names[0] == names[1]:
+        names = [str(run_a), str(run_b)]
+    for name, of_arm in zip(names, zip(*((m.a, m.b) for m in matches), strict=True), strict=True):
+        steps = {contestant.record.step or 0 for contestant in of_arm}
+        if len(steps) > 1 and not best:
+            notes.append(f"The runs of {name} end at different steps: {_listed(sorted(steps))}.")
+    records = [
+        ContestantRecord(
+            name=name, run=str(folder or run_a), step=None, best=best and folder is not None
+        )
+        for name, folder in zip(names, (run_a, run_b), strict=True)
+    ]
+    return matches, (records[0], records[1]), notes
+
+
+def _runs(folder: Path) -> dict[int, Path] | None:
+    """Seed -> the run in a folder of runs, by seed; None where the folder holds no runs, as that of a
+    run does not."""
+    found: dict[int, Path] = {}
+    if RunFolder(folder).holds_run or not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if RunFolder(path).holds_run:
+            seed = RunFolder(path).config().run.seed
+            if seed in found:
+                raise ConfigError(
+                    f"{found[seed]} and {path} are both of seed {seed}; expected a folder with one run "
+                    "of each seed"
+                )
+            found[seed] = path
+    return dict(sorted(found.items())) or None
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _contestants(
@@ -236,14 +422,18 @@ def _contestants(
     if run_a.resolve() == run_b.resolve():
         raise ConfigError(f"both runs are {run_a}; expected two different ones")
     a, b = of_run(run_a, names[0]), of_run(run_b, names[1])
+    _check_same_data(a, b)
+    return a, b
+
+
+def _check_same_data(a: _Contestant, b: _Contestant) -> None:
     old, new = (dict(flat(resolved_tree(c.config.data))) for c in (a, b))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(
-                f"{run_a} has data.{key} = {old.get(key, 'none')} and {run_b} has "
+                f"{a.record.run} has data.{key} = {old.get(key, 'none')} and {b.record.run} has "
                 f"{new.get(key, 'none')}; expected runs of the same data set"
             )
-    return a, b
 
 
 def _complete(
@@ -316,16 +506,21 @@ def _group(place: int, prompt: Prompt, record: CompletionRecord, version: int) -
     )
 
 
-def _check_prompts(a: Sequence[Example], b: Sequence[Example]) -> None:
-    """Refuse policies that would be asked different things, as where one left out long prompts."""
-    asked = [[(example.user, example.text) for example in examples] for examples in (a, b)]
-    if asked[0] == asked[1]:
+def _check_prompts(a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]], runs: str) -> None:
+    """Refuse policies that would be asked different things, as where one left out long prompts.
+
+    Args:
+        a: user and text of each prompt.
+        b: those of the other.
+        runs: whose they are.
+    """
+    if a == b:
         return
     place = next(
-        (i for i, (x, y) in enumerate(zip(*asked, strict=False)) if x != y), min(map(len, asked))
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
     raise ConfigError(
-        f"the runs hold out different prompts: of {len(a)} and {len(b)}, number {place + 1} differs, "
+        f"{runs} hold out different prompts: of {len(a)} and {len(b)}, number {place + 1} differs, "
         "as where generation.long_prompts = 'drop' leaves out other ones"
     )
 
@@ -476,18 +671,18 @@ def _lack(
 
 
 def _judgement(
-    a: _Contestant,
-    b: _Contestant,
+    contestants: tuple[ContestantRecord, ContestantRecord],
     settings: JudgeConfig,
-    pairs: Sequence[PairRecord],
+    matches: Sequence[Sequence[PairRecord]],
     about: Mapping[str, str],
     opinions: Store[OpinionRecord],
     lacking: Mapping[str, int],
     notes: Sequence[str],
 ) -> JudgementRecord:
-    """All numbers of a judgement."""
+    """All numbers of a judgement, of one pair of runs or of several with the same prompts."""
+    pairs = [pair for match in matches for pair in match]
     by_cluster = {
-        cluster: [pair for pair in pairs if pair.cluster == cluster]
+        cluster: [[pair for pair in match if pair.cluster == cluster] for match in matches]
         for cluster in about
         if any(pair.cluster == cluster for pair in pairs)
     }
@@ -508,19 +703,19 @@ def _judgement(
     costs = [settings.cost(opinion) for opinion in told]
     paid = [cost for cost in costs if cost is not None]
     return JudgementRecord(
-        a=a.record,
-        b=b.record,
+        a=contestants[0],
+        b=contestants[1],
         judge=endpoint.model if endpoint else reward.name if reward else "",
         kind="endpoint" if endpoint else "reward",
-        num_prompts=len(pairs) // max(1, settings.num_samples),
+        num_prompts=len(matches[0]) // max(1, settings.num_samples),
         num_samples=settings.num_samples,
         num_pairs=len(pairs),
         num_identical=sum(pair.a == pair.b for pair in pairs),
         num_unreadable=lacking.get("unreadable", 0),
         num_failed=lacking.get("failed", 0),
         num_unasked=lacking.get("unasked", 0),
-        overall=rates(pairs),
-        clusters={cluster: rates(members) for cluster, members in by_cluster.items()},
+        overall=rates_over_seeds(matches),
+        clusters={cluster: rates_over_seeds(members) for cluster, members in by_cluster.items()},
         about={cluster: about[cluster] for cluster in by_cluster},
         consistent=share_by_person([(pair.user, len({*pair.votes}) == 1) for pair in both]),
         flipped=sum({*pair.votes} == {"a", "b"} for pair in both),

@@ -55,6 +55,8 @@ def verdict(record: JudgementRecord) -> Verdict:
     ]
     if overall.wins + overall.losses:
         said.append(f"Of the decided pairs {a} won {_with_interval(overall.decided)}.")
+    if record.matches:
+        said.append(_by_seed(record))
     return Verdict(
         headline, (*said, *_by_cluster(record), *_trust(record), *_gaps(record), *record.notes)
     )
@@ -71,7 +73,8 @@ def render(
         criteria: by which a language model judged; empty for a reward.
     """
     page = _Page(record)
-    sections = [page.clusters(), page.trust(), page.examples(pairs), page.how(criteria)]
+    sections = [page.clusters(), page.seeds(), page.trust(), page.examples(pairs)]
+    sections.append(page.how(criteria))
     how = f"{plural(record.num_samples, 'sample')} each" if record.num_samples else "greedy"
     facts = [
         plural(record.num_pairs, "pair"),
@@ -79,6 +82,8 @@ def render(
         plural(len(record.clusters), "cluster"),
         f"judge: {record.judge}",
     ]
+    if record.matches:
+        facts.insert(0, f"{len(record.matches)} pairs of runs")
     return document(
         title=f"{record.a.name} against {record.b.name}",
         facts=" · ".join(facts),
@@ -147,11 +152,41 @@ class _Page(Charts):
             "really level, one is called won.",
             "Where people have several pairs, which are not independent, the interval is that of as "
             "many independent ones as they are worth, by how people differ (“worth”)."
-            if any(r.num_people < r.num_pairs for r in listed.values())
+            if not record.matches and any(r.num_people < r.num_pairs for r in listed.values())
+            else "",
+            "Over pairs of runs an interval is at either end the farthest of three: that of people, "
+            "each with all their pairs; of a bootstrap that draws seeds and, on their own, people; and "
+            "Student's of the seeds' shares."
+            if record.matches
             else "",
             f"Of {len(record.clusters)} clusters the {DRAWN} largest are drawn."
             if len(record.clusters) > DRAWN
             else "",
+        )
+
+    def seeds(self) -> Section | None:
+        """Every pair of runs by itself."""
+        if not self.record.matches:
+            return None
+        names = {"a": self._a, "b": self._b, "level": "level"}
+        colors = {"a": self._colors[self._a], "b": self._colors[self._b], "level": ""}
+        rows: list[Sequence[Cell | str]] = [
+            [
+                Cell(f"{match.a.name} and {match.b.name}", small=[f"{match.folder}/judge.html"]),
+                str(match.overall.num_pairs),
+                *map(_estimate, (match.overall.win, match.overall.tie, match.overall.loss)),
+                _decided(match.overall),
+                Cell(names[match.overall.winner], colors[match.overall.winner]),
+            ]
+            for match in self.record.matches
+        ]
+        header = ["Runs", "Pairs", f"{self._a} won", "Ties", f"{self._b} won"]
+        header += ["Of decided pairs", "Outcome"]
+        return section(
+            "Each pair of runs",
+            [Table(header, rows, dict.fromkeys(range(1, 6), "n"))],
+            "By themselves: these intervals know people and not seeds, so that they tell of two "
+            "policies and nothing of the arms. What they disagree on is what seeds do.",
         )
 
     def trust(self) -> Section | None:
@@ -266,7 +301,9 @@ class _Page(Charts):
         return section(
             "What was judged",
             blocks,
-            "Of two policies. Whether methods make the difference takes several seeds of each.",
+            f"Of {len(record.matches)} pairs of runs, which differ in their seeds."
+            if record.matches
+            else "Of two policies. Whether methods make the difference takes several seeds of each.",
             note if record.kind == "endpoint" else "",
         )
 
@@ -299,7 +336,20 @@ class _Page(Charts):
 
 def _where(contestant: ContestantRecord) -> str:
     chosen = ", that of the best held-out reward" if contestant.best else ""
-    return f"{contestant.run}, step {contestant.step}{chosen}"
+    step = "the runs of each seed" if contestant.step is None else f"step {contestant.step}"
+    return f"{contestant.run}, {step}{chosen}"
+
+
+def _by_seed(record: JudgementRecord) -> str:
+    """What each pair of runs came to."""
+    won = [match.overall.winner for match in record.matches]
+    counts = {
+        f"{record.a.name} won with": won.count("a"),
+        f"{record.b.name} won with": won.count("b"),
+        "they are level with": won.count("level"),
+    }
+    said = [f"{what} {number}" for what, number in counts.items() if number]
+    return f"Of {len(won)} pairs of runs by themselves, {enumerate_words(said)}."
 
 
 def _by_cluster(record: JudgementRecord) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-from pgrpo.report.statistics import CONFIDENCE
-from pgrpo.runs.judgement import PairRecord, RatesRecord, ShareRecord
+from pgrpo.report.statistics import CONFIDENCE, paired_difference
+from pgrpo.runs.judgement import PairRecord, RatesRecord, ShareRecord, Winner
 from pgrpo.types import FloatArray
 
 _Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
@@ -111,6 +111,53 @@ def rates(pairs: Sequence[PairRecord]) -> RatesRecord:
         decided=decided,
         winner=_winner(decided),
     )
+
+
+_WORTH: Mapping[str, Mapping[Winner, float]] = {
+    "win": {"a": 1.0, "tie": 0.0, "b": 0.0},
+    "tie": {"a": 0.0, "tie": 1.0, "b": 0.0},
+    "loss": {"a": 0.0, "tie": 0.0, "b": 1.0},
+    "decided": {"a": 1.0, "b": 0.0},
+}
+"""Share -> what an outcome adds to it; nothing is known of others."""
+
+
+def rates_over_seeds(matches: Sequence[Sequence[PairRecord]]) -> RatesRecord:
+    """How often the first runs' answers win, tie and lose, over pairs of runs of several seeds.
+
+    Shares are those of all pairs together. At either end an interval is the farthest of three: of
+    `rates`, which knows people, also few of them who agree, and nothing of seeds; and of the two of
+    `paired_difference`, a bootstrap that draws seeds and people, and Student's of the seeds' shares.
+    Of fewer than two seeds with any such pair, or of one person, nothing can be told: 0 to 1.
+
+    Args:
+        matches: of each seed its pairs, of the same prompts in the same order; of one it is `rates`.
+    """
+    pooled = rates([pair for match in matches for pair in match])
+    if len(matches) < 2:
+        return pooled
+    people = [pair.user for pair in matches[0]]
+
+    def widened(name: str, share: ShareRecord) -> ShareRecord:
+        if share.share is None or share.low is None or share.high is None:
+            return share
+        worth = _WORTH[name]
+        values = np.array(
+            [
+                [math.nan if p.outcome is None else worth.get(p.outcome, math.nan) for p in match]
+                for match in matches
+            ]
+        )
+        found = paired_difference(values[np.isfinite(values).any(1)], people)
+        low, high = (0.0, 1.0) if found is None else (found.low, found.high)
+        return ShareRecord(
+            share=share.share,
+            low=max(0.0, min(share.low, low)),
+            high=min(1.0, max(share.high, high)),
+        )
+
+    shares = {name: widened(name, getattr(pooled, name)) for name in _WORTH}
+    return pooled.model_copy(update={**shares, "winner": _winner(shares["decided"])})
 
 
 def _winner(decided: ShareRecord) -> Literal["a", "b", "level"]:

@@ -97,7 +97,8 @@ class ShareRecord(Record):
     low: float | None = None
     high: float | None = None
     trials: float | None = None
-    """independent trials that it is worth: fewer than there are pairs where people have several"""
+    """independent trials that it is worth: fewer than there are pairs where people have several; `null`
+    over several seeds"""
 
 
 class RatesRecord(Record):
@@ -122,13 +123,13 @@ class RatesRecord(Record):
 
 
 class ContestantRecord(Record):
-    """One of the two policies."""
+    """One of the two policies, or of the two arms with a run for each seed."""
 
     name: str
     run: str
     """its folder"""
-    step: int
-    """of its checkpoint; 0 for the model that the run began with"""
+    step: int | None
+    """of its checkpoint; 0 for the model that the run began with, `null` for an arm"""
     best: bool = False
     """whether that checkpoint was chosen for its held-out reward"""
 
@@ -149,6 +150,17 @@ class UsageRecord(Record):
     """of them are not in `cost`: no price of that judge was told, or it did not tell its tokens"""
 
 
+class MatchRecord(Record):
+    """Two runs of two arms."""
+
+    folder: str
+    """of their own judgement, within that of all"""
+    a: ContestantRecord
+    b: ContestantRecord
+    overall: RatesRecord
+    """of these two policies alone"""
+
+
 class JudgementRecord(Record):
     """judge.json."""
 
@@ -158,6 +170,7 @@ class JudgementRecord(Record):
     """model or reward"""
     kind: Literal["endpoint", "reward"]
     num_prompts: int
+    """that each policy answered"""
     num_samples: int
     """completions of a prompt; 0: one, of the likeliest tokens"""
     num_pairs: int
@@ -188,6 +201,8 @@ class JudgementRecord(Record):
     num_compared: int
     """pairs that `agreement` is a share of"""
     usage: UsageRecord
+    matches: list[MatchRecord] = Field(default=[])
+    """pairs of runs that the numbers are of, where there are several; rates then know of seeds"""
     notes: list[str] = Field(default=[])
     """what else is to be known of how it was judged"""
 
