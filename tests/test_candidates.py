@@ -24,7 +24,7 @@ from pgrpo.data.movielens import load_movielens, with_candidates
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.experiments import reproduce as reproducing
 from pgrpo.experiments.candidates import CANDIDATES
-from pgrpo.experiments.design import Claim, Reproduction, Setting
+from pgrpo.experiments.design import Claim, HeldOut, Reproduction, Setting
 from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce
 from pgrpo.runs.config import load_config
 from pgrpo.runs.display import console
@@ -241,7 +241,9 @@ def test_a_policy_is_trained_once_and_measured_with_every_number(
         name="films",
         about="more films",
         axis="films",
-        settings=tuple(Setting(f"films-{n}", ("grpo", "pgrpo"), candidates=n) for n in NUMBERS),
+        settings=tuple(
+            Setting(f"films-{n}", ("grpo", "pgrpo"), measured_with=HeldOut(n, 20)) for n in NUMBERS
+        ),
         claims=(Claim(("films-12", "pgrpo"), ("films-12", "grpo"), "a history", primary=True),),
     )
     base = load_base(write_config(tmp_path, changes))
@@ -260,7 +262,7 @@ def test_a_policy_is_trained_once_and_measured_with_every_number(
     checkpoint = chosen_checkpoint(folder, best=False)
     with Assembly(folder.config(), checkpoint) as parts:
         parts.engine.sync(2)
-        found = list(groups_with(parts, NUMBERS, 10_000))
+        found = list(groups_with(parts, NUMBERS, 20))
     rows = json.loads((out / "table.json").read_text("utf-8"))
     for number, groups in zip(NUMBERS, found, strict=True):
         (row,) = (
@@ -291,5 +293,11 @@ def test_the_base_draws_films_by_popularity() -> None:
     data: Any = base.data
     assert (data.negatives, data.answer) == ("popularity", "label")
     planned = plans(CANDIDATES, base, [0])
-    assert [plan.candidates for plan in planned if plan.arm == "grpo"] == [4, 8, 12, 16, 20]
+    assert [plan.measured_with.candidates for plan in planned if plan.arm == "grpo"] == [
+        4,
+        8,
+        12,
+        16,
+        20,
+    ]
     assert len({plan.run_key for plan in planned}) == 4, "each arm is trained once"

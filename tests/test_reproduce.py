@@ -540,6 +540,8 @@ def test_they_are_listed_with_their_numbers_of_runs(capsys: Capture) -> None:
         "granularity": 35,
         "random": 20,
         "rollouts": 180,
+        "imbalance": 60,
+        "regimes": 105,
     }
 
 

@@ -9,6 +9,16 @@ Cell = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The prompts that a policy is measured with: all that are held out, as they are, or other ones."""
+
+    candidates: int | None = None
+    """MovieLens films to choose from; None stands for as many as in training."""
+    num_prompts: int | None = None
+    """So many, spread evenly over the evaluation period; None stands for all."""
+
+
+@dataclass(frozen=True)
 class Setting:
     """One command of `pgrpo compare`: a change of the base config, and arms that run under it."""
 
@@ -20,9 +30,8 @@ class Setting:
     """As `--set` takes them."""
     no_signal: tuple[str, ...] = ()
     """Arms that cannot learn anything here; their rows have no figure."""
-    candidates: int | None = None
-    """MovieLens films to choose from where the policies are measured; None stands for as many as in
-    training. Settings that differ in this alone are trained once."""
+    measured_with: HeldOut = HeldOut()
+    """Settings that differ in this alone are trained once."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +67,8 @@ class Reproduction:
 MARGIN = 0.02
 """Held-out reward that a cheaper arm may lose and still be said to reach a dearer one: a judgement, on
 the panel one choice in fifty."""
+
+CURVE = ("run.eval_every=10", "run.eval_prompts=200")
+"""Overrides for evaluations along a run that make a curve; its last policy is measured anyway."""
+NO_CURVE = ("run.eval_every=50", "run.eval_prompts=100")
+"""And for no more of them than a look."""

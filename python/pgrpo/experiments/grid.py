@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from pgrpo.config.toml import Tree, flat, resolved_toml, resolved_tree
 from pgrpo.experiments.compare import arm_folder
-from pgrpo.experiments.design import Cell, Claim, Reproduction
+from pgrpo.experiments.design import Cell, Claim, HeldOut, Reproduction
 from pgrpo.report import Verdict
 from pgrpo.report.reproduction import Page, render, verdict
 from pgrpo.report.statistics import paired_difference
@@ -48,8 +48,7 @@ class Plan:
     setting: str
     arm: str
     config: Config
-    candidates: int | None = None
-    """MovieLens films that its policy is measured with; None stands for as many as in training."""
+    measured_with: HeldOut
 
     @property
     def cell(self) -> Cell:
@@ -81,9 +80,9 @@ class Plan:
     @cached_property
     def key(self) -> str:
         """Of the figure: a run's, unless the run is measured otherwise than it was trained."""
-        if self.candidates is None:
+        if self.measured_with == HeldOut():
             return self.run_key
-        return digest({"run": self.run_key, "candidates": self.candidates})
+        return digest({"run": self.run_key, **asdict(self.measured_with)})
 
     def figure(self, find: Callable[[str], FigureRecord | None]) -> FigureRecord | None:
         """What was measured of it, of those that are found by key; None where nothing was, or a default

@@ -146,83 +146,62 @@ def judge(
         asked = [[(example.user, example.text) for example in each.examples] for each in found]
         for match, prompts in zip(matches, asked, strict=True):
             _check_prompts(asked[0], prompts, f"{matches[0].a.record.run} and {match.a.record.run}")
+        pairs = [pair for each in found for pair in each.pairs]
         opinions = Store(out / "opinions.jsonl", OpinionRecord)
-        questions: list[list[list[Question]]] = [
-            [
+        if pair_judge is None:
+            pairs = [_compared(pair) for pair in pairs]
+            lacks = ["unreadable" if pair.outcome is None else "" for pair in pairs]
+        else:
+            questions = [
                 _questions(pair_judge, example, each.about.get(pair.cluster, ""), pair)
+                for each in found
                 for example, pair in zip(each.examples, each.pairs, strict=True)
             ]
-            for each in found
-            if pair_judge is not None
-        ]
-        failed: set[str] = set()
-        if pair_judge is not None:
-            # Of all seeds at once, so that a budget leaves each of them a fair part.
-            everything = [asked for of_match in questions for asked in of_match]
-            failed, said = ask_all(pair_judge, everything, settings, opinions, note)
+            # Of all seeds at once, so that a budget leaves each of them its part.
+            failed, said = ask_all(pair_judge, questions, settings, opinions, note)
             notes += said
-        judged: list[list[PairRecord]] = []
-        lacking: list[Counter[str]] = []
-        for place, each in enumerate(found):
-            if pair_judge is None:
-                pairs = [_compared(pair) for pair in each.pairs]
-                lacking.append(Counter("unreadable" for pair in pairs if pair.outcome is None))
-            else:
-                pairs = [
-                    _voted(pair, asked, opinions)
-                    for pair, asked in zip(each.pairs, questions[place], strict=True)
-                ]
-                lacking.append(Counter(_lack(q, opinions, failed) for q in questions[place]))
-            judged.append(pairs)
+            pairs = [
+                _voted(pair, asked, opinions) for pair, asked in zip(pairs, questions, strict=True)
+            ]
+            lacks = [_lack(asked, opinions, failed) for asked in questions]
+        size = len(pairs) // len(matches)
+        parts = [slice(start, start + size) for start in range(0, len(pairs), size)]
         own = [
             _judgement(
                 (match.a.record, match.b.record),
                 settings,
-                [pairs],
+                [pairs[part]],
                 each.about,
                 opinions,
-                lacks,
+                lacks[part],
                 each.notes if arms else [*each.notes, *notes],
             )
-            for match, each, pairs, lacks in zip(matches, found, judged, lacking, strict=True)
+            for match, each, part in zip(matches, found, parts, strict=True)
         ]
-        if arms is None:
-            record = own[0]
-        else:
-            for match, alone, pairs in zip(matches, own, judged, strict=True):
-                _publish(alone, pairs, criteria, out / match.folder)
-            record = _pooled(arms, settings, matches, found, judged, own, opinions, lacking, notes)
-        _publish(record, [pair for pairs in judged for pair in pairs], criteria, out)
+        record = own[0]
+        if arms is not None:
+            for match, alone, part in zip(matches, own, parts, strict=True):
+                _publish(alone, pairs[part], criteria, out / match.folder)
+            about = found[0].about
+            if any(
+                [p.cluster for p in pairs[part]] != [p.cluster for p in pairs[:size]]
+                for part in parts
+            ):
+                about = {}
+                notes.append(
+                    "The runs put people into different clusters, so that all numbers are of "
+                    "everybody; each pair of runs has its own by cluster."
+                )
+            notes += dict.fromkeys(told for each in found for told in each.notes)
+            by_seed = [pairs[part] for part in parts]
+            record = _judgement(arms, settings, by_seed, about, opinions, lacks, notes)
+            of_runs = [
+                MatchRecord(folder=match.folder, a=alone.a, b=alone.b, overall=alone.overall)
+                for match, alone in zip(matches, own, strict=True)
+            ]
+            record = record.model_copy(update={"matches": of_runs})
+        _publish(record, pairs, criteria, out)
     return record, verdict(record)
-
-
-def _pooled(
-    arms: tuple[ContestantRecord, ContestantRecord],
-    settings: JudgeConfig,
-    matches: Sequence[_Match],
-    found: Sequence[_Answers],
-    judged: Sequence[Sequence[PairRecord]],
-    own: Sequence[JudgementRecord],
-    opinions: Store[OpinionRecord],
-    lacking: Sequence[Counter[str]],
-    notes: Sequence[str],
-) -> JudgementRecord:
-    """The judgement of two arms, by those of their runs."""
-    about, notes = found[0].about, [*notes, *(told for each in found for told in each.notes)]
-    if any([pair.cluster for pair in pairs] != [p.cluster for p in judged[0]] for pairs in judged):
-        about = {}
-        notes.append(
-            "The runs put people into different clusters, so that all numbers are of everybody; each "
-            "pair of runs has its own by cluster."
-        )
-    lacks = sum(lacking, Counter[str]())
-    notes = list(dict.fromkeys(notes))
-    record = _judgement(arms, settings, judged, about, opinions, lacks, notes)
-    of_runs = [
-        MatchRecord(folder=match.folder, a=alone.a, b=alone.b, overall=alone.overall)
-        for match, alone in zip(matches, own, strict=True)
-    ]
-    return record.model_copy(update={"matches": of_runs})
 
 
 def _publish(
@@ -260,7 +239,7 @@ def _answered(
         with Assembly(b.config, b.checkpoint, note) as others:
             asked_b = held_out(others.dataset, settings.num_prompts)
             of_both = [[(example.user, example.text) for example in e] for e in (asked, asked_b)]
-            _check_prompts(*of_both, f"{a.record.run} and {b.record.run}")
+            _check_prompts(of_both[0], of_both[1], f"{a.record.run} and {b.record.run}")
             # The first run says whose clusters count: the other one's people are not divided, unless
             # its prompts name the clusters that it was trained with.
             members = others.members if b.config.model.names_cluster else parts.members
@@ -676,10 +655,20 @@ def _judgement(
     matches: Sequence[Sequence[PairRecord]],
     about: Mapping[str, str],
     opinions: Store[OpinionRecord],
-    lacking: Mapping[str, int],
+    lacks: Sequence[str],
     notes: Sequence[str],
 ) -> JudgementRecord:
-    """All numbers of a judgement, of one pair of runs or of several with the same prompts."""
+    """All numbers of a judgement, of one pair of runs or of several with the same prompts.
+
+    Args:
+        contestants: the two policies, or the arms.
+        settings: who judged what.
+        matches: of each pair of runs its pairs of answers.
+        about: the clusters that are told apart.
+        opinions: all of the folder.
+        lacks: of each pair of answers why it has no outcome, or nothing.
+        notes: what else is to be told.
+    """
     pairs = [pair for match in matches for pair in match]
     by_cluster = {
         cluster: [[pair for pair in match if pair.cluster == cluster] for match in matches]
@@ -698,7 +687,7 @@ def _judgement(
         for pair in pairs
         if pair.outcome in ("a", "b") and (difference := _lead(pair.held_out))
     ]
-    endpoint, reward = settings.endpoint, settings.reward
+    endpoint, reward, lacking = settings.endpoint, settings.reward, Counter(lacks)
     told = opinions.values()
     costs = [settings.cost(opinion) for opinion in told]
     paid = [cost for cost in costs if cost is not None]
@@ -711,9 +700,9 @@ def _judgement(
         num_samples=settings.num_samples,
         num_pairs=len(pairs),
         num_identical=sum(pair.a == pair.b for pair in pairs),
-        num_unreadable=lacking.get("unreadable", 0),
-        num_failed=lacking.get("failed", 0),
-        num_unasked=lacking.get("unasked", 0),
+        num_unreadable=lacking["unreadable"],
+        num_failed=lacking["failed"],
+        num_unasked=lacking["unasked"],
         overall=rates_over_seeds(matches),
         clusters={cluster: rates_over_seeds(members) for cluster, members in by_cluster.items()},
         about={cluster: about[cluster] for cluster in by_cluster},

@@ -1,4 +1,4 @@
-"""What a finished run's last policy gets on all held-out prompts."""
+"""What a finished run's last policy gets on held-out prompts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
+from pgrpo.experiments.design import HeldOut
 from pgrpo.rewards.pairwise import digest
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.reproduction import FigureRecord
@@ -27,7 +28,7 @@ def measure(
     folder: RunFolder,
     name: str,
     settings: dict[str, str],
-    wanted: Mapping[str, int | None],
+    wanted: Mapping[str, HeldOut],
     note: Callable[[str], None],
 ) -> Iterator[FigureRecord]:
     """Measure the last checkpoint of a run, once for each figure that is wanted.
@@ -39,7 +40,7 @@ def measure(
         folder: of the run.
         name: of the run, for figure and progress.
         settings: of the run, for the figure.
-        wanted: key of the figure -> MovieLens films to choose from, None for as many as in training.
+        wanted: key of the figure -> what it is measured with.
         note: is told what is done.
 
     Raises:
@@ -49,11 +50,12 @@ def measure(
     config, info = folder.config(), folder.info()
     checkpoint = chosen_checkpoint(folder, best=False)
     with Assembly(config, checkpoint, note) as parts:
-        for key, candidates in wanted.items():
+        for key, measured_with in wanted.items():
             began = perf_counter()
-            examples = asked(parts, candidates)
-            among = "" if candidates is None else f" with {candidates} films each"
-            note(f"measuring {name} on all {len(examples):,} held-out prompts{among}")
+            examples = _asked(parts, measured_with)
+            films = measured_with.candidates
+            among = "" if films is None else f" of {films} films each"
+            note(f"measuring {name} on {len(examples):,} held-out prompts{among}")
             prompts = [parts.builder.build(example) for example in examples]
             expected: list[FloatArray] = []
             if all(map(_is_labelled, prompts)) and not config.run.eval_samples:
@@ -95,12 +97,11 @@ def measure(
             )
 
 
-def asked(parts: Assembly, candidates: int | None) -> Sequence[Example]:
-    """All held-out examples, with so many films to choose from where that is another number."""
-    everything = len(parts.dataset.evaluation)
-    if candidates is None:
-        return held_out(parts.dataset, everything)
-    return next(held_out_with(parts, [candidates], everything))
+def _asked(parts: Assembly, measured_with: HeldOut) -> Sequence[Example]:
+    number = measured_with.num_prompts or len(parts.dataset.evaluation)
+    if measured_with.candidates is None:
+        return held_out(parts.dataset, number)
+    return next(held_out_with(parts, [measured_with.candidates], number))
 
 
 def _is_labelled(prompt: Prompt) -> bool:

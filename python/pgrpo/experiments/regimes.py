@@ -16,11 +16,7 @@ The regime in which groups mix clusters cannot be had in the trainer, where a gr
 
 from __future__ import annotations
 
-from pgrpo.experiments.reproductions import MARGIN, Claim, Reproduction, Setting
-
-_NO_CURVE = ("run.eval_every=50", "run.eval_prompts=100")
-_CURVE = ("run.eval_every=10", "run.eval_prompts=200")
-"""Evaluations along a run, which show how far it falls after a shift and how soon it is back."""
+from pgrpo.experiments.design import CURVE, MARGIN, NO_CURVE, Claim, Reproduction, Setting
 
 MINORITY = "4"
 """The smallest of the base's five clusters, which has 14 % of the prompts by itself."""
@@ -34,7 +30,7 @@ def _of_share(percent: int, weighted: bool) -> Setting:
     return Setting(
         f"share-{percent}-weighted" if weighted else f"share-{percent}",
         ("grpo", "pgrpo"),
-        (*_NO_CURVE, share, *([_WEIGHT] if weighted else [])),
+        (*NO_CURVE, share, *([_WEIGHT] if weighted else [])),
     )
 
 
@@ -135,22 +131,22 @@ REGIMES = Reproduction(
     "forget (ours)",
     axis="regime",
     settings=(
-        Setting("one-user", ("grpo", "batch", "lite", "pgrpo", "auto"), _NO_CURVE),
+        Setting("one-user", ("grpo", "batch", "lite", "pgrpo", "auto"), NO_CURVE),
         Setting(
             "scales",
             ("grpo", "batch", "lite", "pgrpo:one", "pgrpo", "auto"),
-            (*_NO_CURVE, *_SCALES),
+            (*NO_CURVE, *_SCALES),
         ),
         *(
             setting
             for shift, override in SHIFTS.items()
             for setting in (
-                Setting(shift, ("grpo", "pgrpo", "auto"), (*_CURVE, override)),
+                Setting(shift, ("grpo", "pgrpo", "auto"), (*CURVE, override)),
                 *(
                     Setting(
                         _forgetting(shift, factor),
                         ("pgrpo",),
-                        (*_CURVE, override, f"estimator.forgetting={factor:g}"),
+                        (*CURVE, override, f"estimator.forgetting={factor:g}"),
                     )
                     for factor in FORGETTING
                 ),

@@ -20,7 +20,7 @@ from pgrpo.config.checks import suggest
 from pgrpo.config.toml import apply_override, resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments.compare import arm_config, run_all
-from pgrpo.experiments.design import Reproduction, Setting
+from pgrpo.experiments.design import HeldOut, Reproduction, Setting
 from pgrpo.experiments.grid import Grid, Plan
 from pgrpo.experiments.measure import measure
 from pgrpo.report import Verdict, write_report
@@ -75,7 +75,7 @@ def plans(reproduction: Reproduction, base: Config, seeds: Sequence[int]) -> lis
 
     configs = {setting.name: config(setting) for setting in reproduction.settings}
     return [
-        Plan(setting.name, arm, arm_config(configs[setting.name], arm, seed), setting.candidates)
+        Plan(setting.name, arm, arm_config(configs[setting.name], arm, seed), setting.measured_with)
         for seed in dict.fromkeys(seeds)
         for setting in reproduction.settings
         for arm in setting.arms
@@ -195,8 +195,8 @@ def reproduce(
         grid = Grid(reproduction, base, planned, figures, cluster_of, out)
         runs = {same[0].folder: same for same in _runs(planned, out).values()}
 
-        def missing(name: str) -> dict[str, int | None]:
-            return {p.key: p.candidates for p in runs[name] if not p.figure(figures.get)}
+        def missing(name: str) -> dict[str, HeldOut]:
+            return {p.key: p.measured_with for p in runs[name] if not p.figure(figures.get)}
 
         shown = shown_on or console()
 

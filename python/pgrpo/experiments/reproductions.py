@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pgrpo.experiments.candidates import CANDIDATES
-from pgrpo.experiments.design import MARGIN, Claim, Reproduction, Setting
-
-_CURVE = ("run.eval_every=10", "run.eval_prompts=200")
-"""Evaluations along a run, for its curve; the last policy is measured on all prompts anyway."""
-_NO_CURVE = ("run.eval_every=50", "run.eval_prompts=100")
+from pgrpo.experiments.design import CURVE, MARGIN, NO_CURVE, Claim, Reproduction, Setting
+from pgrpo.experiments.regimes import IMBALANCE, REGIMES
 
 CURVES = Reproduction(
     name="curves",
@@ -25,13 +22,13 @@ CURVES = Reproduction(
         Setting(
             "base",
             ("grpo", "pgrpo:one", "pgrpo", "pgrpo:shuffled", "auto", "shrinkage"),
-            _CURVE,
+            CURVE,
         ),
-        Setting("temperature-2", ("grpo",), (*_CURVE, "generation.temperature=2.0")),
+        Setting("temperature-2", ("grpo",), (*CURVE, "generation.temperature=2.0")),
         Setting(
             "long",
             ("grpo",),
-            (*_CURVE, "run.num_steps=130", "run.checkpoint_every=130"),
+            (*CURVE, "run.num_steps=130", "run.checkpoint_every=130"),
         ),
     ),
     claims=(
@@ -64,20 +61,20 @@ GRANULARITY = Reproduction(
     axis="histories",
     settings=(
         # The control arm reads one history, and the clusters of K-5 are still told apart.
-        Setting("K-1", ("pgrpo:one",), (*_NO_CURVE, "clustering.num_clusters=5")),
+        Setting("K-1", ("pgrpo:one",), (*NO_CURVE, "clustering.num_clusters=5")),
         *(
-            Setting(f"K-{k}", ("pgrpo",), (*_NO_CURVE, f"clustering.num_clusters={k}"))
+            Setting(f"K-{k}", ("pgrpo",), (*NO_CURVE, f"clustering.num_clusters={k}"))
             for k in (2, 5, 16, 64)
         ),
         Setting(
             "person-borrowing",
             ("pgrpo:user",),
-            (*_NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=8.0"),
+            (*NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=8.0"),
         ),
         Setting(
             "person-alone",
             ("pgrpo:user",),
-            (*_NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=0.0"),
+            (*NO_CURVE, "clustering.num_clusters=5", "estimator.prior_count=0.0"),
         ),
     ),
     claims=(
@@ -103,12 +100,12 @@ RANDOM = Reproduction(
         Setting(
             "kmeans",
             ("pgrpo", "pgrpo:shuffled"),
-            (*_NO_CURVE, 'clustering={name="kmeans",num_clusters=5}'),
+            (*NO_CURVE, 'clustering={name="kmeans",num_clusters=5}'),
         ),
         Setting(
             "latent-class",
             ("pgrpo", "pgrpo:shuffled"),
-            (*_NO_CURVE, 'clustering={name="latent_class",num_clusters=5}'),
+            (*NO_CURVE, 'clustering={name="latent_class",num_clusters=5}'),
         ),
     ),
     claims=(
@@ -136,7 +133,7 @@ def _of_group_size(family: str, size: int, *overrides: str, controls: bool = Fal
     return Setting(
         f"{family}-{size}",
         (*(_ALONE if size == 1 else _RULES), *(_CONTROLS if controls else ())),
-        (*_NO_CURVE, f"generation.group_size={size}", *overrides),
+        (*NO_CURVE, f"generation.group_size={size}", *overrides),
         no_signal=("grpo", "rloo") if size == 1 else (),
     )
 
@@ -208,5 +205,6 @@ ROLLOUTS = Reproduction(
 )
 
 REPRODUCTIONS: Mapping[str, Reproduction] = {
-    found.name: found for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, ROLLOUTS)
+    found.name: found
+    for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, ROLLOUTS, IMBALANCE, REGIMES)
 }
