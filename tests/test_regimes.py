@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import write_config
 
+from pgrpo.experiments.design import Claim, Reproduction, Setting
+from pgrpo.experiments.grid import Plan
 from pgrpo.experiments.regimes import IMBALANCE, MINORITY, REGIMES
-from pgrpo.experiments.reproduce import Plan, load_base, plans, reproduce
-from pgrpo.experiments.reproductions import Claim, Reproduction, Setting
+from pgrpo.experiments.reproduce import load_base, plans, reproduce
 from pgrpo.runs.display import console
 from pgrpo.train.build import Assembly
 
