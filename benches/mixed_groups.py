@@ -30,7 +30,7 @@ from typing import Any
 
 from bandit import OFFSETS, train
 
-from pgrpo.experiments.reproductions import Claim
+from pgrpo.experiments.design import Claim
 from pgrpo.report.figures import ARM_COLORS
 from pgrpo.report.statistics import mean_change
 
@@ -98,44 +98,24 @@ def measure(num_seeds: int) -> dict[str, Any]:
     return {"num_seeds": num_seeds, "rows": rows, "claims": claims}
 
 
-def picture(result: dict[str, Any]) -> str:
-    """The worst cluster's score of each arm, a dot a seed and a line for their mean, as SVG."""
-    width, height, left, top = 230, 240, 40, 30
-    low, high = -0.2, 1.0
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The worst cluster's score of each arm, a dot a seed and a line for their mean."""
+    import matplotlib.pyplot as plt
 
-    def y(score: float) -> float:
-        return top + (high - max(score, low)) / (high - low) * height
-
-    parts: list[str] = []
-    for place, setting in enumerate(SETTINGS):
-        x = left + place * (width + 20)
-        parts.append(f'<text x="{x + width / 2}" y="18" class="title">{setting}</text>')
-        parts += [
-            f'<path d="M{x} {y(score):.1f}h{width}" stroke="#8888" stroke-dasharray="2 3"/>'
-            f'<text x="{x - 6}" y="{y(score) + 4:.1f}" text-anchor="end">{score:g}</text>'
-            for score in (0.0, 0.5, 1.0)
-        ]
-        rows = [row for row in result["rows"] if row["setting"] == setting]
-        for number, (row, color) in enumerate(zip(rows, ARM_COLORS, strict=False)):
-            middle = x + (number + 0.5) * width / len(rows)
-            parts += [
-                f'<circle cx="{middle:.1f}" cy="{y(score):.1f}" r="3" fill="{color}" opacity=".6"/>'
-                for score in row["worst_of_seeds"]
-            ]
-            parts.append(
-                f'<path d="M{middle - 11:.1f} {y(row["worst"]):.1f}h22" stroke="{color}" '
-                'stroke-width="2"/>'
-                f'<text x="{middle:.1f}" y="{top + height + 18}" text-anchor="middle">'
-                f"{row['arm']}</text>"
-            )
-    whole = left + len(SETTINGS) * (width + 20), top + height + 30
-    style = "text{font:11px sans-serif;fill:#777}.title{font-size:13px;text-anchor:middle}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole[0]}" height="{whole[1]}" '
-        f'viewBox="0 0 {whole[0]} {whole[1]}"><style>{style}</style>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
+    figure, panels = plt.subplots(
+        1, len(SETTINGS), figsize=(10, 3.5), sharey=True, layout="constrained"
     )
+    for panel, setting in zip(panels, SETTINGS, strict=True):
+        rows = [row for row in result["rows"] if row["setting"] == setting]
+        for place, (row, color) in enumerate(zip(rows, ARM_COLORS, strict=False)):
+            scores = row["worst_of_seeds"]
+            panel.plot([place] * len(scores), scores, "o", color=color, alpha=0.6)
+            panel.hlines(row["worst"], place - 0.35, place + 0.35, color=color)
+        panel.set(title=setting, ylim=(-0.25, 1.05))
+        panel.set_xticks(range(len(rows)), [row["arm"] for row in rows])
+        panel.axhline(0, color="k", linewidth=0.5)
+    panels[0].set(ylabel="final score of the worst cluster")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -160,7 +140,7 @@ def main() -> None:
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if options.figure:
-        options.figure.write_text(picture(result), "utf-8")
+        draw(result, options.figure)
 
 
 if __name__ == "__main__":

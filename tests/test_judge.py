@@ -44,7 +44,8 @@ from pgrpo.data.personas import (
     persona_reward,
     persona_utility,
 )
-from pgrpo.experiments.judge import _programmatic
+from pgrpo.errors import ConfigError
+from pgrpo.experiments.judge import _check_prompts, _programmatic
 from pgrpo.experiments.opinions import JudgeConfig
 from pgrpo.report.judgement import render
 from pgrpo.report.pairs import rates, rates_over_seeds, share_of, wilson
@@ -1356,6 +1357,18 @@ def test_runs_that_divide_people_otherwise_have_no_clusters_in_common(tmp_path: 
     record = judged((tmp_path / "one", tmp_path / "other"), tmp_path / "out", BY_REWARD)
     assert record["clusters"] == {} and "different clusters" in record["notes"][0]
     assert record["overall"]["num_pairs"] == 2 * NUM_PROMPTS
+
+
+def test_runs_that_hold_out_different_prompts_are_refused() -> None:
+    examples = [Example(f"question {k}", f"u{k}") for k in range(4)]
+    _check_prompts(examples, list(examples), "one and other")
+    shorter = [examples[0], *examples[2:]]
+    with pytest.raises(
+        ConfigError, match="one and other hold out .*: of 4 and 3, number 2 differs"
+    ):
+        _check_prompts(examples, shorter, "one and other")
+    with pytest.raises(ConfigError, match="of 4 and 3, number 4 differs"):
+        _check_prompts(examples, examples[:3], "one and other")
 
 
 def test_arms_that_cannot_be_judged(arms: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:

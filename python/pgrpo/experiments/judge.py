@@ -143,9 +143,9 @@ def judge(
     criteria = settings.rubric.criteria if pair_judge else {}
     with locked(out):
         found = [_answered(m.a, m.b, settings, pair_judge, out, note) for m in matches]
-        asked = [[(example.user, example.text) for example in each.examples] for each in found]
-        for match, prompts in zip(matches, asked, strict=True):
-            _check_prompts(asked[0], prompts, f"{matches[0].a.record.run} and {match.a.record.run}")
+        for match, each in zip(matches, found, strict=True):
+            runs = f"{matches[0].a.record.run} and {match.a.record.run}"
+            _check_prompts(found[0].examples, each.examples, runs)
         pairs = [pair for each in found for pair in each.pairs]
         opinions = Store(out / "opinions.jsonl", OpinionRecord)
         if pair_judge is None:
@@ -238,8 +238,7 @@ def _answered(
                 pair_judge.question(example)
         with Assembly(b.config, b.checkpoint, note) as others:
             asked_b = held_out(others.dataset, settings.num_prompts)
-            of_both = [[(example.user, example.text) for example in e] for e in (asked, asked_b)]
-            _check_prompts(of_both[0], of_both[1], f"{a.record.run} and {b.record.run}")
+            _check_prompts(asked, asked_b, f"{a.record.run} and {b.record.run}")
             # The first run says whose clusters count: the other one's people are not divided, unless
             # its prompts name the clusters that it was trained with.
             members = others.members if b.config.model.names_cluster else parts.members
@@ -485,18 +484,13 @@ def _group(place: int, prompt: Prompt, record: CompletionRecord, version: int) -
     )
 
 
-def _check_prompts(a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]], runs: str) -> None:
-    """Refuse policies that would be asked different things, as where one left out long prompts.
-
-    Args:
-        a: user and text of each prompt.
-        b: those of the other.
-        runs: whose they are.
-    """
-    if a == b:
+def _check_prompts(a: Sequence[Example], b: Sequence[Example], runs: str) -> None:
+    """Refuse runs that would be asked different things, as where one left out long prompts."""
+    asked = [[(example.user, example.text) for example in examples] for examples in (a, b)]
+    if asked[0] == asked[1]:
         return
     place = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+        (i for i, (x, y) in enumerate(zip(*asked, strict=False)) if x != y), min(map(len, asked))
     )
     raise ConfigError(
         f"{runs} hold out different prompts: of {len(a)} and {len(b)}, number {place + 1} differs, "
