@@ -69,6 +69,10 @@ class RunConfig(Section):
     eval_samples: int = Field(default=0, ge=0)
     """Completions of each held-out prompt that an evaluation samples, by the same seeds every time; the
     prompt's reward is their mean. 0: one completion, of the likeliest tokens."""
+    ability: bool = False
+    """Measure before the first and after the last step what the model can do besides: the perplexity of
+    English text, sums, formats and continents
+    ([how_it_works.md](how_it_works.md#general-ability))."""
     samples_per_step: int = Field(default=4, ge=0)
     """Rollouts of each step written to samples.jsonl."""
     num_threads: int = Field(default=0, ge=0)

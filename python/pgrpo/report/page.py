@@ -29,6 +29,7 @@ SECTIONS = (
     results.gains,
     results.differences,
     results.warnings,
+    results.ability,
     results.held_out,
     results.reward,
     results.clusters,

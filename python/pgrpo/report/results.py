@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from pgrpo.report import figures
+from pgrpo.report.ability import ERRORS
 from pgrpo.report.blocks import (
     Block,
     Cell,
@@ -139,6 +140,36 @@ def warnings(page: Context) -> Section | None:
         [Table(["Arm", "Seed", ""], rows, {1: "n", 2: "text"})],
         "From the running sums of each run's histories, as of its end (or of its last start, where it "
         "has not finished). They tell what to look at, not that a run failed.",
+    )
+
+
+def ability(page: Context) -> Section | None:
+    """What the models could do besides, before and after."""
+    measured = [(arm, run) for arm in page.study.arms for run in arm.runs if run.ability]
+    if not measured:
+        return None
+    names = list(dict.fromkeys(change.name for _, run in measured for change in run.ability))
+    rows: list[list[Cell | str]] = []
+    for arm, run in measured:
+        cells = {
+            change.name: Cell(f"{change.before} → {change.after}", small=[change.verdict])
+            for change in run.ability
+        }
+        rows.append(
+            [
+                Cell(arm.name, page.arm_colors[arm.name]),
+                run.settings.get("run.seed", "–"),
+                *(cells.get(name, "–") for name in names),
+            ]
+        )
+    return section(
+        "General ability",
+        [Table(["Arm", "Seed", *names], rows, dict.fromkeys(range(1, 2 + len(names)), "n"))],
+        "From the first measurement to the last: perplexity of English text a token, which is better "
+        "where it is lower; right answers to sums and to where countries lie, of four each (chance "
+        "0.250); and instructions whose form an answer has.",
+        f"“Lost”: the mean drop over a part's items exceeds {ERRORS:g} standard errors of the paired "
+        "differences. “No loss shown” does not say that there is none: the parts are small.",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pgrpo.config.toml import flat
 from pgrpo.errors import RunFolderError
+from pgrpo.report.ability import Change, changes
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import (
     ClusterRecord,
@@ -122,6 +123,9 @@ class Run:
     """Those of the first and of the last step that have some."""
     held_out: tuple[SampleRecord, ...]
     """Held-out completions of the last evaluation that has some."""
+    ability: tuple[Change, ...]
+    """What became of general ability from its first measurement to its last; empty where there are not
+    two."""
 
     @property
     def seeds(self) -> tuple[tuple[str, str], ...]:
@@ -174,6 +178,7 @@ def _read(folder: RunFolder, first: int, last: int, common: int, stride: int) ->
             *range(common - LAST_STEPS + 1, common + 1),
         }
         records = folder.metrics.at(sorted(step for step in wanted if first <= step <= last))
+    measured = list(folder.ability)
     logged, held_out = folder.samples.ends(), folder.held_out.ends()
     return Run(
         name=run_name(folder.path),
@@ -185,6 +190,7 @@ def _read(folder: RunFolder, first: int, last: int, common: int, stride: int) ->
         evaluations=Table(folder.evaluations, folder.evaluations.path),
         samples=tuple(folder.samples.at(sorted(set(logged)))) if logged else (),
         held_out=tuple(folder.held_out.at([held_out[1]])) if held_out else (),
+        ability=tuple(changes(measured[0], measured[-1])) if len(measured) > 1 else (),
     )
 
 

@@ -37,8 +37,8 @@ def verdict(study: Study) -> Verdict:
     warned = sum(len(run.info.warnings) for run in study.runs)
     if warned:
         notes.append(f"{plural(warned, 'warning')}: see “Warnings” in the report.")
-    gains = [sentence] if (sentence := _gains(study)) else []
-    return Verdict(said.headline, (*said.sentences, *gains, *notes), _lead_sentence(study))
+    more = [sentence for sentence in (_gains(study), _ability(study)) if sentence]
+    return Verdict(said.headline, (*said.sentences, *more, *notes), _lead_sentence(study))
 
 
 def _lead_sentence(study: Study) -> str:
@@ -115,6 +115,24 @@ def _gains(study: Study) -> str:
         for what, difference in found.items()
     ]
     return f"Seed by seed, {enumerate_words(words)}."
+
+
+def _ability(study: Study) -> str:
+    """What became of general ability: of one run each part, of several how many lost some."""
+    found = [run.ability for run in study.runs if run.ability]
+    if not found:
+        return ""
+    if len(study.runs) == 1:
+        return f"General ability, before and after: {', '.join(map(str, found[0]))}."
+    lost = [change.name for parts in found for change in parts if change.verdict == "lost"]
+    if not lost:
+        return f"No loss of general ability is shown in {plural(len(found), 'run')}."
+    num_lost = sum(any(change.verdict == "lost" for change in parts) for parts in found)
+    words = [f"{name} in {lost.count(name)}" for name in dict.fromkeys(lost)]
+    return (
+        f"General ability was lost in {num_lost} of {plural(len(found), 'run')}: "
+        f"{enumerate_words(words)}."
+    )
 
 
 def _single(study: Study, arm: Arm) -> Verdict:

@@ -15,7 +15,13 @@ from pgrpo.errors import ConfigError, PgrpoError, RunFolderError
 from pgrpo.runs.config import Config, load_config
 from pgrpo.runs.disk import disk_errors, flush, replace_file
 from pgrpo.runs.log import Log, parse
-from pgrpo.runs.records import EvaluationRecord, RunInfo, SampleRecord, StepRecord
+from pgrpo.runs.records import (
+    AbilityRecord,
+    EvaluationRecord,
+    RunInfo,
+    SampleRecord,
+    StepRecord,
+)
 
 
 class RunFolder:
@@ -28,6 +34,7 @@ class RunFolder:
         evaluations: the log of the held-out evaluations.
         samples: the log of rollouts.
         held_out: the log of held-out completions.
+        ability: the log of general ability.
         log: the text file of what ended the run before its time.
     """
 
@@ -38,6 +45,8 @@ class RunFolder:
         self.evaluations = Log(self.path / "evaluations.jsonl", EvaluationRecord)
         self.samples = Log(self.path / "samples.jsonl", SampleRecord)
         self.held_out = Log(self.path / "held_out.jsonl", SampleRecord)
+        self.ability = Log(self.path / "ability.jsonl", AbilityRecord)
+        self._logs = (self.metrics, self.evaluations, self.samples, self.held_out, self.ability)
         self.log = self.path / "log.txt"
         self._lock = FileLock(self.path / ".lock", timeout=0)
         self._is_new = False
@@ -162,13 +171,13 @@ class RunFolder:
         Raises:
             RunFolderError: the disk refuses.
         """
-        for log in (self.metrics, self.evaluations, self.samples, self.held_out):
+        for log in self._logs:
             if log.path.exists():
                 with disk_errors(f"{log.path} cannot be written"):
                     flush(log.path)
 
     def rewind(self, step: int) -> None:
-        """Forget what the logs say of later steps, which will be taken again; after step 0, of the
-        evaluation before the first step too."""
-        for log in (self.metrics, self.evaluations, self.samples, self.held_out):
+        """Forget what the logs say of later steps, which will be taken again; after step 0, of
+        what was measured before the first step too."""
+        for log in self._logs:
             log.rewind(step)

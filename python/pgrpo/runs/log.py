@@ -20,10 +20,16 @@ from pydantic import ValidationError
 
 from pgrpo.errors import RunFolderError
 from pgrpo.runs.disk import disk_errors
-from pgrpo.runs.records import EvaluationRecord, Record, SampleRecord, StepRecord
+from pgrpo.runs.records import (
+    AbilityRecord,
+    EvaluationRecord,
+    Record,
+    SampleRecord,
+    StepRecord,
+)
 
 RecordT = TypeVar("RecordT", bound=Record)
-LogT = TypeVar("LogT", StepRecord, EvaluationRecord, SampleRecord)
+LogT = TypeVar("LogT", StepRecord, EvaluationRecord, SampleRecord, AbilityRecord)
 
 _STEP = re.compile(rb'"step":\s*(\d+)')
 _STEP_WITHIN = 64
@@ -101,7 +107,7 @@ class Log(Generic[LogT]):
 
     def rewind(self, step: int) -> None:
         """Forget later steps, which will be taken again, and what a killed process left of a line;
-        after step 0, of the evaluation before the first step too.
+        after step 0, of what was measured before the first step too.
 
         Raises:
             RunFolderError: a line is damaged, or the disk refuses.

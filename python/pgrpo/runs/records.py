@@ -8,6 +8,7 @@ file in which a name is missing, as in those of earlier versions, can still be r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from types import NoneType
@@ -273,6 +274,47 @@ class EvaluationRecord(Record):
     """how many times the users had been divided again by then; `clusters` are those of that division"""
     clusters: dict[str, ClusterEvaluation] = {}
     """cluster -> `reward`, `std`, `best`, `num_prompts`"""
+
+
+class AbilityPart(Record):
+    """One part of a measurement of general ability."""
+
+    value: float
+    """mean over the items"""
+    standard_error: float | None = None
+    """of the mean, over items: their standard deviation (dividing by their number - 1) /
+    sqrt(`num_items`); `null` with one item"""
+    num_items: int = 0
+    """items that the tokenizer can express"""
+    values: list[float] = []
+    """of each item: nats a token of a window, else 1 (right, or followed) or 0"""
+    asked: str = ""
+    """digest of all items as tokens: parts with different ones are not compared"""
+
+
+def perplexity(text: AbilityPart) -> float:
+    """e to the power of a text's nats a token; e^20 stands for more, where a model fell apart."""
+    return math.exp(min(text.value, 20.0))
+
+
+class AbilityRecord(Record):
+    """A line of ability.jsonl: what the model can do besides what it is trained for. A part is `null`
+    where the tokenizer can express none of its items."""
+
+    step: int
+    """steps taken before it; 0 is the untrained model"""
+    text: AbilityPart | None = None
+    """nats a token of English text, by windows of 128 tokens: the names below"""
+    perplexity: float | None = None
+    """e to the power of these nats; e^20 stands for more"""
+    arithmetic: AbilityPart | None = None
+    """share of sums whose right answer of four is the likeliest; chance .25"""
+    formats: AbilityPart | None = None
+    """share of instructions whose form a greedy completion of up to 24 tokens has"""
+    continents: AbilityPart | None = None
+    """share of countries whose continent of four is the likeliest; chance .25"""
+    seconds: float | None = None
+    """that it took"""
 
 
 def _writable(text: str) -> str:

@@ -32,6 +32,7 @@ from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import ClusterInfo, RunInfo, SampleRecord, StepRecord
 from pgrpo.runs.sinks import Sinks, open_sinks, require_trackers
 from pgrpo.runs.terminal import held
+from pgrpo.train.ability import measure_ability
 from pgrpo.train.baselines import are_known, baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import discard_partial, latest_checkpoint, save_checkpoint
@@ -76,6 +77,7 @@ class Trainer:
 
     def __init__(self, parts: Assembly, folder: RunFolder, display: Display) -> None:
         self._watch, self._seconds_before = Stopwatch(), folder.info().seconds
+        self._parts = parts
         self.config = config = parts.config
         self.ranks = parts.ranks
         self.folder = folder
@@ -127,6 +129,8 @@ class Trainer:
                 # A run that failed in an evaluation was saved before it.
                 if not self.ranks.first(self._is_evaluated):
                     self._evaluate_if_due(self.done, sinks)
+                if not self.done:
+                    self._measure_ability(0)
                 for step in range(self.done + 1, run.num_steps + 1):
                     self.ranks.heed()
                     self._take(step, sinks)
@@ -134,6 +138,7 @@ class Trainer:
                     due = step % run.checkpoint_every == 0 or step == run.num_steps
                     if due or (evaluated and self._best_step(step) == step):
                         self._save(step)
+                self._measure_ability(run.num_steps)
             except BaseException as error:
                 ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self._updating or not isinstance(error, PgrpoError):
@@ -290,6 +295,18 @@ class Trainer:
         )
         self.ranks.first(lambda: sinks.evaluation(*outcome))
         return True
+
+    def _measure_ability(self, step: int) -> None:
+        """Log the general ability after a step, where it is wanted and the run does not have it yet."""
+
+        def is_measured() -> bool:
+            return any(record.step == step for record in self.folder.ability)
+
+        if not self.config.run.ability or self.ranks.first(is_measured):
+            return
+        self.display.note("measuring general ability")
+        record = measure_ability(self._parts, step)
+        self.ranks.first(lambda: self.folder.ability.append(record))
 
     def _best_step(self, step: int) -> int | None:
         """The best step so far, where its checkpoint is kept."""
