@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Tree, tiny_run, trace, train
 from scipy import stats
+from test_ranks import train_on
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -451,3 +452,14 @@ def test_instructions_are_asked_without_the_system_prompt_of_the_run(
         formats = measure_ability(parts).formats
         found.append(formats and formats.asked)
     assert found[0] == found[1] is not None
+
+
+def test_processes_that_share_a_model_share_the_work(folder: Path, tmp_path: Path) -> None:
+    changes = {**rows(folder), **SHORT, "run.num_steps": 1, "run.ability": True}
+    several = records(train_on(2, tmp_path / "several", changes))
+    for found, expected in zip(several, records(train(tmp_path / "one", changes)), strict=True):
+        assert found.step == expected.step
+        for name in ("text", "arithmetic", "formats", "continents"):
+            mine, theirs = getattr(found, name), getattr(expected, name)
+            assert mine.asked == theirs.asked
+            assert mine.values == pytest.approx(theirs.values, abs=1e-3)
