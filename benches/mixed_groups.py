@@ -103,7 +103,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        1, len(SETTINGS), figsize=(10, 3.5), sharey=True, layout="constrained"
+        1, len(SETTINGS), figsize=(12, 3.5), sharey=True, layout="constrained"
     )
     for panel, setting in zip(panels, SETTINGS, strict=True):
         rows = [row for row in result["rows"] if row["setting"] == setting]
@@ -111,7 +111,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             scores = row["worst_of_seeds"]
             panel.plot([place] * len(scores), scores, "o", color=color, alpha=0.6)
             panel.hlines(row["worst"], place - 0.35, place + 0.35, color=color)
-        panel.set(title=setting, ylim=(-0.25, 1.05))
+        panel.set(title=setting)
         panel.set_xticks(range(len(rows)), [row["arm"] for row in rows])
         panel.axhline(0, color="k", linewidth=0.5)
     panels[0].set(ylabel="final score of the worst cluster")
