@@ -275,7 +275,7 @@ def test_a_policy_is_trained_once_and_measured_with_every_number(
     (claim,) = json.loads((out / "claims.json").read_text("utf-8"))
     assert len(claim["each"]) == 2
     page = (out / "report.html").read_text("utf-8")
-    assert page.count("pgrpo compare") == 1, "one command trains all"
+    assert page.count("--estimators grpo,pgrpo") == 1, "one command trains all"
     assert "4 runs took" in page
 
     # Without two of its figures a run is wanted again, and measured where its checkpoint still is.

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import test_panel as panel
 from conftest import Tree, contents, processes, write_config
+from test_ability import rows
 from test_cli import refused
 
 from pgrpo.cli import main
@@ -27,6 +28,8 @@ from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce, r
 from pgrpo.experiments.reproductions import REPRODUCTIONS
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.records import AbilityRecord
+from pgrpo.train.ability import measure_ability
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.evaluation import held_out_groups
@@ -67,10 +70,14 @@ def figures(out: Path) -> dict[str, Tree]:
 
 def without_times(out: Path) -> tuple[list[Tree], list[Tree], dict[str, Tree]]:
     """Table, claims and figures, but for seconds."""
+    lines = figures(out)
+    for line in lines.values():
+        for record in line["ability"]:
+            record["seconds"] = None
     table = [{k: v for k, v in row.items() if k != "minutes"} for row in read(out / "table.json")]
     lines = {
         name: {k: v for k, v in line.items() if k not in ("seconds", "measuring_s")}
-        for name, line in figures(out).items()
+        for name, line in lines.items()
     }
     return table, read(out / "claims.json"), lines
 
@@ -222,6 +229,29 @@ def test_choices_have_the_rewards_that_the_engine_would_get_and_exact_means(tmp_
         assert exact == pytest.approx(group.rewards.mean(), abs=5 * error + 1e-5)
     row = read(tmp_path / "out" / "table.json")[0]
     assert row["expected"] == pytest.approx(np.mean(line["expected"]))
+
+
+def test_figures_tell_general_ability_before_and_after(tmp_path: Path) -> None:
+    """Of a model that reads bytes, so that it can be asked; before is measured once."""
+    base = load_base(write_config(tmp_path, {**CHANGES, **rows(tmp_path)}))
+    calls: list[int] = []
+
+    def counted(parts: Assembly) -> AbilityRecord:
+        found = measure_ability(parts)
+        calls.append(found.step)
+        return found
+
+    with patch.object(measuring, "measure_ability", counted):
+        chosen = restricted(SMALL, ["G-2"], [])
+        reproduce(chosen, base, [0], tmp_path / "out", shown_on=console(quiet=True))
+    assert calls == [0, 2, 2]
+    before, after = (
+        [line["ability"][k] for line in figures(tmp_path / "out").values()] for k in (0, 1)
+    )
+    assert before[0] == before[1]
+    assert after[0]["text"]["values"] != after[1]["text"]["values"] != before[0]["text"]["values"]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "General ability, before and after" in page
 
 
 def test_what_another_folder_has_measured_is_taken_over(

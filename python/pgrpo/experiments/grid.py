@@ -35,7 +35,7 @@ from pgrpo.types import FloatArray
 _WATCHING = frozenset(
     {
         *("eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints", "keep_best"),
-        *("samples_per_step", "trackers", "project"),
+        *("samples_per_step", "trackers", "project", "ability"),
     }
 )
 """Settings of [run] that do not change what is learned."""

@@ -11,7 +11,9 @@ import numpy as np
 from pgrpo.experiments.design import HeldOut
 from pgrpo.rewards.pairwise import digest
 from pgrpo.runs.folder import RunFolder
+from pgrpo.runs.records import AbilityRecord
 from pgrpo.runs.reproduction import FigureRecord
+from pgrpo.train.ability import measure_ability
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.evaluation import (
@@ -29,6 +31,7 @@ def measure(
     name: str,
     settings: dict[str, str],
     wanted: Mapping[str, HeldOut],
+    before: AbilityRecord | None,
     note: Callable[[str], None],
 ) -> Iterator[FigureRecord]:
     """Measure the last checkpoint of a run, once for each figure that is wanted.
@@ -41,6 +44,7 @@ def measure(
         name: of the run, for figure and progress.
         settings: of the run, for the figure.
         wanted: key of the figure -> what it is measured with.
+        before: general ability of the model that the run began with; measured here if it is not known.
         note: is told what is done.
 
     Raises:
@@ -49,9 +53,14 @@ def measure(
     """
     config, info = folder.config(), folder.info()
     checkpoint = chosen_checkpoint(folder, best=False)
+    began = perf_counter()
+    if before is None:
+        note("measuring the general ability that runs begin with")
+        with Assembly(config, note=note) as untrained:
+            before = measure_ability(untrained)
     with Assembly(config, checkpoint, note) as parts:
+        ability = [before, measure_ability(parts)]
         for key, measured_with in wanted.items():
-            began = perf_counter()
             examples = _asked(parts, measured_with)
             films = measured_with.candidates
             among = "" if films is None else f" of {films} films each"
@@ -86,6 +95,7 @@ def measure(
                 rollouts=sum(record.num_rollouts or 0 for record in folder.metrics),
                 seconds=info.seconds,
                 measuring_s=perf_counter() - began,
+                ability=ability,
                 curve={
                     record.step: record.reward
                     for record in folder.evaluations
@@ -95,6 +105,7 @@ def measure(
                 versions=info.versions,
                 precision=info.precision,
             )
+            began = perf_counter()
 
 
 def _asked(parts: Assembly, measured_with: HeldOut) -> Sequence[Example]:

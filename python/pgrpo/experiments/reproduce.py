@@ -29,6 +29,7 @@ from pgrpo.runs.disk import disk_errors, flush, locked
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import Store
+from pgrpo.runs.records import AbilityRecord
 from pgrpo.runs.reproduction import (
     FigureRecord,
 )
@@ -210,7 +211,9 @@ def reproduce(
                     "what its last policy gets, whose checkpoint is gone; remove the folder, and the "
                     "same command runs it again"
                 )
-            for line in measure(folder, name, runs[name][0].settings, missing(name), note):
+            settings = runs[name][0].settings
+            before = _ability_before(settings, figures)
+            for line in measure(folder, name, settings, missing(name), before, note):
                 figures.append(line)
             # Before what it was measured of is gone.
             flush(out / "figures.jsonl")
@@ -241,6 +244,20 @@ def _runs(planned: Sequence[Plan], out: Path) -> dict[str, list[Plan]]:
         key: sorted(same, key=lambda plan: not RunFolder(out / RUNS / plan.folder).holds_run)
         for key, same in found.items()
     }
+
+
+def _ability_before(
+    settings: Mapping[str, str], figures: Store[FigureRecord]
+) -> AbilityRecord | None:
+    """General ability of the model that a run with these settings begins with, where another run that
+    began with it has told. Weights of the tiny model hang on the seed."""
+
+    def model(found: Mapping[str, str]) -> dict[str, str]:
+        own = {name: value for name, value in found.items() if name.startswith("model.")}
+        return own | ({"run.seed": found["run.seed"]} if found["model.name"] == "tiny" else {})
+
+    lines = (line for line in figures.values() if line.ability)
+    return next((x.ability[0] for x in lines if model(x.settings) == model(settings)), None)
 
 
 def _lines(*paths: Path | None) -> dict[str, FigureRecord]:

@@ -1,10 +1,10 @@
 """One page that shows what a run did, or how several runs compare.
 
-`runs` reads the folders, `ability` tells what was lost, `study` sorts and compares them, `verdict` says it
-in words; `results`, `learning` and `facts` make the sections of the page of `blocks` and `figures`, and
-`page` renders them with `templates/`. Of two policies that were judged `pairs` counts, and `judgement`
-makes the page. A
-page is bounded, however long the runs and however many their clusters: what it leaves out, it says.
+`runs` reads the folders, `ability` tells what was lost, `study` sorts and compares them, `verdict` says
+it in words; `results`, `learning` and `facts` make the sections of the page of `blocks` and `figures`,
+and `page` renders them with `templates/`. Of two policies that were judged `pairs` counts, and
+`judgement` makes the page. A page is bounded, however long the runs and however many their clusters:
+what it leaves out, it says.
 """
 
 from __future__ import annotations

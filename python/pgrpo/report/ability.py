@@ -25,6 +25,20 @@ ERRORS = 2.0
 """A drop of more than so many standard errors is a loss."""
 
 
+def notes() -> tuple[str, ...]:
+    """What stands beside a table of changes."""
+    parts = (
+        "Perplexity of English text a token, which is better where it is lower; right answers to sums "
+        "and to where countries lie, of four each (chance 0.250); and instructions whose form an "
+        "answer has."
+    )
+    rule = (
+        f"“Lost”: the mean drop over a part's items exceeds {ERRORS:g} standard errors of the paired "
+        "differences. “No loss shown” does not say that there is none: the parts are small."
+    )
+    return parts, rule
+
+
 @dataclass(frozen=True)
 class Change:
     """One part before and after."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pgrpo.report import figures
+from pgrpo.report.ability import PARTS, changes, notes
 from pgrpo.report.blocks import Block, Cell, Charts, Section, Table, estimate, legend, section
 from pgrpo.report.page import document
 from pgrpo.report.statistics import Difference, Estimate, over_seeds
@@ -79,7 +80,14 @@ def verdict(page: Page) -> Verdict:
 def render(page: Page) -> str:
     """The page as one HTML document that loads nothing from outside itself."""
     made = _Sections(page)
-    sections = [made.grid(), made.claims(), made.people(), *made.curves(), made.how()]
+    sections = [
+        made.grid(),
+        made.claims(),
+        made.people(),
+        made.ability(),
+        *made.curves(),
+        made.how(),
+    ]
     runs = page.runs
     seeds = {row.seed for row in page.rows}
     facts = [plural(len(runs), "run"), plural(len(seeds), "seed")]
@@ -211,6 +219,34 @@ class _Sections(Charts):
             "each run, by the clusters of the base config: the same people in all settings.",
             "Where the commonest answer has nearly all of the share, the policy says one thing to "
             "everybody: such runs carry the means of their arm.",
+        )
+
+    def ability(self) -> Section | None:
+        """What the models could do besides, before and after."""
+        runs = [found for found in self.page.runs if len(found.ability) == 2]
+        if not runs:
+            return None
+        rows: list[Sequence[Cell | str]] = []
+        for found in runs:
+            told = {change.name: change for change in changes(*found.ability)}
+            rows.append(
+                [
+                    found.run,
+                    *(
+                        Cell(
+                            f"{told[name].before} → {told[name].after}", small=[told[name].verdict]
+                        )
+                        if name in told
+                        else "–"
+                        for name in PARTS.values()
+                    ),
+                ]
+            )
+        header = ["Run", *(name.capitalize() for name in PARTS.values())]
+        return section(
+            "General ability, before and after",
+            [Table(header, rows, dict.fromkeys(range(1, len(header)), "n"))],
+            *notes(),
         )
 
     def claims(self) -> Section | None:

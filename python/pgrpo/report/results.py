@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from pgrpo.report import figures
-from pgrpo.report.ability import ERRORS
+from pgrpo.report.ability import notes as ability_notes
 from pgrpo.report.blocks import (
     Block,
     Cell,
@@ -165,11 +165,8 @@ def ability(page: Context) -> Section | None:
     return section(
         "General ability",
         [Table(["Arm", "Seed", *names], rows, dict.fromkeys(range(1, 2 + len(names)), "n"))],
-        "From the first measurement to the last: perplexity of English text a token, which is better "
-        "where it is lower; right answers to sums and to where countries lie, of four each (chance "
-        "0.250); and instructions whose form an answer has.",
-        f"“Lost”: the mean drop over a part's items exceeds {ERRORS:g} standard errors of the paired "
-        "differences. “No loss shown” does not say that there is none: the parts are small.",
+        "From the first measurement to the last.",
+        *ability_notes(),
     )
 
 

@@ -293,7 +293,7 @@ class AbilityPart(Record):
 
 
 def perplexity(text: AbilityPart) -> float:
-    """e to the power of a text's nats a token; e^20 stands for more, where a model fell apart."""
+    """E to the power of a text's nats a token; e^20 stands for more, where a model fell apart."""
     return math.exp(min(text.value, 20.0))
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from pgrpo.runs.judgement import KeyedRecord
-from pgrpo.runs.records import Record, Text
+from pgrpo.runs.records import AbilityRecord, Record, Text
 
 
 class FigureRecord(KeyedRecord):
@@ -49,6 +49,8 @@ class FigureRecord(KeyedRecord):
     """of the run's config, by their dotted names, those that have an effect"""
     versions: dict[str, str]
     """of pgrpo, torch, transformers and numpy, by which it was trained"""
+    ability: list[AbilityRecord] = Field(default=[])
+    """general ability before the first and after the last step"""
     precision: str
     """that it was trained in: what `auto` stood for"""
 
