@@ -10,10 +10,11 @@ from conftest import contents, start, tiny_run, trace, write_config
 from test_cli import refused
 
 from pgrpo.cli import main
-from pgrpo.config.sections import EstimatorConfig
+from pgrpo.config.toml import flat, resolved_tree
 from pgrpo.errors import ConfigError
 from pgrpo.experiments.compare import arm_config, arm_folder
 from pgrpo.normalizer import RULES
+from pgrpo.report.study import shapes_training
 from pgrpo.runs.config import load_config, parse_config
 
 Capture = pytest.CaptureFixture[str]
@@ -109,6 +110,18 @@ def test_runs_of_other_settings_are_not_mixed_in(
         (["--estimators", "pgrpo:two"], "estimator.history is 'two': input should be 'cluster'"),
         (["--estimators", "pgrpo:"], "estimator.history is '': input should be 'cluster'"),
         (["--estimators", ","], "--estimators names no arm"),
+        (
+            ["--estimators", "pgrpo@run.seed=5"],
+            "arm 'pgrpo@run.seed=5' sets run.seed; expected seeds by",
+        ),
+        (
+            ["--estimators", "grpo,grpo@run.num_steps=9"],
+            "arms 'grpo' and 'grpo@run.num_steps=9' train the same, but for length and bookkeeping",
+        ),
+        (
+            ["--estimators", "dpo,dpo@loss.beta=0.1"],
+            "arms 'dpo' and 'dpo@loss.beta=0.1' train the same",
+        ),
         (["--seeds", "0,x"], "--seeds is '0,x'; expected whole numbers with commas"),
         (["--seeds", ""], "--seeds is ''; expected whole numbers with commas"),
         (["--seeds", "-1"], "run.seed is -1: input should be greater than or equal to 0"),
@@ -132,6 +145,29 @@ def test_a_comparison_another_process_works_on(tmp_path: Path, capsys: Capture) 
         said = refused(capsys, "compare", write_config(tmp_path), "--out", out)
     assert said == f"{out} is in use by another process"
     assert [path.name for path in out.iterdir()] in ([".lock"], [])
+
+
+@pytest.mark.parametrize(
+    ("override", "idle"),
+    [
+        ("loss.old_logprobs=rollout", "loss.importance"),
+        ("loss.importance=off", "loss.importance_cap"),
+        ("run.eval_every=0", "run.keep_best"),
+    ],
+)
+def test_an_arm_may_leave_other_settings_without_effect(override: str, idle: str) -> None:
+    """As long as the config does not state them itself."""
+    base = parse_config(tiny_run())
+    found = dict(flat(resolved_tree(arm_config(base, f"pgrpo@{override}", 3))))
+    name, _, value = override.partition("=")
+    assert (found[name], found["run.seed"]) == (value, "3")
+    assert idle not in found
+
+
+def test_arms_that_draw_prompts_otherwise_are_told_apart() -> None:
+    assert shapes_training("run.resample")
+    assert shapes_training("run.pipeline")
+    assert not shapes_training("run.num_steps")
 
 
 def test_settings_an_estimator_does_not_know_are_dropped() -> None:
@@ -162,7 +198,7 @@ def test_arms_of_a_base_that_reads_histories() -> None:
     # What has an effect stays, also on how clusters are weighed; the rest goes.
     batch = arm_config(base, "batch", 0).estimator
     idle = {"history", "prior_count", "sigma_floor", "min_count"}
-    assert batch.model_fields_set == set(EstimatorConfig.model_fields) - idle
+    assert batch.model_fields_set == {"name", *options} - idle
     assert (batch.forgetting, batch.prior_count, batch.clip) == (0.9, 0.0, 5.0)
     unweighted = base.model_copy(
         update={"estimator": base.estimator.model_copy(update={"frequency_weight": 0.0})}

@@ -449,6 +449,10 @@ def test_held_out_prompts_name_the_clusters_of_now(tmp_path: Path) -> None:
         ),
         ({"model.prompt_template": "{cluster}"}, "is '{cluster}'; expected {prompt} in it, once"),
         (
+            {"model.prompt_template": "[{clusters}] {prompt}"},
+            "with {clusters}; expected {prompt}, {cluster}",
+        ),
+        (
             {"model.prompt_template": NAMED, "generation.long_prompts": "drop"},
             "counts tokens before there are clusters",
         ),

@@ -635,6 +635,11 @@ EVERY = "clustering.recluster_every is 2"
             f"{EVERY}, and reward 'persona' is for some clusters, whose people change; expected no "
             "clusters",
         ),
+        (
+            {"rewards": [{"name": "persona", "shift": {"after": 2, "scale": 2.0}}]},
+            f"{EVERY}, and reward 'persona' shifts, so that people's rewards tell when they were asked; "
+            "expected no shift",
+        ),
     ],
 )
 def test_what_cannot_go_on_is_refused(changes: Tree, sentence: str) -> None:

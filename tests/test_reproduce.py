@@ -15,11 +15,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import test_panel as panel
+import tomli_w
 from conftest import Tree, contents, processes, write_config
 from test_ability import rows
 from test_cli import refused
 
 from pgrpo.cli import main
+from pgrpo.config.toml import read_toml
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments import measure as measuring
 from pgrpo.experiments import reproduce as reproducing
@@ -252,6 +254,65 @@ def test_figures_tell_general_ability_before_and_after(tmp_path: Path) -> None:
     assert after[0]["text"]["values"] != after[1]["text"]["values"] != before[0]["text"]["values"]
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "General ability, before and after" in page
+
+
+def test_win_rates_of_primary_questions_are_counted_by_cluster(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    """And one seed against another, with made-up rewards that are known."""
+    rng = np.random.default_rng(3)
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = list(figures(whole).values())
+    for line in lines:
+        line["rewards"] = rng.integers(0, 2, len(line["users"])).astype(float).tolist()
+    (out / "figures.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
+    asked = replace(
+        SMALL,
+        claims=(
+            Claim(("G-2", "pgrpo"), ("G-3", "grpo"), "a history", primary=True),
+            Claim(("G-2", "pgrpo"), ("G-2", "pgrpo"), "a control", primary=True),
+            Claim(("G-2", "pgrpo"), ("G-2", "grpo"), "a look"),
+        ),
+    )
+    reproduce(asked, load_base(base), SEEDS, out, shown_on=console(quiet=True))
+    with Assembly(load_base(base)) as parts:
+        cluster_of = parts.members.division.cluster_of
+    history, control, look = read(out / "claims.json")
+    assert look["wins"] is None
+    assert control["wins"] is None, "of two seeds there is one pair, which tells nothing"
+    of = {line["run"]: line for line in lines}
+    counted: dict[str, list[int]] = {}
+    for seed in SEEDS:
+        a, b = of[f"G-2/pgrpo/seed-{seed}"], of[f"G-3/grpo/seed-{seed}"]
+        for user, x, y in zip(a["users"], a["rewards"], b["rewards"], strict=True):
+            for name in ("all", str(cluster_of[user])):
+                counts = counted.setdefault(name, [0, 0, 0])
+                counts[0 if x > y else 1 if x == y else 2] += 1
+    found = {"all": history["wins"], **history["wins_of_clusters"]}
+    assert {k: [v["wins"], v["ties"], v["losses"]] for k, v in found.items()} == counted
+    assert "Win rates" in (out / "report.html").read_text("utf-8")
+
+
+def test_an_arm_against_itself_compares_disjoint_pairs_of_seeds(
+    whole: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    line = figures(whole)["G-2/pgrpo/seed-0"]
+    levels = [0.1, 0.3, 0.9, 0.2, 5.0]
+    text = ""
+    for plan in plans(restricted(SMALL, ["G-2"], ["pgrpo"]), load_base(base), range(5)):
+        same = {**line, "key": plan.key, "settings": plan.settings, "run": plan.folder}
+        text += json.dumps({**same, "rewards": [levels[plan.seed]] * len(line["users"])}) + "\n"
+    (out / "figures.jsonl").write_text(text, "utf-8")
+    control = Claim(("G-2", "pgrpo"), ("G-2", "pgrpo"), "a control", primary=True)
+    asked = replace(restricted(SMALL, ["G-2"], ["pgrpo"]), claims=(control,))
+    reproduce(asked, load_base(base), list(range(5)), out, shown_on=console(quiet=True))
+    (claim,) = read(out / "claims.json")
+    assert claim["each"] == pytest.approx([0.1 - 0.3, 0.9 - 0.2])
+    assert claim["verdict"] == "level"
+    assert (claim["wins"]["wins"], claim["wins"]["losses"]) == (len(line["users"]),) * 2
 
 
 def test_what_another_folder_has_measured_is_taken_over(
@@ -560,6 +621,21 @@ def test_estimating_makes_nothing(tmp_path: Path, capsys: Capture) -> None:
     assert not out.exists()
 
 
+def test_what_does_not_go_with_a_config_is_listed_with_the_reason(
+    base: Path, capsys: Capture
+) -> None:
+    """Of two steps, none comes after step 20; and a config need not have a section `[run]`."""
+    tree = read_toml(base)
+    del tree["run"]
+    base.with_name("bare.toml").write_text(tomli_w.dumps(tree), "utf-8")
+    for config in (base, base.with_name("bare.toml")):
+        assert main(["reproduce", "--on", str(config)]) == 0
+        said = capsys.readouterr().out
+        assert len(said.splitlines()) == len(REPRODUCTIONS)
+        assert "curves (40 runs)" in said
+        assert "candidates (not with this config: data set 'personas' has no candidates" in said
+
+
 def test_they_are_listed_with_their_numbers_of_runs(capsys: Capture) -> None:
     assert main(["reproduce"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -569,6 +645,7 @@ def test_they_are_listed_with_their_numbers_of_runs(capsys: Capture) -> None:
         "candidates": 20,
         "granularity": 35,
         "random": 20,
+        "judge": 15,
         "rollouts": 180,
         "imbalance": 60,
         "regimes": 105,
@@ -583,7 +660,6 @@ def test_a_reproduction_can_be_planned_and_asks_for_cells_that_it_has(name: str)
     assert len(cells) == len(planned)
     for claim in found.claims:
         assert {claim.after, claim.before} <= cells
-        assert claim.after != claim.before
     assert any(claim.primary for claim in found.claims)
     settings = [setting.name for setting in found.settings]
     assert len(set(settings)) == len(settings)
@@ -633,6 +709,14 @@ def test_the_command_runs_some_arms_of_some_settings_on_another_base(
         (["curves", "--out", "out", "--arms", "grop"], "--arms names 'grop', which curves does"),
         (["curves", "--out", "out", "--settings", "lnog"], "--settings names 'lnog', which curves"),
         (
+            ["candidates", "--out", "out", "--settings", "films-4,films-8"],
+            "--settings names 'films-4' and not 'films-12', which measures the same runs",
+        ),
+        (
+            ["candidates", "--out", "out", "--on", str(ROOT / "examples" / "electricity.toml")],
+            "data set 'panel' has no candidates to vary",
+        ),
+        (
             ["curves", "--out", "out", "--settings", "long", "--arms", "auto"],
             "none of the settings that --settings names has an arm that --arms names; curves has base:",
         ),
@@ -652,13 +736,14 @@ def test_what_cannot_be_reproduced(
     assert not list(tmp_path.iterdir())
 
 
-def test_cells_that_were_asked_different_prompts_are_not_compared(
-    whole: Path, base: Path, tmp_path: Path
+@pytest.mark.parametrize("what", ["prompts", "precision"])
+def test_cells_that_were_asked_or_computed_otherwise_are_not_compared(
+    whole: Path, base: Path, tmp_path: Path, what: str
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     lines = list(figures(whole).values())
-    lines[0]["prompts"] = "others"
+    lines[0][what] = "another"
     (out / "figures.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
     run(base, out)
     verdicts = [claim["verdict"] for claim in read(out / "claims.json")]

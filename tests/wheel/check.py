@@ -130,7 +130,9 @@ def installed_files():
         f"plugins/template/{name}"
         for name in ("README.md", "my_plugin.py", "pyproject.toml", "run.toml", "test_my_plugin.py")
     ]
-    configs = [f"experiments/{name}.toml" for name in ("demo", "electricity")]
+    configs = [
+        f"experiments/{name}.toml" for name in ("demo", "electricity", "movielens-100k-candidates")
+    ]
     for name in ("py.typed", "normalizer/_core.pyi", *configs, *pages, *template):
         needed = f"pgrpo/{name}"
         assert Path(needed) in files, f"{needed} is missing"

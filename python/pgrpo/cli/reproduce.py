@@ -63,7 +63,11 @@ def reproduce(
 
         if name is None:
             for found in REPRODUCTIONS.values():
-                planned = plans(found, load_base(base_of(found)), seed_numbers)
+                try:
+                    planned = plans(found, load_base(base_of(found)), seed_numbers)
+                except ConfigError as error:
+                    print(f"{found.name} (not with this config: {error}): {found.about}")
+                    continue
                 num_runs = len({plan.run_key for plan in planned})
                 print(f"{found.name} ({num_runs} runs): {found.about}")
             return

@@ -5,6 +5,7 @@ A section of a data set, a plugin or an engine stands beside what it configures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -135,6 +136,11 @@ class ModelConfig(Section):
     def _check_template(cls, template: str) -> str:
         if template.count("{prompt}") != 1:
             raise ValueError(f"prompt_template is {template!r}; expected {{prompt}} in it, once")
+        for place in re.findall(r"\{\w*\}", template):
+            if place not in ("{prompt}", "{cluster}"):
+                raise ValueError(
+                    f"prompt_template is {template!r}, with {place}; expected {{prompt}}, {{cluster}}"
+                )
         return template
 
     @property

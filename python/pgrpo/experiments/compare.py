@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pgrpo.config.toml import apply_override, flat, resolved_tree
 from pgrpo.errors import ConfigError
 from pgrpo.normalizer import RULES
 from pgrpo.report import Verdict, write_report
+from pgrpo.report.study import shapes_training
 from pgrpo.runs.config import Config, parse_config
 from pgrpo.runs.disk import locked
 from pgrpo.runs.display import Display
@@ -56,6 +58,7 @@ def compare(
         for arm in arms
         for seed in seeds
     }
+    _check_distinct(arms, {arm: plans[f"{arm_folder(arm)}/seed-{seeds[0]}"] for arm in arms})
     # All arms of a seed, then those of the next: whoever stops early has whole pairs.
     run_all(
         dict(sorted(plans.items(), key=lambda plan: seeds.index(plan[1].run.seed))),
@@ -131,8 +134,9 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
     that have no effect then."""
     rule, *overrides = arm.split("@")
     name, colon, history = rule.partition(":")
-    tree = resolved_tree(config)
-    tree["run"]["seed"] = seed
+    # Without defaults: those of a setting that an override gives no effect would be refused.
+    tree = resolved_tree(config, defaults=False)
+    tree["run"] = tree.get("run", {}) | {"seed": seed}
     takes_estimator = name not in OBJECTIVES
     if takes_estimator and name not in RULES:
         known = [*RULES, *OBJECTIVES]
@@ -148,12 +152,28 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
             tree["run"]["resample"] = 0
     if chosen:
         tree["estimator"] = chosen
-    loss = tree["loss"] | {"objective": "policy_gradient" if takes_estimator else name}
+    loss = tree.get("loss", {}) | {"objective": "policy_gradient" if takes_estimator else name}
     idle = LossConfig.model_construct(**loss).inactive()
     tree["loss"] = {key: value for key, value in loss.items() if key not in idle}
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, source=f"arm {arm!r}")
+    found = parse_config(tree, source=f"arm {arm!r}")
+    if found.run.seed != seed:
+        raise ConfigError(f"arm {arm!r} sets run.seed; expected seeds by --seeds alone")
+    return found
+
+
+def _check_distinct(arms: Sequence[str], configs: Mapping[str, Config]) -> None:
+    """Refuse arms that a report could not tell apart, before they are trained."""
+    shaped: dict[str, str] = {}
+    for arm in arms:
+        shape = {k: v for k, v in flat(resolved_tree(configs[arm])) if shapes_training(k)}
+        same = shaped.setdefault(json.dumps(shape, sort_keys=True), arm)
+        if same != arm:
+            raise ConfigError(
+                f"arms {same!r} and {arm!r} train the same, but for length and bookkeeping; expected "
+                "arms that differ"
+            )
 
 
 def _check_same(found: Config, planned: Config, folder: Path) -> None:

@@ -41,7 +41,8 @@ class Claim:
     after: Cell
     before: Cell
     what: str
-    """The respect in which the two differ."""
+    """The respect in which the two differ. Of one cell against itself one seed is compared with the
+    next: a control that should be level."""
     primary: bool = False
     margin: float | None = None
     """The loss from which on `before` counts as not reached."""

@@ -17,12 +17,13 @@ from pgrpo.config.toml import Tree, flat, resolved_toml, resolved_tree
 from pgrpo.experiments.compare import arm_folder
 from pgrpo.experiments.design import Cell, Claim, HeldOut, Reproduction
 from pgrpo.report import Verdict
+from pgrpo.report.pairs import rates_over_seeds
 from pgrpo.report.reproduction import Page, render, verdict
 from pgrpo.report.statistics import paired_difference
 from pgrpo.rewards.pairwise import digest
 from pgrpo.runs.config import Config
 from pgrpo.runs.disk import replace_file
-from pgrpo.runs.judgement import Store
+from pgrpo.runs.judgement import PairRecord, Store, Winner
 from pgrpo.runs.reproduction import (
     ClaimRecord,
     DifferenceRecord,
@@ -82,7 +83,8 @@ class Plan:
         """Of the figure: a run's, unless the run is measured otherwise than it was trained."""
         if self.measured_with == HeldOut():
             return self.run_key
-        return digest({"run": self.run_key, **asdict(self.measured_with)})
+        stated = {name: x for name, x in asdict(self.measured_with).items() if x is not None}
+        return digest({"run": self.run_key, **stated})
 
     def figure(self, find: Callable[[str], FigureRecord | None]) -> FigureRecord | None:
         """What was measured of it, of those that are found by key; None where nothing was, or a default
@@ -96,7 +98,7 @@ class Plan:
 
 
 def _without_watching(tree: Tree) -> Tree:
-    run = {name: value for name, value in tree["run"].items() if name not in _WATCHING}
+    run = {name: value for name, value in tree.get("run", {}).items() if name not in _WATCHING}
     return {**tree, "run": run}
 
 
@@ -179,9 +181,16 @@ class Grid:
             if plan.cell in of_cell and (found := plan.figure(self.figures.get)):
                 of_cell[plan.cell][plan.seed] = found
         after, before = of_cell[claim.after], of_cell[claim.before]
-        pairs = [(after[seed], before[seed]) for seed in after if seed in before]
-        # They differ where prompts too long for a setting were left out, or the data changed meanwhile.
-        if len({found.prompts for pair in pairs for found in pair}) != 1:
+        if claim.after == claim.before:
+            # Disjoint pairs: going round all seeds, their differences would sum to zero.
+            each_seed = list(after.values())
+            pairs = list(zip(each_seed[::2], each_seed[1::2], strict=False))
+        else:
+            pairs = [(after[seed], before[seed]) for seed in after if seed in before]
+        # Prompts differ where some too long for a setting were left out, or the data changed meanwhile;
+        # and arithmetic differs between machines, by more than arms do.
+        alike = {(found.prompts, found.precision) for pair in pairs for found in pair}
+        if len(alike) != 1:
             return record
         asked = [
             place
@@ -208,7 +217,40 @@ class Grid:
             ]
             exact = paired_difference(change, people)
             expected = exact and DifferenceRecord(**vars(exact))
-        return record.model_copy(update={**vars(difference), "verdict": said, "expected": expected})
+        record = record.model_copy(
+            update={**vars(difference), "verdict": said, "expected": expected}
+        )
+        is_control = claim.after == claim.before
+        if claim.margin is None and (claim.primary or is_control):
+            return self._with_wins(record, pairs)
+        return record
+
+    def _with_wins(
+        self, claim: ClaimRecord, pairs: Sequence[tuple[FigureRecord, FigureRecord]]
+    ) -> ClaimRecord:
+        """A claim with how often which answer has the higher reward, of all whose prompts it is about,
+        and of each cluster."""
+        matches = [
+            [
+                PairRecord(
+                    prompt="",
+                    user=user,
+                    cluster=self.cluster_of.get(user, ""),
+                    a="",
+                    b="",
+                    outcome=_outcome(a, b),
+                )
+                for user, a, b in zip(after.users, after.rewards, before.rewards, strict=True)
+                if claim.cluster is None or self.cluster_of.get(user) == claim.cluster
+            ]
+            for after, before in pairs
+        ]
+        of_clusters = {
+            name: rates_over_seeds([[p for p in match if p.cluster == name] for match in matches])
+            for name in sorted({pair.cluster for pair in matches[0]} - {""})
+        }
+        update = {"wins": rates_over_seeds(matches), "wins_of_clusters": of_clusters}
+        return claim.model_copy(update=update)
 
     def _of_clusters(self, found: FigureRecord) -> dict[str, float]:
         rewards: dict[str, list[float | None]] = {}
@@ -236,6 +278,12 @@ def commands(planned: Sequence[Plan], reproduction: Reproduction, out: Path) -> 
         )
         for setting in reversed(trained.values())
     ]
+
+
+def _outcome(a: float | None, b: float | None) -> Winner | None:
+    if a is None or b is None:
+        return None
+    return "tie" if a == b else "a" if a > b else "b"
 
 
 def _values(rewards: Sequence[float | None]) -> FloatArray:

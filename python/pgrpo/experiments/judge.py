@@ -241,7 +241,8 @@ def _answered(
             _check_prompts(asked, asked_b, f"{a.record.run} and {b.record.run}")
             # The first run says whose clusters count: the other one's people are not divided, unless
             # its prompts name the clusters that it was trained with.
-            members = others.members if b.config.model.names_cluster else parts.members
+            own = b.checkpoint is not None and b.config.model.names_cluster
+            members = others.members if own else parts.members
             said_b = _complete(others, b, asked, members, settings, completions, note)
         said_a = _complete(parts, a, asked, parts.members, settings, completions, note)
         # Both are scored as answers to the first run's prompts, which its own tokenizer made.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
 
-from pgrpo.experiments.design import HeldOut
+from pgrpo.experiments.grid import Plan
 from pgrpo.rewards.pairwise import digest
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import AbilityRecord
 from pgrpo.runs.reproduction import FigureRecord
 from pgrpo.train.ability import measure_ability
+from pgrpo.train.baselines import are_known
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.evaluation import (
@@ -28,22 +29,20 @@ from pgrpo.types import Example, FloatArray, Prompt
 
 def measure(
     folder: RunFolder,
-    name: str,
-    settings: dict[str, str],
-    wanted: Mapping[str, HeldOut],
+    plans: Sequence[Plan],
+    wanted: Collection[str],
     before: AbilityRecord | None,
     note: Callable[[str], None],
 ) -> Iterator[FigureRecord]:
     """Measure the last checkpoint of a run, once for each figure that is wanted.
 
-    Where answers are single tokens, the rewards of all of them are known, and both the likeliest
-    answer's and the exact mean come of one pass over the prompts; otherwise completions are generated.
+    Where the rewards of all choices are known and each is a single token, both the likeliest one's
+    reward and the exact mean come of one pass over the prompts; otherwise completions are generated.
 
     Args:
         folder: of the run.
-        name: of the run, for figure and progress.
-        settings: of the run, for the figure.
-        wanted: key of the figure -> what it is measured with.
+        plans: that come to this run, the first one's folder being its own.
+        wanted: keys of those that are not measured yet.
         before: general ability of the model that the run began with; measured here if it is not known.
         note: is told what is done.
 
@@ -60,14 +59,15 @@ def measure(
             before = measure_ability(untrained)
     with Assembly(config, checkpoint, note) as parts:
         ability = [before, measure_ability(parts)]
-        for key, measured_with in wanted.items():
-            examples = _asked(parts, measured_with)
-            films = measured_with.candidates
+        known = are_known(config.evaluation or config.rewards) and not config.run.eval_samples
+        for key, films, examples in _asked(parts, plans):
+            if key not in wanted:
+                continue
             among = "" if films is None else f" of {films} films each"
-            note(f"measuring {name} on {len(examples):,} held-out prompts{among}")
+            note(f"measuring {plans[0].folder} on {len(examples):,} held-out prompts{among}")
             prompts = [parts.builder.build(example) for example in examples]
             expected: list[FloatArray] = []
-            if all(map(_is_labelled, prompts)) and not config.run.eval_samples:
+            if known and all(map(_is_labelled, prompts)):
                 budget = config.optimizer.token_budget
                 shares = choice_probabilities(parts.model, prompts, budget)
                 of_choices = choice_rewards(parts.tokenizer, prompts, parts.held_out_scorer)
@@ -82,7 +82,7 @@ def measure(
                 rewards = [group.rewards for group in groups]
             yield FigureRecord(
                 key=key,
-                run=name,
+                run=plans[0].folder,
                 users=[example.user for example in examples],
                 prompts=digest([[example.user, example.text] for example in examples]),
                 rewards=[_mean(each) for each in rewards],
@@ -101,18 +101,32 @@ def measure(
                     for record in folder.evaluations
                     if record.reward is not None
                 },
-                settings=settings,
+                settings=plans[0].settings,
                 versions=info.versions,
                 precision=info.precision,
             )
             began = perf_counter()
 
 
-def _asked(parts: Assembly, measured_with: HeldOut) -> Sequence[Example]:
-    number = measured_with.num_prompts or len(parts.dataset.evaluation)
-    if measured_with.candidates is None:
-        return held_out(parts.dataset, number)
-    return next(held_out_with(parts, [measured_with.candidates], number))
+def _asked(
+    parts: Assembly, plans: Sequence[Plan]
+) -> Iterator[tuple[str, int | None, Sequence[Example]]]:
+    """Key, films to choose from and held-out examples of each figure of a run. All numbers of films are
+    asked for together, and whether or not they are still wanted: with all the same interactions."""
+    everything = len(parts.dataset.evaluation)
+    measured = {plan.key: plan.measured_with for plan in plans}
+    for key, held in measured.items():
+        if held.candidates is None:
+            yield key, None, held_out(parts.dataset, held.num_prompts or everything)
+    for number in dict.fromkeys(held.num_prompts for held in measured.values()):
+        films = {
+            key: held.candidates
+            for key, held in measured.items()
+            if held.candidates is not None and held.num_prompts == number
+        }
+        if films:
+            sets = held_out_with(parts, list(films.values()), number or everything)
+            yield from zip(films, films.values(), sets, strict=True)
 
 
 def _is_labelled(prompt: Prompt) -> bool:

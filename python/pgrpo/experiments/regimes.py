@@ -197,7 +197,7 @@ REGIMES = Reproduction(
             Claim(
                 ("scales", "pgrpo"),
                 ("scales", "batch"),
-                f"three scales: the same for cluster {cluster}, whose right answers are worth {worth}",
+                f"three scales, cluster {cluster} (right answers worth {worth}): pgrpo against batch",
                 cluster=cluster,
             )
             for cluster, worth in (("0", "10"), ("3", "0.1"), ("4", "0.1"))

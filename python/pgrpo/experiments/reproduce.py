@@ -20,7 +20,7 @@ from pgrpo.config.checks import suggest
 from pgrpo.config.toml import apply_override, resolved_tree
 from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments.compare import arm_config, run_all
-from pgrpo.experiments.design import HeldOut, Reproduction, Setting
+from pgrpo.experiments.design import Reproduction, Setting
 from pgrpo.experiments.grid import Grid, Plan
 from pgrpo.experiments.measure import measure
 from pgrpo.report import Verdict, write_report
@@ -29,12 +29,13 @@ from pgrpo.runs.disk import disk_errors, flush, locked
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.judgement import Store
-from pgrpo.runs.records import AbilityRecord
+from pgrpo.runs.records import AbilityRecord, RunInfo
 from pgrpo.runs.reproduction import (
     FigureRecord,
 )
 from pgrpo.runs.terminal import printable
 from pgrpo.train.build import Assembly
+from pgrpo.train.evaluation import data_with_candidates
 
 RUNS = "runs"
 """Folder of the runs within that of the reproduction."""
@@ -75,6 +76,9 @@ def plans(reproduction: Reproduction, base: Config, seeds: Sequence[int]) -> lis
         return parse_config(tree, source=f"setting {setting.name!r}")
 
     configs = {setting.name: config(setting) for setting in reproduction.settings}
+    for setting in reproduction.settings:
+        if setting.measured_with.candidates is not None:
+            data_with_candidates(configs[setting.name].data, setting.measured_with.candidates)
     return [
         Plan(setting.name, arm, arm_config(configs[setting.name], arm, seed), setting.measured_with)
         for seed in dict.fromkeys(seeds)
@@ -111,6 +115,16 @@ def restricted(
         if not settings or setting.name in settings
     ]
     kept = [setting for setting in kept if setting.arms]
+    for setting in kept:
+        for other in reproduction.settings:
+            same_runs = setting.overrides == other.overrides
+            measured = setting.measured_with, other.measured_with
+            if settings and other.name not in settings and same_runs and len(set(measured)) > 1:
+                # The checkpoints that the other one needs would be deleted.
+                raise ConfigError(
+                    f"--settings names {setting.name!r} and not {other.name!r}, which measures the "
+                    "same runs; expected both"
+                )
     if not kept:
         raise ConfigError(
             f"none of the settings that --settings names has an arm that --arms names; "
@@ -196,8 +210,8 @@ def reproduce(
         grid = Grid(reproduction, base, planned, figures, cluster_of, out)
         runs = {same[0].folder: same for same in _runs(planned, out).values()}
 
-        def missing(name: str) -> dict[str, HeldOut]:
-            return {p.key: p.measured_with for p in runs[name] if not p.figure(figures.get)}
+        def missing(name: str) -> set[str]:
+            return {plan.key for plan in runs[name] if not plan.figure(figures.get)}
 
         shown = shown_on or console()
 
@@ -211,9 +225,9 @@ def reproduce(
                     "what its last policy gets, whose checkpoint is gone; remove the folder, and the "
                     "same command runs it again"
                 )
-            settings = runs[name][0].settings
-            before = _ability_before(settings, figures)
-            for line in measure(folder, name, settings, missing(name), before, note):
+            plans_of_run = runs[name]
+            before = _ability_before(plans_of_run[0].settings, folder.info(), figures)
+            for line in measure(folder, plans_of_run, missing(name), before, note):
                 figures.append(line)
             # Before what it was measured of is gone.
             flush(out / "figures.jsonl")
@@ -247,17 +261,21 @@ def _runs(planned: Sequence[Plan], out: Path) -> dict[str, list[Plan]]:
 
 
 def _ability_before(
-    settings: Mapping[str, str], figures: Store[FigureRecord]
+    settings: Mapping[str, str], info: RunInfo, figures: Store[FigureRecord]
 ) -> AbilityRecord | None:
     """General ability of the model that a run with these settings begins with, where another run that
-    began with it has told. Weights of the tiny model hang on the seed."""
+    began with it has told, in the same precision and of the same versions. Weights of the tiny model
+    hang on the seed."""
 
     def model(found: Mapping[str, str]) -> dict[str, str]:
         own = {name: value for name, value in found.items() if name.startswith("model.")}
         return own | ({"run.seed": found["run.seed"]} if found["model.name"] == "tiny" else {})
 
-    lines = (line for line in figures.values() if line.ability)
-    return next((x.ability[0] for x in lines if model(x.settings) == model(settings)), None)
+    for line in figures.values():
+        alike = (line.precision, line.versions) == (info.precision, info.versions)
+        if line.ability and alike and model(line.settings) == model(settings):
+            return line.ability[0]
+    return None
 
 
 def _lines(*paths: Path | None) -> dict[str, FigureRecord]:

@@ -120,6 +120,22 @@ RANDOM = Reproduction(
     ),
 )
 
+JUDGE = Reproduction(
+    name="judge",
+    about="how often which answer is the better one, for the people of each cluster (Figure 5 of the "
+    "paper), where the held-out reward judges; and one seed of pgrpo against another, a control that "
+    "should be level",
+    axis="setting",
+    settings=(Setting("base", ("grpo", "pgrpo:one", "pgrpo"), NO_CURVE),),
+    claims=(
+        Claim(("base", "pgrpo"), ("base", "grpo"), "a history in the place of the group", True),
+        Claim(
+            ("base", "pgrpo"), ("base", "pgrpo:one"), "clusters, against one history for all", True
+        ),
+        Claim(("base", "pgrpo"), ("base", "pgrpo"), "one seed against another, as a control"),
+    ),
+)
+
 GROUP_SIZES = (1, 2, 4, 8, 16)
 ROLLOUTS_A_STEP = 64
 _RULES = ("grpo", "rloo", "pgrpo", "auto")
@@ -206,5 +222,5 @@ ROLLOUTS = Reproduction(
 
 REPRODUCTIONS: Mapping[str, Reproduction] = {
     found.name: found
-    for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, ROLLOUTS, IMBALANCE, REGIMES)
+    for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, JUDGE, ROLLOUTS, IMBALANCE, REGIMES)
 }

@@ -14,6 +14,7 @@ from pgrpo.report.page import document
 from pgrpo.report.statistics import Difference, Estimate, over_seeds
 from pgrpo.report.study import Paired
 from pgrpo.report.verdict import Verdict, enumerate_words, number, plural
+from pgrpo.runs.judgement import ShareRecord
 from pgrpo.runs.reproduction import ClaimRecord, FigureRecord, RowRecord
 
 COLORS = {
@@ -83,6 +84,7 @@ def render(page: Page) -> str:
     sections = [
         made.grid(),
         made.claims(),
+        made.wins(),
         made.people(),
         made.ability(),
         *made.curves(),
@@ -136,7 +138,7 @@ class _Sections(Charts):
             "Held-out reward",
             [legend(self.colors), *self._drawn(), Table(header, rows, numbers, sorts=True)],
             f"{self.page.about[:1].upper()}{self.page.about[1:]}.",
-            "Of the last step, over all held-out prompts. Means over the seeds with their standard "
+            "Of the last step, over held-out prompts. Means over the seeds with their standard "
             "errors; a dash where the rule has no signal.",
             "Minutes are of training, the run's own evaluations included: a mean over the seeds.",
         )
@@ -221,6 +223,41 @@ class _Sections(Charts):
             "everybody: such runs carry the means of their arm.",
         )
 
+    def wins(self) -> Section | None:
+        """How often which answer was the better one, of the primary questions."""
+        rows: list[Sequence[Cell | str]] = []
+        for claim in self.page.claims:
+            if claim.wins is None:
+                continue
+            same = claim.after == claim.before
+            after, before = " ".join(claim.after), " ".join(claim.before)
+            winners = {
+                "a": "one seed" if same else after,
+                "b": "the other seed" if same else before,
+                "level": "level",
+            }
+            of_clusters = [(f"cluster {name}", x) for name, x in claim.wins_of_clusters.items()]
+            for people, found in [("all", claim.wins), *of_clusters]:
+                rows.append(
+                    [
+                        claim.what,
+                        people,
+                        f"{found.num_pairs:,}",
+                        *map(_share, (found.win, found.tie, found.loss, found.decided)),
+                        winners[found.winner],
+                    ]
+                )
+        if not rows:
+            return None
+        header = ["Question", "People", "Pairs", "Wins", "Ties", "Losses", "Of decided", "Winner"]
+        return section(
+            "Win rates",
+            [Table(header, rows, {0: "text", **dict.fromkeys(range(2, 7), "n")})],
+            "Prompt by prompt and seed by seed, the answer wins whose reward is higher: wins are those "
+            "of the arm that a question names first. Shares have 95 % intervals that know seeds and "
+            "people; there is a winner where that of the decided pairs leaves out a half.",
+        )
+
     def ability(self) -> Section | None:
         """What the models could do besides, before and after."""
         runs = [found for found in self.page.runs if len(found.ability) == 2]
@@ -247,6 +284,8 @@ class _Sections(Charts):
             "General ability, before and after",
             [Table(header, rows, dict.fromkeys(range(1, len(header)), "n"))],
             *notes(),
+            "Where nothing has changed, some two in a hundred of these differences exceed two standard "
+            "errors all the same.",
         )
 
     def claims(self) -> Section | None:
@@ -305,9 +344,12 @@ class _Sections(Charts):
                 arm: [r for (s, a, _), r in self.page.records.items() if (s, a) == (setting, arm)]
                 for arm in self.colors
             }
-            of_arm = {arm: records for arm, records in of_arm.items() if records}
-            if max((len(r.curve) for records in of_arm.values() for r in records), default=0) <= 3:
+            most = max((len(r.curve) for records in of_arm.values() for r in records), default=0)
+            if most <= 3:
                 continue
+            # Figures of other reproductions, where runs are evaluated less often, have no curve.
+            of_arm = {arm: [r for r in rs if len(r.curve) == most] for arm, rs in of_arm.items()}
+            of_arm = {arm: records for arm, records in of_arm.items() if records}
             blocks: list[Block] = [legend({arm: self.colors[arm] for arm in of_arm})]
             for title, place in _AXES.items():
                 drawn = [
@@ -332,8 +374,8 @@ class _Sections(Charts):
         return section(
             "How to run it again",
             [Table([""], rows, {0: "key"})],
-            "Each setting is one command of pgrpo compare. Runs that come to the same are trained once "
-            "and stand in every setting they belong to; these commands would train them for each. "
+            "Each line trains the runs of a setting, by pgrpo compare. Runs that come to the same are "
+            "trained once and stand in every setting they belong to; these would train them for each. "
             "The pages of the settings are runs/SETTING/report.html.",
         )
 
@@ -372,6 +414,12 @@ def _interval(claim: ClaimRecord) -> str:
     if found is None:
         return "–"
     return f"{number(found.low, sign=True)} to {number(found.high, sign=True)}"
+
+
+def _share(found: ShareRecord) -> str:
+    if found.share is None or found.low is None or found.high is None:
+        return "–"
+    return f"{number(found.share)} ({number(found.low)} to {number(found.high)})"
 
 
 def _kind(claim: ClaimRecord) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -106,16 +107,24 @@ def bootstrap_difference(
         return np.stack([np.bincount(who, row, num_people) for row in values]).astype(np.float64)
 
     sums, sizes = per_person(np.where(known, change, 0.0)), per_person(known.astype(np.float64))
-    rng = np.random.default_rng(seed)
-    # How often each is drawn: all that a mean needs of a draw.
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
-    drawn = rng.multinomial(num_people, np.full(num_people, 1 / num_people), draws)
+    seeds, drawn = _drawn(num_seeds, num_people, draws, seed)
     with np.errstate(invalid="ignore"):
         of_seed = (drawn @ sums.T) / (drawn @ sizes.T)  # [draws, S]
-    means = (seeds * of_seed).sum(1) / num_seeds
+    # Of a seed that was not drawn nothing need be known.
+    means = np.where(seeds > 0, seeds * of_seed, 0.0).sum(1) / num_seeds
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(means, [tail, 1 - tail])
     return Difference(float((sums.sum(1) / sizes.sum(1)).mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _drawn(num_seeds: int, num_people: int, draws: int, seed: int) -> tuple[FloatArray, FloatArray]:
+    """How often each seed and each person is drawn, all that a mean needs of a draw: [draws, S] and
+    [draws, P]. Kept, for the differences of one experiment are all of as many."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
+    people = rng.multinomial(num_people, np.full(num_people, 1 / num_people), draws)
+    return seeds.astype(np.float64), people.astype(np.float64)
 
 
 def paired_difference(

@@ -422,7 +422,7 @@ def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
             "user": f"{estimator} (a history each)",
             "one": f"{estimator} (one history)",
         }.get(history, f"{estimator} ({history} clusters)")
-        differing = [key for key in differing_settings(family) if _shapes_training(key)]
+        differing = [key for key in differing_settings(family) if shapes_training(key)]
         members: dict[tuple[str | None, ...], list[Run]] = {}
         for run in family:
             members.setdefault(tuple(run.settings.get(k) for k in differing), []).append(run)
@@ -449,9 +449,12 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
 
 
-def _shapes_training(key: str) -> bool:
+_SHAPING = frozenset({"run.prompts_per_step", "run.resample", "run.pipeline"})
+
+
+def shapes_training(key: str) -> bool:
     """Length and bookkeeping do not make another arm; all else does."""
-    return not key.startswith("run.") or key == "run.prompts_per_step"
+    return not key.startswith("run.") or key in _SHAPING
 
 
 def _clusters(runs: Sequence[Run]) -> dict[str, ClusterInfo]:

@@ -106,6 +106,7 @@ class Config(Section):
                 )
         if (
             (self.clustering.name, self.clustering.options.get("unseen")) == ("saved", "pooled")
+            and self.loss.takes_estimator
             and self.estimator.history == "cluster"
             and "prior_count" not in self.estimator.inactive()
             and not self.estimator.prior_count
@@ -210,6 +211,12 @@ class Config(Section):
                 f"{every}, and with run.pipeline = 'one_step_off' the next step's rollouts are made "
                 "by the clusters before; expected 'synchronous'"
             )
+        for section in self.rewards:
+            if section.shift:
+                raise ValueError(
+                    f"{every}, and reward {section.name!r} shifts, so that people's rewards tell when "
+                    "they were asked; expected no shift"
+                )
         for section in (*self.rewards, *self.evaluation):
             if section.clusters:
                 raise ValueError(

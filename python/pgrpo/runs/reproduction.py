@@ -11,12 +11,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from pgrpo.runs.judgement import KeyedRecord
+from pgrpo.runs.judgement import KeyedRecord, RatesRecord
 from pgrpo.runs.records import AbilityRecord, Record, Text
 
 
 class FigureRecord(KeyedRecord):
-    """A line of figures.jsonl: what the last checkpoint of a run gets on all held-out prompts. Its key
+    """A line of figures.jsonl: what the last checkpoint of a run gets on held-out prompts. Its key
     is of what the run's config sets, but for what only watches the run: what comes to the same is
     trained once."""
 
@@ -33,8 +33,8 @@ class FigureRecord(KeyedRecord):
     """of each: the exact mean over its choices, as the policy would draw them at temperature 1; empty
     where completions are no choices of one token"""
     commonest: float
-    """share of the commonest completion among the likeliest ones: 1 where a policy says one thing to
-    everybody"""
+    """share of the commonest completion, of the first one of each prompt: 1 where a policy says one
+    thing to everybody"""
     steps: int
     """that were taken"""
     rollouts: int
@@ -121,3 +121,8 @@ class ClaimRecord(Record):
     margin `reached` where it is above minus the margin, else `not shown`; `not known` without one"""
     expected: DifferenceRecord | None = None
     """the same difference of exact expected rewards, as a look; `null` where they are not known"""
+    wins: RatesRecord | None = None
+    """of a primary question without margin: how often the answer of `after` (`a`) has the higher
+    reward, prompt by prompt and seed by seed"""
+    wins_of_clusters: dict[str, RatesRecord] = Field(default={})
+    """the same for the people of each of the base's clusters"""

@@ -233,7 +233,7 @@ class _Reader:
     def _instruction(self, text: str) -> Ids:
         is_chat = bool(self._tokenizer.chat_template)
         source = self._parts.config.model.model_copy(
-            update={"chat": is_chat, "system_prompt": None}
+            update={"chat": is_chat, "system_prompt": None, "prompt_template": "{prompt}"}
         )
         example = Example(text if is_chat else f"Instruction: {text}\nAnswer:", "")
         return token_ids(example, self._tokenizer, source)

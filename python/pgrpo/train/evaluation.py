@@ -233,7 +233,7 @@ def held_out_with(
         DataError: there are too few films, or no interaction is held out that fits.
     """
     data, generation = parts.config.data, parts.config.generation
-    varied = [_with_candidates(data, count).candidates for count in candidates]
+    varied = [data_with_candidates(data, count).candidates for count in candidates]
     assert isinstance(data, MovieLensConfig)
     loaded = load_movielens(data)
     sets = [with_candidates(loaded, count).evaluation for count in varied]
@@ -316,7 +316,13 @@ def evaluate_run(
     return results
 
 
-def _with_candidates(data: DataConfig, count: int) -> MovieLensConfig:
+def data_with_candidates(data: DataConfig, count: int) -> MovieLensConfig:
+    """The section `[data]` with another number of MovieLens candidates.
+
+    Raises:
+        ConfigError: the data set has none, or other choices with another number, or there cannot be so
+            many.
+    """
     if not isinstance(data, MovieLensConfig):
         raise ConfigError(f"data set {data.name!r} has no candidates to vary")
     if data.task == "rated":
