@@ -240,7 +240,7 @@ class _Sections(Charts):
             for people, found in [("all", claim.wins), *of_clusters]:
                 rows.append(
                     [
-                        claim.what,
+                        claim.what if found is claim.wins else "",
                         people,
                         f"{found.num_pairs:,}",
                         *map(_share, (found.win, found.tie, found.loss, found.decided)),
@@ -416,10 +416,10 @@ def _interval(claim: ClaimRecord) -> str:
     return f"{number(found.low, sign=True)} to {number(found.high, sign=True)}"
 
 
-def _share(found: ShareRecord) -> str:
+def _share(found: ShareRecord) -> Cell | str:
     if found.share is None or found.low is None or found.high is None:
         return "–"
-    return f"{number(found.share)} ({number(found.low)} to {number(found.high)})"
+    return Cell(number(found.share), small=[f"{number(found.low)} to {number(found.high)}"])
 
 
 def _kind(claim: ClaimRecord) -> list[str]:
