@@ -12,7 +12,7 @@ from test_cli import refused
 from pgrpo.cli import main
 from pgrpo.config.toml import flat, resolved_tree
 from pgrpo.errors import ConfigError
-from pgrpo.experiments.compare import arm_config, arm_folder
+from pgrpo.experiments.compare import arm_config, arm_folder, compare
 from pgrpo.normalizer import RULES
 from pgrpo.report.study import shapes_training
 from pgrpo.runs.config import load_config, parse_config
@@ -223,3 +223,14 @@ def test_arms_resample_where_groups_can_be_without_signal() -> None:
     found = {name: arm_config(base, name, 0).run.resample for name in RULES}
     within = {"grpo", "dr_grpo", "rloo", "two_way", "lite", "max_rl", "opo", "gdpo_multi"}
     assert found == {name: 2 if name in within else 0 for name in RULES}
+
+
+def test_gains_are_of_arms_that_differ_by_their_estimators_alone(tmp_path: Path) -> None:
+    """What another learning rate does is not owed to a history."""
+    base = parse_config(tiny_run({"run.num_steps": 2}))
+    told: list[bool] = []
+    for other in ("pgrpo", "pgrpo@optimizer.learning_rate=0.001"):
+        compare(base, ["grpo", other], [0, 1], tmp_path / arm_folder(other))
+        page = (tmp_path / arm_folder(other) / "report.html").read_text("utf-8")
+        told.append("both together" in page)
+    assert told == [True, False]

@@ -336,7 +336,11 @@ class Study:
         if not self.same_rewards:
             return []
         found = ((self.arm_of(*a), self.arm_of(*b), what) for a, b, what in GAINS)
-        return [Gain(a, b, what, self.paired(a, b)) for a, b, what in found if a and b]
+        return [
+            Gain(a, b, what, self.paired(a, b))
+            for a, b, what in found
+            if a and b and _differ_by_estimator(a, b)
+        ]
 
     @cached_property
     def baselines(self) -> dict[str, float]:
@@ -447,6 +451,13 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Flat settings, seeds aside, on which the runs do not all agree."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if not is_seed(key))
     return [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
+
+
+def _differ_by_estimator(a: Arm, b: Arm) -> bool:
+    """Whether all that sets two arms apart, length and sampling aside, is the estimator: what
+    an arm gains that has another learning rate too is not owed to its history."""
+    keys = differing_settings([*a.runs, *b.runs])
+    return all(key.startswith(("estimator.", "run.")) for key in keys)
 
 
 _SHAPING = frozenset({"run.prompts_per_step", "run.resample", "run.pipeline"})
