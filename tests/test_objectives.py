@@ -15,6 +15,7 @@ from conftest import grouped, tiny_model, tiny_run, train, write_config
 from test_policy import (
     MAX_NEW_TOKENS,
     TEMPERATURE,
+    descend,
     flat,
     gradients,
     make_rollouts,
@@ -159,13 +160,7 @@ def test_dpo_s_updates_equal_the_naive_ones(
                 for rs, _, bs in mine
             ]
             loss = written_out([np.array(r) for _, r, _ in mine], ratios, BETA)
-            naive.model.zero_grad()
-            loss.backward()
-            losses.append(loss.item())
-            with torch.no_grad():
-                for parameter in naive.model.parameters():
-                    assert parameter.grad is not None
-                    parameter -= 0.05 * parameter.grad
+            losses.append(descend(naive, loss))
 
     policy = make_policy(
         model,

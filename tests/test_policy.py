@@ -88,6 +88,17 @@ def make_policy(model: LanguageModel, **settings: object) -> Policy:
     )
 
 
+def descend(naive: LanguageModel, loss: torch.Tensor, rate: float = 0.05) -> float:
+    """One plain step down a loss's gradient; returns the loss before it."""
+    naive.model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in naive.model.parameters():
+            assert parameter.grad is not None
+            parameter -= rate * parameter.grad
+    return loss.item()
+
+
 def naive_logprobs(model: LanguageModel, rollout: Rollout) -> torch.Tensor:
     """One sequence at a time through transformers' own eager attention and head."""
     rows = naive_rows(model, rollout)
@@ -353,13 +364,7 @@ def test_the_correction_equals_the_naive_one(
                 reference,
                 [old[i] for i in members],
             )
-            naive.model.zero_grad()
-            loss.backward()
-            losses.append(loss.item())
-            with torch.no_grad():
-                for parameter in naive.model.parameters():
-                    assert parameter.grad is not None
-                    parameter -= 0.05 * parameter.grad
+            losses.append(descend(naive, loss))
 
     policy = make_policy(
         model,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 ClusterId: TypeAlias = int | str
 """Name of a preference cluster; ints and strings never collide."""
@@ -189,3 +191,9 @@ def split_by_group(values: FloatArray, groups: Sequence[Group]) -> list[FloatArr
     """One array [G] for each group, out of the values [N] of all their rollouts."""
     ends = np.cumsum([len(group.rollouts) for group in groups])
     return np.split(values, ends[:-1])
+
+
+def evenly(things: Sequence[T], number: int) -> list[T]:
+    """So many of the things, spread evenly over all, the first and the last among them; or all."""
+    places = np.linspace(0, len(things) - 1, min(number, len(things))).round().astype(int)
+    return [things[place] for place in places.tolist()]

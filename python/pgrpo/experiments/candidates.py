@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from pgrpo.experiments.design import Claim, HeldOut, Reproduction, Setting
 
-_TRAINED_WITH = 4
-_FILMS = (_TRAINED_WITH, 8, 12, 16, 20)
+_FILMS = (4, 8, 12, 16, 20)
+"""The first as in training."""
 NUM_PROMPTS = 500
 """Held-out interactions that policies are measured with, spread evenly over the evaluation period."""
 _ARMS = ("grpo", "pgrpo", "pgrpo:one", "auto")

@@ -178,7 +178,7 @@ def reproduce(
     """Run what is missing of a reproduction, and write its tables and page after every run.
 
     `out/runs/SETTING/ARM/seed-K` are the runs and, at the end, `out/runs/SETTING/report.html` the pages
-    of each setting's; `out/figures.jsonl` has what each policy gets on all held-out prompts,
+    of each setting's; `out/figures.jsonl` has what each policy gets on held-out prompts,
     `out/table.json` the figures of the grid, `out/claims.json` and `out/report.html` what follows from
     them. A run that is measured already is not wanted any more: its folder may be gone. The checkpoints
     of measured runs are deleted.

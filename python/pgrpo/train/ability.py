@@ -21,7 +21,7 @@ from itertools import takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 from time import perf_counter
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -35,10 +35,9 @@ from pgrpo.runs.records import AbilityPart, AbilityRecord, perplexity
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.policy import Policy
-from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout
+from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout, evenly
 
 Ids: TypeAlias = tuple[int, ...]
-T = TypeVar("T")
 
 WINDOWS, WINDOW = 12, 128
 """Windows of each of two texts, and tokens of a window: 3,072 tokens in all."""
@@ -158,7 +157,7 @@ class _Reader:
         ids = self._ids(text)
         starts = range(0, len(ids) - WINDOW + 1, WINDOW)
         found: list[_Item] = []
-        for start in _spread(starts, WINDOWS):
+        for start in evenly(starts, WINDOWS):
             window = (*self._lead, *ids[start : start + WINDOW])
             found.append(_Item(window[:1], (window[1:],)))
         return [item for item in found if self._can_read(item)]
@@ -272,12 +271,6 @@ def _part(items: Sequence[_Item], values: Sequence[float]) -> AbilityPart | None
     )
 
 
-def _spread(things: Sequence[T], wanted: int) -> list[T]:
-    """So many of them, spread evenly, or all."""
-    places = np.linspace(0, len(things) - 1, min(wanted, len(things))).round().astype(int)
-    return [things[place] for place in places.tolist()]
-
-
 # Texts.
 
 
@@ -317,7 +310,7 @@ def sums() -> list[Question]:
         pairs = [(a, b, a + b if sign == "+" else a - b) for a in numbers for b in numbers]
         # Answers up to thirty away still have two digits.
         fitting = [pair for pair in pairs if 40 <= pair[2] < 70]
-        for n, (a, b, result) in enumerate(_spread(fitting, SUMS)):
+        for n, (a, b, result) in enumerate(evenly(fitting, SUMS)):
             place, apart = n % 4, (1, 2, 10)[n % 3]
             answers = tuple(f" {result + apart * (k - place)}" for k in range(4))
             text = f"20 + 15 = 35\n84 - 62 = 22\n{a} {sign} {b} ="
@@ -339,7 +332,7 @@ def continents() -> list[Question]:
     return [
         Question(examples + _lies(country), answers, place)
         for place, name in enumerate(names)
-        for country in _spread(countries[name][1:], COUNTRIES)
+        for country in evenly(countries[name][1:], COUNTRIES)
     ]
 
 

@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.linear_model import LogisticRegression
 
 from pgrpo.config.sections import RewardConfig
-from pgrpo.types import ClusterId, Dataset, Example, FloatArray
+from pgrpo.types import ClusterId, Dataset, Example, FloatArray, evenly
 
 MAX_CHOICES = 10_000
 """Most choices that the rules are fitted to, spread evenly over all there are: for so many a quarter of
@@ -72,7 +72,7 @@ class Rules:
     """
 
     def __init__(self, dataset: Dataset, cluster_of: Mapping[str, ClusterId]) -> None:
-        seen = _choices(_spread(dataset.observed or dataset.train))
+        seen = _choices(evenly(dataset.observed or dataset.train, MAX_CHOICES))
         self._logits: dict[str, _Logit] = {}
         if seen:
             everybody = dict.fromkeys(cluster_of, 0)
@@ -105,8 +105,8 @@ def rewards_of_one_rule(dataset: Dataset) -> tuple[list[str], FloatArray] | None
         Whose each choice is, and its reward [H]; None where nothing is held out, or examples do not say
         what there was to choose from.
     """
-    seen = _choices(_spread(dataset.observed or dataset.train))
-    asked = _choices(_spread(dataset.evaluation))
+    seen = _choices(evenly(dataset.observed or dataset.train, MAX_CHOICES))
+    asked = _choices(evenly(dataset.evaluation, MAX_CHOICES))
     if not seen or not asked:
         return None
     everybody = dict.fromkeys(dataset.users, 0)
@@ -117,11 +117,6 @@ def are_known(scored_by: Sequence[RewardConfig]) -> bool:
     """Whether the held-out reward is known of every option, as that of `choice` and `rated` is; of
     other rewards there are no baselines."""
     return [section.name for section in scored_by] in (["choice"], ["rated"])
-
-
-def _spread(examples: Sequence[Example]) -> list[Example]:
-    places = np.linspace(0, len(examples) - 1, min(MAX_CHOICES, len(examples))).round().astype(int)
-    return [examples[place] for place in places.tolist()]
 
 
 def _choices(examples: Sequence[Example]) -> list[_Choice] | None:

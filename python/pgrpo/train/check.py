@@ -20,7 +20,7 @@ from pgrpo.runs.config import Config
 from pgrpo.train.baselines import are_known, baselines
 from pgrpo.train.build import Assembly
 from pgrpo.train.evaluation import held_out
-from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout
+from pgrpo.types import Example, FloatArray, Group, Prompt, Rollout, evenly
 
 SHOWN = 3
 """Prompts that are shown, of different clusters as far as there are any, and scored."""
@@ -136,8 +136,7 @@ def _counted(examples: Sequence[Example]) -> list[Example]:
     """The longest, and some of the others: all would take minutes where there are many."""
     by_length = sorted(examples, key=lambda example: -len(example.text))
     longest, rest = by_length[:LONGEST], by_length[LONGEST:]
-    places = np.linspace(0, len(rest) - 1, min(LONGEST, len(rest))).round().astype(int)
-    return longest + [rest[place] for place in places.tolist()]
+    return longest + evenly(rest, LONGEST)
 
 
 def _of_different_clusters(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -47,6 +47,7 @@ from pgrpo.types import (
     Json,
     Prompt,
     Rollout,
+    evenly,
     split_by_group,
 )
 
@@ -483,10 +484,8 @@ def _made_up() -> Dataset:
 def _groups(dataset: Dataset) -> list[Group]:
     """Groups of completions that nobody sampled, of examples from all over the data set; any two of
     them differ, so that rewards which got into another's call are seen."""
-    places = np.linspace(0, len(dataset.train) - 1, min(_NUM_GROUPS, len(dataset.train)))
     groups: list[Group] = []
-    for number, place in enumerate(places.round().astype(int).tolist()):
-        example = dataset.train[place]
+    for number, example in enumerate(evenly(dataset.train, _NUM_GROUPS)):
         if example.choices:
             size = min(_GROUP_SIZE, len(example.choices))
             texts = [example.choices[(number + i) % len(example.choices)] for i in range(size)]

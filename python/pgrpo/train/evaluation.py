@@ -28,7 +28,7 @@ from pgrpo.train.baselines import Rules
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
-from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt, Rollout
+from pgrpo.types import Dataset, Example, FloatArray, Group, Prompt, Rollout, evenly
 
 SAMPLES = 24
 """Held-out completions of an evaluation that are logged."""
@@ -45,15 +45,7 @@ def held_out(dataset: Dataset, num_prompts: int) -> list[Example]:
             "the data set holds out no examples to evaluate on; give it some "
             "(data.evaluation_path), or set run.eval_every = 0"
         )
-    places = evenly(range(len(dataset.evaluation)), num_prompts)
-    return [dataset.evaluation[place] for place in places]
-
-
-def evenly(places: Sequence[int], number: int) -> list[int]:
-    """So many of the places, or all there are, the first and the last among them."""
-    wanted = min(number, len(places))
-    spread = np.linspace(0, len(places) - 1, wanted).round().astype(int).tolist()
-    return [places[index] for index in spread]
+    return evenly(dataset.evaluation, num_prompts)
 
 
 def within_budget(costs: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
