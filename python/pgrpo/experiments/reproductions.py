@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pgrpo.experiments.candidates import CANDIDATES
+from pgrpo.experiments.comparators import COMPARATORS, RATE_GRID
 from pgrpo.experiments.design import CURVE, MARGIN, NO_CURVE, Claim, Reproduction, Setting
 from pgrpo.experiments.regimes import IMBALANCE, REGIMES
 
@@ -222,5 +223,8 @@ ROLLOUTS = Reproduction(
 
 REPRODUCTIONS: Mapping[str, Reproduction] = {
     found.name: found
-    for found in (CURVES, CANDIDATES, GRANULARITY, RANDOM, JUDGE, ROLLOUTS, IMBALANCE, REGIMES)
+    for found in (
+        *(CURVES, CANDIDATES, GRANULARITY, RANDOM, JUDGE),
+        *(ROLLOUTS, IMBALANCE, REGIMES, COMPARATORS, RATE_GRID),
+    )
 }

@@ -73,9 +73,7 @@ def verdict(page: Page) -> Verdict:
     measured = {found.key: found.measuring_s for found in page.records.values()}
     hours = (sum(found.seconds for found in page.runs) + sum(measured.values())) / 3600
     sentences.append(f"{plural(len(page.runs), 'run')} took {hours:.2f} hours.")
-    return Verdict(
-        told[0] if told else "None of the primary questions was asked.", tuple(sentences)
-    )
+    return Verdict(told[0] if told else "No primary question is asked here.", tuple(sentences))
 
 
 def render(page: Page) -> str:
