@@ -25,13 +25,14 @@ from pgrpo.errors import ConfigError, DataError
 from pgrpo.experiments import reproduce as reproducing
 from pgrpo.experiments.candidates import CANDIDATES
 from pgrpo.experiments.design import Claim, HeldOut, Reproduction, Setting
+from pgrpo.experiments.measure import rules
 from pgrpo.experiments.reproduce import estimate, load_base, plans, reproduce
 from pgrpo.runs.config import load_config
 from pgrpo.runs.display import console
 from pgrpo.runs.folder import RunFolder
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
-from pgrpo.train.evaluation import groups_with, held_out, held_out_with, rules_with
+from pgrpo.train.evaluation import groups_with, held_out, held_out_with
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -191,10 +192,12 @@ def test_who_is_left_out_with_one_number_is_with_all(
 
 
 def test_simple_rules_with_each_number(parts: Assembly) -> None:
-    found = list(rules_with(parts, NUMBERS, NUM_PROMPTS))
-    sets = held_out_with(parts, NUMBERS, NUM_PROMPTS)
-    for number, rules, examples in zip(NUMBERS, found, sets, strict=True):
-        np.testing.assert_allclose(rules["chance"], 1 / number)
+    measured = [HeldOut(number, NUM_PROMPTS) for number in NUMBERS]
+    found = rules(parts.config, measured)
+    assert list(found) == measured
+    for number, examples in zip(NUMBERS, held_out_with(parts, NUMBERS, NUM_PROMPTS), strict=True):
+        of_rules = found[HeldOut(number, NUM_PROMPTS)]
+        assert of_rules["chance"] == pytest.approx(1 / number)
         popular: list[float] = []
         for example in examples:
             columns: Any = example.columns
@@ -202,15 +205,15 @@ def test_simple_rules_with_each_number(parts: Assembly) -> None:
                 p for p, n in enumerate(columns["popularity"]) if n == max(columns["popularity"])
             ]
             popular.append((columns["position"] in best) / len(best))
-        assert rules["most popular"].tolist() == popular
-        assert set(rules) == {
+        assert of_rules["most popular"] == pytest.approx(np.mean(popular))
+        assert set(of_rules) == {
             "chance",
             "most popular",
             "one rule for all",
             "one rule per cluster",
             "one rule per person",
         }
-    means = [rules["one rule for all"].mean() for rules in found]
+    means = [of_rules["one rule for all"] for of_rules in found.values()]
     assert means[0] > means[-1], "of more films fewer are right"
 
 
@@ -277,6 +280,10 @@ def test_a_policy_is_trained_once_and_measured_with_every_number(
     page = (out / "report.html").read_text("utf-8")
     assert page.count("--estimators grpo,pgrpo") == 1, "one command trains all"
     assert "4 runs took" in page
+    assert "What simple rules get" in page and "◇ one rule for all" in page
+    of_settings = json.loads((out / "rules.json").read_text("utf-8"))
+    expected = rules(base, [HeldOut(n, 20) for n in NUMBERS])
+    assert of_settings == {f"films-{n}": expected[HeldOut(n, 20)] for n in NUMBERS}
 
     # Without two of its figures a run is wanted again, and measured where its checkpoint still is.
     kept = [json.dumps(line) for line in lines[:-2]]

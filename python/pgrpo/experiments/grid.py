@@ -112,6 +112,8 @@ class Grid:
     figures: Store[FigureRecord]
     cluster_of: Mapping[str, str]
     """User -> the name of their cluster by the base's own division, the same one for all settings."""
+    rules: Mapping[str, Mapping[str, float]]
+    """Setting -> what simple rules get on the same prompts, by their names."""
     out: Path
 
     def publish(self) -> Verdict:
@@ -120,9 +122,12 @@ class Grid:
         replace_file(out / "base.toml", resolved_toml(self.base).encode())
         rows = self.rows()
         claims = [self.judged(claim) for claim in reproduction.claims]
-        for name, records in (("table.json", rows), ("claims.json", claims)):
-            lines = [record.model_dump() for record in records]
-            replace_file(out / name, f"{json.dumps(lines, indent=1)}\n".encode())
+        for name, content in (
+            ("table.json", [row.model_dump() for row in rows]),
+            ("claims.json", [claim.model_dump() for claim in claims]),
+            ("rules.json", self.rules),
+        ):
+            replace_file(out / name, f"{json.dumps(content, indent=1)}\n".encode())
         page = Page(
             name=reproduction.name,
             about=reproduction.about,
@@ -134,6 +139,7 @@ class Grid:
                 for plan in self.planned
                 if (found := plan.figure(self.figures.get))
             },
+            rules=self.rules,
             num_planned=len(self.planned),
             commands=commands(self.planned, reproduction, out),
         )

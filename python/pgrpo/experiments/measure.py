@@ -1,4 +1,4 @@
-"""What a finished run's last policy gets on held-out prompts."""
+"""What a finished run's last policy, and simple rules, get on held-out prompts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from time import perf_counter
 
 import numpy as np
 
+from pgrpo.experiments.design import HeldOut
 from pgrpo.experiments.grid import Plan
 from pgrpo.rewards.pairwise import digest
+from pgrpo.runs.config import Config
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.records import AbilityRecord
 from pgrpo.runs.reproduction import FigureRecord
 from pgrpo.train.ability import measure_ability
-from pgrpo.train.baselines import are_known
+from pgrpo.train.baselines import Rules, are_known
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.evaluation import (
@@ -60,10 +62,11 @@ def measure(
     with Assembly(config, checkpoint, note) as parts:
         ability = [before, measure_ability(parts)]
         known = are_known(config.evaluation or config.rewards) and not config.run.eval_samples
-        for key, films, examples in _asked(parts, plans):
-            if key not in wanted:
+        keys = {plan.measured_with: plan.key for plan in plans}
+        for held, examples in _asked(parts, list(keys)):
+            if (key := keys[held]) not in wanted:
                 continue
-            among = "" if films is None else f" of {films} films each"
+            among = "" if held.candidates is None else f" of {held.candidates} films each"
             note(f"measuring {plans[0].folder} on {len(examples):,} held-out prompts{among}")
             prompts = [parts.builder.build(example) for example in examples]
             expected: list[FloatArray] = []
@@ -108,25 +111,41 @@ def measure(
             began = perf_counter()
 
 
+def rules(config: Config, measured: Collection[HeldOut]) -> dict[HeldOut, dict[str, float]]:
+    """Mean reward of simple rules (`pgrpo.train.baselines`) on the prompts that policies are measured
+    with, by the rule's name; none where the rewards of choices are not known.
+
+    The logits are fitted, like the policy, to choices among as many films as in training. No weights
+    are loaded.
+    """
+    if not are_known(config.evaluation or config.rewards):
+        return {}
+    with Assembly(config) as parts:
+        fitted = Rules(parts.dataset, parts.members.histories("cluster", 0))
+        return {
+            held: {name: float(each.mean()) for name, each in fitted.rewards(examples).items()}
+            for held, examples in _asked(parts, measured)
+        }
+
+
 def _asked(
-    parts: Assembly, plans: Sequence[Plan]
-) -> Iterator[tuple[str, int | None, Sequence[Example]]]:
-    """Key, films to choose from and held-out examples of each figure of a run. All numbers of films are
-    asked for together, and whether or not they are still wanted: with all the same interactions."""
+    parts: Assembly, measured: Collection[HeldOut]
+) -> Iterator[tuple[HeldOut, Sequence[Example]]]:
+    """The held-out examples of each. All numbers of films are asked for together, and whether or not
+    they are still wanted: with all the same interactions."""
     everything = len(parts.dataset.evaluation)
-    measured = {plan.key: plan.measured_with for plan in plans}
-    for key, held in measured.items():
+    for held in measured:
         if held.candidates is None:
-            yield key, None, held_out(parts.dataset, held.num_prompts or everything)
-    for number in dict.fromkeys(held.num_prompts for held in measured.values()):
+            yield held, held_out(parts.dataset, held.num_prompts or everything)
+    for number in dict.fromkeys(held.num_prompts for held in measured):
         films = {
-            key: held.candidates
-            for key, held in measured.items()
+            held: held.candidates
+            for held in measured
             if held.candidates is not None and held.num_prompts == number
         }
         if films:
             sets = held_out_with(parts, list(films.values()), number or everything)
-            yield from zip(films, films.values(), sets, strict=True)
+            yield from zip(films, sets, strict=True)
 
 
 def _is_labelled(prompt: Prompt) -> bool:

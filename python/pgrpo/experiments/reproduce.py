@@ -22,8 +22,9 @@ from pgrpo.errors import ConfigError, RunFolderError
 from pgrpo.experiments.compare import arm_config, run_all
 from pgrpo.experiments.design import Reproduction, Setting
 from pgrpo.experiments.grid import Grid, Plan
-from pgrpo.experiments.measure import measure
+from pgrpo.experiments.measure import measure, rules
 from pgrpo.report import Verdict, write_report
+from pgrpo.rewards.pairwise import digest
 from pgrpo.runs.config import Config, load_config, parse_config
 from pgrpo.runs.disk import disk_errors, flush, locked
 from pgrpo.runs.display import console
@@ -207,7 +208,7 @@ def reproduce(
                 figures.append(line)
         with Assembly(base) as parts:
             cluster_of = {u: str(c) for u, c in parts.members.division.cluster_of.items()}
-        grid = Grid(reproduction, base, planned, figures, cluster_of, out)
+        grid = Grid(reproduction, base, planned, figures, cluster_of, _rules(planned, base), out)
         runs = {same[0].folder: same for same in _runs(planned, out).values()}
 
         def missing(name: str) -> set[str]:
@@ -258,6 +259,26 @@ def _runs(planned: Sequence[Plan], out: Path) -> dict[str, list[Plan]]:
         key: sorted(same, key=lambda plan: not RunFolder(out / RUNS / plan.folder).holds_run)
         for key, same in found.items()
     }
+
+
+def _rules(planned: Sequence[Plan], base: Config) -> dict[str, dict[str, float]]:
+    """Setting -> mean reward of simple rules on its held-out prompts; none where choices have no known
+    rewards. Rules of a cluster have those of the base, unless a setting has other data."""
+
+    def asked(config: Config) -> str:
+        scored_by = config.evaluation or config.rewards
+        return digest([section.model_dump_json() for section in (config.data, *scored_by)])
+
+    settings = {plan.setting: plan for plan in planned}
+    by_data = {asked(plan.config): plan.config for plan in settings.values()}
+    by_data |= {asked(base): base}
+    found: dict[str, dict[str, float]] = {}
+    for data, config in by_data.items():
+        same = {s: p.measured_with for s, p in settings.items() if asked(p.config) == data}
+        if same:
+            of_held = rules(config, set(same.values()))
+            found |= {s: of_held[held] for s, held in same.items() if held in of_held}
+    return found
 
 
 def _ability_before(

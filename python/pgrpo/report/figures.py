@@ -209,20 +209,46 @@ def before_and_after(
                     "hovertemplate": "%{x:.3f}",
                 }
             )  # fmt: skip
-    for symbol, (name, values) in zip(LEVEL_MARKS.values(), levels.items(), strict=False):
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": label(name, 40),
-                "x": _values(values),
-                "y": list(range(len(names))),
-                "marker": {"color": "#8c8c8c", "size": 13, "symbol": symbol, "line": {"width": 2}},
-                "hovertemplate": "%{x:.3f}",
-            }
-        )
+    traces += _level_marks(levels, "x", "y")
     layout = _row_layout(height, names, "held-out reward")
     return {"data": traces, "layout": layout}
+
+
+def over_settings(
+    drawn: Sequence[Dots],
+    levels: Mapping[str, Sequence[float]],
+    settings: Sequence[str],
+    title: str,
+) -> Figure:
+    """Means of arms with standard errors over settings, which are no line: neighbours may be two
+    families. Levels that a setting is compared with are grey marks, as LEVEL_MARKS says."""
+    figure = evaluations(drawn, {}, title)
+    for trace in figure["data"]:
+        trace["mode"] = "markers"
+    figure["data"] += _level_marks(levels, "y", "x")
+    figure["layout"]["hovermode"] = "closest"
+    figure["layout"]["xaxis"] |= {
+        "tickvals": list(range(len(settings))),
+        "ticktext": [label(setting, 24) for setting in settings],
+        "range": [-0.5, len(settings) - 0.5],
+    }
+    return figure
+
+
+def _level_marks(levels: Mapping[str, Sequence[float]], value: str, place: str) -> list[Trace]:
+    """Grey marks of what is compared with, one for each place in turn, on the axes of these letters."""
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": label(name, 40),
+            value: _values(values),
+            place: list(range(len(values))),
+            "marker": {"color": "#8c8c8c", "size": 13, "symbol": symbol, "line": {"width": 2}},
+            "hovertemplate": f"%{{{value}:.3f}}",
+        }
+        for symbol, (name, values) in zip(LEVEL_MARKS.values(), levels.items(), strict=False)
+    ]
 
 
 def differences(names: Sequence[str], drawn: Sequence[Paired]) -> Figure:

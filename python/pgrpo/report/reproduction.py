@@ -40,6 +40,8 @@ class Page:
     claims: Sequence[ClaimRecord]
     records: Mapping[tuple[str, str, int], FigureRecord]
     """By setting, arm and seed."""
+    rules: Mapping[str, Mapping[str, float]]
+    """Setting -> what simple rules get on the same prompts, by their names."""
     num_planned: int
     """Cells of the grid times seeds."""
     commands: Sequence[str]
@@ -84,6 +86,7 @@ def render(page: Page) -> str:
         made.claims(),
         made.wins(),
         made.people(),
+        made.rules(),
         made.ability(),
         *made.curves(),
         made.how(),
@@ -132,12 +135,15 @@ class _Sections(Charts):
         header = ["Setting", "Arm", "Mean", "Median", *(f"Seed {seed}" for seed in self.seeds)]
         header += ["Steps", "Rollouts", "Minutes"]
         numbers = dict.fromkeys(range(2, len(header)), "n")
+        ruled = dict.fromkeys(name for rules in self.page.rules.values() for name in rules)
+        marks = [f"{glyph} {name}" for glyph, name in zip(figures.LEVEL_MARKS, ruled, strict=False)]
         return section(
             "Held-out reward",
             [legend(self.colors), *self._drawn(), Table(header, rows, numbers, sorts=True)],
             f"{self.page.about[:1].upper()}{self.page.about[1:]}.",
             "Of the last step, over held-out prompts. Means over the seeds with their standard "
             "errors; a dash where the rule has no signal.",
+            f"Grey: {enumerate_words(marks)}." if marks else "",
             "Minutes are of training, the run's own evaluations included: a mean over the seeds.",
         )
 
@@ -171,16 +177,12 @@ class _Sections(Charts):
                 drawn.append(figures.Dots(arm, color, *map(list, zip(*known, strict=True))))
         if not drawn:
             return []
-        figure = figures.evaluations(drawn, {}, self.page.axis)
-        for trace in figure["data"]:
-            # Settings are no line: two families may follow each other.
-            trace["mode"] = "markers"
-        figure["layout"]["hovermode"] = "closest"
-        figure["layout"]["xaxis"] |= {
-            "tickvals": list(range(len(self.settings))),
-            "ticktext": [figures.label(setting, 24) for setting in self.settings],
-            "range": [-0.5, len(self.settings) - 0.5],
+        of_rules = [self.page.rules.get(setting, {}) for setting in self.settings]
+        levels = {
+            name: [rules.get(name, math.nan) for rules in of_rules]
+            for name in dict.fromkeys(name for rules in of_rules for name in rules)
         }
+        figure = figures.over_settings(drawn, levels, self.settings, self.page.axis)
         return [self.place(figure, f"Held-out reward over {self.page.axis}")]
 
     def people(self) -> Section | None:
@@ -219,6 +221,27 @@ class _Sections(Charts):
             "each run, by the clusters of the base config: the same people in all settings.",
             "Where the commonest answer has nearly all of the share, the policy says one thing to "
             "everybody: such runs carry the means of their arm.",
+        )
+
+    def rules(self) -> Section | None:
+        """What a policy would have to beat."""
+        shown = {setting: self.page.rules.get(setting, {}) for setting in self.settings}
+        names = list(dict.fromkeys(name for rules in shown.values() for name in rules))
+        if not names:
+            return None
+        rows: list[Sequence[Cell | str]] = [
+            [setting, *(number(rules.get(name, math.nan)) for name in names)]
+            for setting, rules in shown.items()
+            if rules
+        ]
+        header = ["Setting", *(f"{name[:1].upper()}{name[1:]}" for name in names)]
+        return section(
+            "What simple rules get",
+            [Table(header, rows, dict.fromkeys(range(1, len(header)), "n"))],
+            "On the same held-out prompts. “Most popular” takes what people took most often; the other "
+            "rules are logits, fitted to the choices of the training period for everybody, for each "
+            "cluster of the base config and for each person. What lies above the rule for all is "
+            "personal.",
         )
 
     def wins(self) -> Section | None:
@@ -354,7 +377,7 @@ class _Sections(Charts):
                     figures.Dots(arm, self.colors[arm], *_along(records, place))
                     for arm, records in of_arm.items()
                 ]
-                figure = figures.evaluations(drawn, {}, title)
+                figure = figures.evaluations(drawn, self.page.rules.get(setting, {}), title)
                 blocks.append(self.place(figure, f"{setting}: held-out reward over {title}s"))
             found.append(
                 section(

@@ -24,7 +24,6 @@ from pgrpo.runs.config import Config
 from pgrpo.runs.folder import RunFolder
 from pgrpo.runs.metrics import one_of_each, sample_record
 from pgrpo.runs.records import ClusterEvaluation, EvaluationRecord, SampleRecord
-from pgrpo.train.baselines import Rules
 from pgrpo.train.build import Assembly
 from pgrpo.train.checkpoint import chosen_checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
@@ -251,20 +250,6 @@ def groups_with(
     for examples in held_out_with(parts, candidates, num_prompts):
         prompts = [parts.builder.build(example) for example in examples]
         yield held_out_groups(parts.engine, prompts, parts.held_out_scorer, parts.config)
-
-
-def rules_with(
-    parts: Assembly, candidates: Sequence[int], num_prompts: int
-) -> Iterator[dict[str, FloatArray]]:
-    """What simple rules get for the same prompts [H] with each number of MovieLens candidates, by the
-    rule's name (`pgrpo.train.baselines`).
-
-    `chance` is one in so many, and the logits are fitted, like the policy, to choices among as many
-    films as the run was trained with. No weights are loaded.
-    """
-    rules = Rules(parts.dataset, parts.members.histories("cluster", 0))
-    for examples in held_out_with(parts, candidates, num_prompts):
-        yield rules.rewards(examples)
 
 
 def evaluate_run(
