@@ -10,11 +10,13 @@ from typing import Any
 
 import distributions
 import pytest
+import tomli_w
 from conftest import write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrpo.config.sections import RewardConfig
+from pgrpo.config.toml import read_toml
 from pgrpo.data.personas import GENRE_HINTS, GENRE_WORDS, PERSONAS, STYLE_HINTS, STYLE_WORDS
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.plugins.registry import load_registry
@@ -255,6 +257,23 @@ def test_both_are_found_and_conform_in_an_environment_of_their_own(tmp_path):
         pgrpo("plugins", "check", "pgrpo-style", "--set", "column=persona", "--json")
     )
     assert [one["name"] for one in checked] == ["genre", "style"]
+
+
+def test_personas_who_are_answered_in_sentences_are_a_base(site, tmp_path):
+    """The config that comes with the distribution, shorter and with a tiny model."""
+    tree = read_toml(distributions.PLUGINS / "pgrpo-style" / "personas.toml")
+    tree["run"] |= {"num_steps": 2, "prompts_per_step": 4, "eval_every": 2, "checkpoint_every": 2}
+    tree["data"] |= {"num_examples": 64}
+    tree["model"] = {"name": "tiny", "precision": "fp32"}
+    config, out = tmp_path / "config.toml", tmp_path / "out"
+    config.write_text(tomli_w.dumps(tree), "utf-8")
+    command = ["reproduce", "rollouts", "--on", str(config), "--out", str(out), "--seeds", "0"]
+    command += ["--settings", "steps-1,steps-2", "--arms", "pgrpo,grpo", "--quiet"]
+    distributions.pgrpo_with(site, *command)
+    rows = json.loads((out / "table.json").read_text())
+    figures = [row["figure"] for row in rows]
+    assert figures.count(None) == 1, "one completion alone tells grpo nothing"
+    assert all(0 <= figure <= 2 for figure in figures if figure is not None)
 
 
 def test_they_train_the_personas(site, tmp_path):
