@@ -21,7 +21,7 @@ from pgrpo.config import sections
 from pgrpo.data import DataPluginConfig
 from pgrpo.data.feedback import FeedbackConfig
 from pgrpo.data.movielens import MovieLensConfig
-from pgrpo.data.panel import PanelConfig, WordRule
+from pgrpo.data.panel import AttributeWords, PanelConfig, WordRule
 from pgrpo.data.personas import PersonasConfig
 from pgrpo.data.table import TableConfig
 from pgrpo.normalizer import RULES, Options
@@ -36,7 +36,8 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("[model.lora]", sections.LoraConfig),
     ('[data] with name = "movielens"', MovieLensConfig),
     ('[data] with name = "panel"', PanelConfig),
-    ("[data.words], its entries", WordRule),
+    ("[[data.words]]", AttributeWords),
+    ("[[data.words]], its rules", WordRule),
     ('[data] with name = "personas"', PersonasConfig),
     ('[data] with name = "jsonl", "csv", "parquet" or "datasets"', TableConfig),
     ('[data] with name = "feedback"', FeedbackConfig),

@@ -6,40 +6,50 @@ import csv
 import gzip
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
+from conftest import write_config
 
 from pgrpo.cli import main
 from pgrpo.clusters.division import divide
 from pgrpo.clusters.membership import Membership
 from pgrpo.config.checks import check
 from pgrpo.config.sections import ClusteringConfig
+from pgrpo.config.toml import resolved_toml
 from pgrpo.data import load_dataset
 from pgrpo.data.panel import PanelConfig
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.plugins.registry import load_registry
+from pgrpo.runs.config import Config, load_config
 from pgrpo.train.baselines import baselines
 from pgrpo.train.evaluation import held_out
-from pgrpo.types import Dataset
+from pgrpo.types import Dataset, Example
 
 Row = dict[str, Any]
 
-WORDS: dict[str, Any] = {
-    "price": [
+
+def words(**rules: list[Any]) -> list[dict[str, Any]]:
+    """`[[data.words]]`, by attribute."""
+    return [{"attribute": name, "rules": listed} for name, listed in rules.items()]
+
+
+WORDS = words(
+    price=[
         {"word": "cheap", "when": {"price": [0, 5]}},
         {"word": "fair", "when": {"price": [5, 10]}},
         {"word": "dear"},
     ],
-    "brand": [
+    brand=[
         {"word": "red", "when": {"brand": "R"}},
         {"word": "blue", "when": {"brand": "B", "old": 0}},
         {"word": "faded"},
     ],
-}
+)
 LONG = {
     "name": "panel",
     "file": "rows.csv",
@@ -157,11 +167,11 @@ def test_a_panel_is_what_its_rows_say(tmp_path, name):
                 margin = sorted(found.values(), reverse=True)
                 if len(margin) < 3 or margin[1] - margin[2] > 1e-9:
                     assert set(query[:-1].split()) == best
-    words = ["cheap", "fair", "dear", "red", "blue", "faded"]
-    assert dataset.feature_names == tuple(f"chooses {word}" for word in words)
+    known = ["cheap", "fair", "dear", "red", "blue", "faded"]
+    assert dataset.feature_names == tuple(f"chooses {word}" for word in known)
     for who, tasks in people.items():
         found = lifts(tasks[:6])
-        assert dataset.users[who] == pytest.approx([found.get(word, 0.0) for word in words])
+        assert dataset.users[who] == pytest.approx([found.get(word, 0.0) for word in known])
 
 
 def test_a_profile_is_in_the_order_of_an_alternatives_words(tmp_path):
@@ -242,16 +252,16 @@ def test_a_row_may_be_a_whole_situation(tmp_path):
 
 
 def test_columns_without_an_alternative_and_its_name_can_be_asked_for(tmp_path):
-    words = {
-        "name": [
+    by_name = words(
+        name=[
             {"word": "first", "when": {"alternative": "x"}},
             {"word": "later", "when": {"hot": 1}},
         ]
-    }
+    )
     wide = load(
         write(tmp_path, wide_rows(made_up(5))),
         WIDE,
-        words=words,
+        words=by_name,
         where={"took": "x"},
         earlier=1,
         evaluation_choices=1,
@@ -263,8 +273,8 @@ def test_columns_without_an_alternative_and_its_name_can_be_asked_for(tmp_path):
 
 def test_relative_columns_are_shares_of_the_situations_mean(tmp_path):
     rows = made_up(6)
-    words = {"price": [{"word": "less", "when": {"price_relative": [-1, 1]}}, {"word": "more"}]}
-    dataset = load(write(tmp_path, rows), relative=["price"], words=words)
+    shares = words(price=[{"word": "less", "when": {"price_relative": [-1, 1]}}, {"word": "more"}])
+    dataset = load(write(tmp_path, rows), relative=["price"], words=shares)
     wanted: list[list[str]] = []
     for tasks in tasks_of(rows).values():
         for task in tasks[6:9]:
@@ -321,9 +331,9 @@ def test_unused_choices_are_not_read(tmp_path):
     [
         ({"person": "whom"}, "no column 'whom'; found who"),
         ({"chosen": "price"}, "column price is '.*'; expected 1 or 0"),
-        ({"words": {"p": [{"word": "x", "when": {"brand": 1}}]}}, "column brand is '[RB]'; expected a finite number"),
-        ({"words": {"p": [{"word": "x", "when": {"price": -1}}]}}, "data.words.p has no word for price = "),
-        ({"words": {"p": [{"word": "x", "when": {"colour": "R"}}]}}, "no column 'colour'"),
+        ({"words": words(p=[{"word": "x", "when": {"brand": 1}}])}, "column brand is '[RB]'; expected a finite number"),
+        ({"words": words(p=[{"word": "x", "when": {"price": -1}}])}, "data.words has no word of 'p' for price = "),
+        ({"words": words(p=[{"word": "x", "when": {"colour": "R"}}])}, "no column 'colour'"),
         ({"file": "none.csv"}, "none.csv does not exist"),
         ({"where": {"price": 1000}}, "nobody with 8 choices"),
         ({"where": {"took": 0}}, "took 0 of the"),
@@ -356,10 +366,11 @@ def test_a_choice_of_what_was_not_available_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"words": {}}, "data.words|words"),
-        ({"words": {"a": [{"word": "x"}], "b": [{"word": "x"}]}}, "the word 'x' stands in"),
-        ({"words": {"a": [{"word": "x", "when": {"p": [2, 1]}}]}}, "low < high"),
-        ({"words": {"a": [{"word": "x", "when": {"p": [1]}}]}}, "low < high"),
+        ({"words": []}, "data.words|words"),
+        ({"words": 2 * words(a=[{"word": "x"}])}, "has the attribute 'a' twice"),
+        ({"words": words(a=[{"word": "x"}], b=[{"word": "x"}])}, "the word 'x' stands in"),
+        ({"words": words(a=[{"word": "x", "when": {"p": [2, 1]}}])}, "low < high"),
+        ({"words": words(a=[{"word": "x", "when": {"p": [1]}}])}, "low < high"),
         ({"wide": {"x": "x_"}}, "expected a name with one {}"),
         ({"situation": None}, "situation is missing"),
         ({"where": {"a": [3, 3]}}, "low < high"),
@@ -488,3 +499,23 @@ def test_data_that_does_not_say_what_there_was_to_choose_has_no_baselines(tmp_pa
 
     dataset = load_dataset(TableConfig(name="jsonl", path=str(path), evaluation_path=str(held_out)))
     assert baselines(dataset, dataset.evaluation, {"u": 0}) == {}
+
+
+def test_what_a_run_folder_keeps_of_a_config_gives_the_same_prompts(tmp_path):
+    """Writers of TOML put what fills one line before what does not, and readers need not keep the order
+    of keys: an order that shows in prompts must not hang on either."""
+    data = {**LONG, "path": str(write(tmp_path, made_up(0))), "words": [*WORDS]}
+    # Of several lines when written, unlike the attribute after it.
+    data["words"][0] = {"attribute": "price", "rules": [WORDS[0]["rules"][0], {"word": "dear"}]}
+    config = load_config(write_config(tmp_path, {"data": data, "rewards": [{"name": "choice"}]}))
+    (tmp_path / "kept.toml").write_text(resolved_toml(config), "utf-8")
+    kept = load_config(tmp_path / "kept.toml")
+    for whole, again in zip(sets(config), sets(kept), strict=True):
+        assert [example.text for example in whole] == [example.text for example in again]
+        assert whole
+
+
+def sets(config: Config) -> list[Sequence[Example]]:
+    """Examples of training and of evaluation."""
+    dataset = load_dataset(config.data)
+    return [dataset.train, dataset.evaluation]

@@ -1,7 +1,7 @@
 """Choices by the same people among alternatives: stated preferences, conjoint studies, panels.
 
 A situation is one choice of one person among a few alternatives. What is known of an alternative
-(prices, times, brands) is put into words by `[data.words]`, one word for each of its attributes, and a
+(prices, times, brands) is put into words by `[[data.words]]`, one for each of its attributes, and a
 person's profile is made of the words that its earlier choices have more often than what was offered
 to it. A prompt puts the two together, the label after what it stands for, and the profile where one
 more label would follow, so that a small model finds the answer as it finds a repeated pattern:
@@ -64,6 +64,15 @@ class WordRule(Section):
         return _checked(when)
 
 
+class AttributeWords(Section):
+    """How an attribute of an alternative is put into a word."""
+
+    attribute: str
+    """Its name, for messages."""
+    rules: list[WordRule] = Field(min_length=1)
+    """The first that fits is taken."""
+
+
 class PanelConfig(Section):
     """Choices by the same people among alternatives: which one did this person take?"""
 
@@ -94,9 +103,8 @@ class PanelConfig(Section):
     relative: list[str] = Field(default=[])
     """Columns of numbers that each also give a column `NAME_relative`: the alternative's number divided
     by the mean over the alternatives of its situation."""
-    words: dict[str, list[WordRule]] = Field(min_length=1)
-    """Attribute -> the rules that put it into a word; the first that fits is taken. The attributes'
-    words make the text of an alternative, in this order."""
+    words: list[AttributeWords] = Field(min_length=1)
+    """The attributes whose words make the text of an alternative, in this order."""
     earlier: int = Field(default=4, ge=1)
     """Choices of a person that its first example is preceded by, so that it has a profile."""
     evaluation_choices: int = Field(default=3, ge=1)
@@ -118,12 +126,17 @@ class PanelConfig(Section):
     @model_validator(mode="after")
     def _check_words(self) -> PanelConfig:
         attribute_of: dict[str, str] = {}
-        for attribute, rules in self.words.items():
-            for rule in rules:
-                if attribute_of.setdefault(rule.word, attribute) != attribute:
+        names = [each.attribute for each in self.words]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"data.words has the attribute {name!r} twice; expected it once")
+        for each in self.words:
+            for rule in each.rules:
+                first = attribute_of.setdefault(rule.word, each.attribute)
+                if first != each.attribute:
                     raise ValueError(
-                        f"the word {rule.word!r} stands in data.words.{attribute_of[rule.word]} and in "
-                        f"data.words.{attribute}; a profile could not tell the two apart"
+                        f"the word {rule.word!r} stands in data.words for {first!r} and for "
+                        f"{each.attribute!r}; a profile could not tell the two apart"
                     )
         return self
 
@@ -195,7 +208,7 @@ def load_panel(config: PanelConfig) -> Dataset:
         )
         people = {person: found for person, found in people.items() if len(found) >= needed}
 
-    words = list(dict.fromkeys(rule.word for rules in config.words.values() for rule in rules))
+    words = list(dict.fromkeys(rule.word for each in config.words for rule in each.rules))
     observed = {person: found[:-later] for person, found in people.items()}
     popularity = _popularity(found for situations in observed.values() for found in situations)
     train: list[Example] = []
@@ -384,8 +397,7 @@ def _situation(config: PanelConfig, person: str, name: str, offered: _Offered) -
     order = np.random.default_rng(seeds).permutation(len(available)).tolist()
     names = [list(available)[index] for index in order]
     words = tuple(
-        tuple(_word(place_of[a], at, rules, available[a]) for at, rules in config.words.items())
-        for a in names
+        tuple(_word(place_of[a], each, available[a]) for each in config.words) for a in names
     )
     return _Situation(name, words, names.index(offered.taken[0]))
 
@@ -413,13 +425,14 @@ def _alternatives(
         yield name, {**row, **own, config.alternative: name}, name == taken
 
 
-def _word(place: str, attribute: str, rules: Sequence[WordRule], row: Mapping[str, Any]) -> str:
+def _word(place: str, wanted: AttributeWords, row: Mapping[str, Any]) -> str:
+    rules = wanted.rules
     for rule in rules:
-        if all(_holds(place, column, row, wanted) for column, wanted in rule.when.items()):
+        if all(_holds(place, column, row, value) for column, value in rule.when.items()):
             return rule.word
     seen = dict.fromkeys(column for rule in rules for column in rule.when)
     values = ", ".join(f"{column} = {row[column]}" for column in seen if column in row)
-    raise DataError(f"{place}: data.words.{attribute} has no word for {values}")
+    raise DataError(f"{place}: data.words has no word of {wanted.attribute!r} for {values}")
 
 
 def _holds(
