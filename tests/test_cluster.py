@@ -560,7 +560,8 @@ def test_choices_that_people_made_tell_what_clusters_know(tmp_path: Path, capsys
                 sweet = (place + first) % 2
                 lines.append(f"{person},{turn},{place},{sweet},{int(bool(sweet) == likes)}")
     (tmp_path / "panel.csv").write_text("\n".join(lines) + "\n")
-    words = {"taste": [{"word": "sweet", "when": {"sweet": 1}}, {"word": "sour"}]}
+    rules = [{"word": "sweet", "when": {"sweet": 1}}, {"word": "sour"}]
+    words = [{"attribute": "taste", "rules": rules}]
     data: Tree = {
         "name": "panel",
         "path": str(tmp_path),
