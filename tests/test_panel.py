@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from pgrpo.data import load_dataset
 from pgrpo.data.panel import PanelConfig
 from pgrpo.errors import ConfigError, DataError
 from pgrpo.plugins.registry import load_registry
-from pgrpo.runs.config import Config, load_config
+from pgrpo.runs.config import load_config
 from pgrpo.train.baselines import baselines
 from pgrpo.train.evaluation import held_out
-from pgrpo.types import Dataset, Example
+from pgrpo.types import Dataset
 
 Row = dict[str, Any]
 
@@ -510,12 +509,8 @@ def test_what_a_run_folder_keeps_of_a_config_gives_the_same_prompts(tmp_path):
     config = load_config(write_config(tmp_path, {"data": data, "rewards": [{"name": "choice"}]}))
     (tmp_path / "kept.toml").write_text(resolved_toml(config), "utf-8")
     kept = load_config(tmp_path / "kept.toml")
-    for whole, again in zip(sets(config), sets(kept), strict=True):
-        assert [example.text for example in whole] == [example.text for example in again]
-        assert whole
-
-
-def sets(config: Config) -> list[Sequence[Example]]:
-    """Examples of training and of evaluation."""
-    dataset = load_dataset(config.data)
-    return [dataset.train, dataset.evaluation]
+    assert isinstance(config.data, PanelConfig) and isinstance(kept.data, PanelConfig)
+    first, again = load_dataset(config.data), load_dataset(kept.data)
+    for before, after in (first.train, again.train), (first.evaluation, again.evaluation):
+        assert before
+        assert [example.text for example in before] == [example.text for example in after]
