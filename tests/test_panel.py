@@ -503,9 +503,10 @@ def test_data_that_does_not_say_what_there_was_to_choose_has_no_baselines(tmp_pa
 def test_what_a_run_folder_keeps_of_a_config_gives_the_same_prompts(tmp_path):
     """Writers of TOML put what fills one line before what does not, and readers need not keep the order
     of keys: an order that shows in prompts must not hang on either."""
-    data = {**LONG, "path": str(write(tmp_path, made_up(0))), "words": [*WORDS]}
     # Of several lines when written, unlike the attribute after it.
-    data["words"][0] = {"attribute": "price", "rules": [WORDS[0]["rules"][0], {"word": "dear"}]}
+    price = [{"word": "cheap", "when": {"price": [0, 5]}}, {"word": "dear"}]
+    told = [*words(price=price), WORDS[1]]
+    data: Row = {**LONG, "path": str(write(tmp_path, made_up(0))), "words": told}
     config = load_config(write_config(tmp_path, {"data": data, "rewards": [{"name": "choice"}]}))
     (tmp_path / "kept.toml").write_text(resolved_toml(config), "utf-8")
     kept = load_config(tmp_path / "kept.toml")
