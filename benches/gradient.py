@@ -16,7 +16,8 @@ steps, after some that fill the histories:
     cosine          = E [g . h / (|g| |h|)],   h = mean over x of sum_k p_k r_k s_k.
 
 The first is blind to the length of the gradient, as Adam is; the second also sees where an estimator's
-weights turn it away from the gradient of the expected reward. Histories have no lag, for the policy
+weights turn it away from the gradient of the expected reward, as `cosine_of_mean`, that of E g, does
+without the noise. Histories have no lag, for the policy
 stands still: that is the best case for them.
 
     pgrpo train examples/electricity.toml --out runs/gradient --set run.checkpoint_every=10 \
@@ -129,12 +130,12 @@ def _sketch(gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return found
 
 
-def measure(policy: Policy, arm: str, group_size: int, steps: int, seed: int = 0) -> dict[str, Any]:
+def measure(policy: Policy, arm: str, group_size: int, steps: int) -> dict[str, Any]:
     """Signal to noise and cosine of one arm; see the module."""
     num_prompts, num_choices = policy.rewards.shape
     estimator, _, history = arm.partition(":")
     normalizer = ClusterNormalizer(estimator=estimator)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     ends = policy.probabilities.cumsum(1)
     groups = np.repeat(np.arange(PROMPTS), group_size)
     weights = np.zeros((steps, num_prompts * num_choices), np.float32)
@@ -203,7 +204,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run on the panel, with its checkpoints")
-    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)

@@ -20,7 +20,7 @@ READERS, REVIEWS = 12, 10
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The example with made-up reviews in the place of the published ones, and a tiny model: harsh
-    readers give one star to most books, generous ones five, and one row in ten has no rating."""
+    readers give one to three stars, generous ones three to five, and one row in ten has no rating."""
     rng = np.random.default_rng(0)
     rows = [
         {

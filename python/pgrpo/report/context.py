@@ -10,6 +10,13 @@ from pgrpo.report.figures import Figure, Line
 from pgrpo.report.study import EACH, Study
 from pgrpo.report.verdict import enumerate_words, percent, plural
 
+ABOUT_RULES = (
+    "“Most popular” takes what people took most often; the other rules are logits, fitted to the "
+    "choices of the training period for everybody, for each cluster and for each person. What lies "
+    "above the rule for all is personal."
+)
+"""What the baselines of a page are."""
+
 
 class Context(Charts):
     """The page of a study in the making."""
@@ -107,12 +114,7 @@ class Context(Charts):
         """What the baselines are."""
         if len(self.study.baselines) < 2:
             return ""
-        return (
-            "Dashed: what simple rules get on the same prompts. “Most popular” takes what people took "
-            "most often; the other rules are logits, fitted to the choices of the training period for "
-            "everybody, for each cluster and for each person. What lies above the rule for all is "
-            "personal."
-        )
+        return f"Dashed: what simple rules get on the same prompts. {ABOUT_RULES}"
 
     def selection(self) -> str:
         """Which clusters are drawn, where not all are."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pgrpo.report import figures
 from pgrpo.report.ability import PARTS, changes, notes
 from pgrpo.report.blocks import Block, Cell, Charts, Section, Table, estimate, legend, section
+from pgrpo.report.context import ABOUT_RULES
 from pgrpo.report.page import document
 from pgrpo.report.statistics import Difference, Estimate, over_seeds
 from pgrpo.report.study import Paired
@@ -238,10 +239,7 @@ class _Sections(Charts):
         return section(
             "What simple rules get",
             [Table(header, rows, dict.fromkeys(range(1, len(header)), "n"))],
-            "On the same held-out prompts. “Most popular” takes what people took most often; the other "
-            "rules are logits, fitted to the choices of the training period for everybody, for each "
-            "cluster of the base config and for each person. What lies above the rule for all is "
-            "personal.",
+            f"On the same held-out prompts. {ABOUT_RULES} Clusters are those of the base config.",
         )
 
     def wins(self) -> Section | None:
