@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -402,3 +403,50 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 1
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_run_goes_on_and_is_measured_with_its_own_data_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"number {k} more", "user": f"u{k % 4}", "answer": "a", "choices": ["a", "b"]}
+        for k in range(40)
+    ]
+    path = tmp_path / "rows.jsonl"
+
+    def write(change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> None:
+        path.write_text("".join(json.dumps(change(row)) + "\n" for row in rows), "utf-8")
+
+    write()
+    run = train(
+        tmp_path,
+        {
+            "data": {
+                "name": "jsonl",
+                "path": str(path),
+                "evaluation_share": 0.25,
+                "choices_column": "choices",
+            },
+            "rewards": [{"name": "choice"}],
+            "clustering": {"name": "random", "num_clusters": 2},
+            "run.checkpoint_every": 1,
+            "run.keep_checkpoints": 2,
+        },
+    )
+    whole = trace(run)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    info = run / "run.json"
+    info.write_text(info.read_text("utf-8").replace('"finished"', '"running"'), "utf-8")
+    for command in (["evaluate", str(run)], ["train", "--resume", str(run)]):
+        for change in (
+            lambda row: {**row, "prompt": " ".join(reversed(row["prompt"].split()))},
+            lambda row: {**row, "answer": "b"},
+            lambda row: {**row, "choices": ["b", "a"]},
+        ):
+            write(change)
+            capsys.readouterr()
+            assert main(command) == 2
+            assert "data set jsonl gives other prompts, choices" in capsys.readouterr().err
+        write()
+        assert main(command) == 0
+    assert trace(run) == whole, "nothing was lost"

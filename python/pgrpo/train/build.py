@@ -16,13 +16,14 @@ from pgrpo.clusters.membership import Membership
 from pgrpo.clusters.saved import other_data
 from pgrpo.config.sections import RewardConfig
 from pgrpo.data import DataPluginConfig, load_dataset
-from pgrpo.errors import ConfigError, DataError
+from pgrpo.errors import CheckpointError, ConfigError, DataError
 from pgrpo.model.language_model import LanguageModel, load_language_model
 from pgrpo.model.tokenizer import load_tokenizer
 from pgrpo.on_ray import connected
 from pgrpo.plugins.hookspecs import Reward
 from pgrpo.plugins.registry import Registry, load_registry
 from pgrpo.rewards.on_ray import RewardOnRay
+from pgrpo.rewards.pairwise import digest
 from pgrpo.rewards.scorer import Scorer
 from pgrpo.rollout.collector import Collector
 from pgrpo.rollout.engines import Engine, make_engine
@@ -34,6 +35,9 @@ from pgrpo.train.checkpoint import Checkpoint
 from pgrpo.train.parallel import SINGLE, Ranks
 from pgrpo.train.policy import Policy
 from pgrpo.types import Dataset, Example
+
+_NUM_DIGESTED = 500
+"""So many that a change of the words is found, and so few that large data take no time."""
 
 
 class Assembly:
@@ -77,7 +81,17 @@ class Assembly:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What prompts are made of; without those that are too long, where they are to be dropped."""
+        """What prompts are made of; without those that are too long, where they are to be dropped.
+
+        Raises:
+            CheckpointError: a run goes on from a checkpoint, or is measured, and its data have changed.
+        """
+        if self.state and self.state["data"] != self.data_digest:
+            raise CheckpointError(
+                f"the data set {self.config.data.name} gives other prompts, choices or columns than "
+                "those the run was trained with; expected the same. Put back the files it is made of, "
+                "or begin another run on them"
+            )
         dataset = self.without_long_prompts(self._loaded)
         for note in dataset.notes:
             self._note(note)
@@ -111,6 +125,20 @@ class Assembly:
         self._note(f"loading data set {data.name}")
         of_plugin = isinstance(data, DataPluginConfig)
         return self.registry.dataset(data) if of_plugin else load_dataset(data)
+
+    @cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the data, by which a checkpoint tells whether they are still the same: of how many
+        examples there are to train on and held out, and of `_NUM_DIGESTED` of each, evenly spaced."""
+
+        def told(examples: Sequence[Example]) -> list[Any]:
+            apart = -(-len(examples) // _NUM_DIGESTED) or 1
+            return [len(examples)] + [
+                [each.user, each.text, each.choices, each.turns, each.columns]
+                for each in examples[::apart]
+            ]
+
+        return digest([told(self._loaded.train), told(self._loaded.evaluation)])
 
     @cached_property
     def members(self) -> Membership:

@@ -5,8 +5,8 @@
     model/                 the weights (or adapters) and tokenizer, as transformers loads them
     optimizer/             AdamW's moments by parameter name, as torch.distributed.checkpoint lays
                            safetensors out: any number of processes reads what any number wrote
-    state.json             step, number of updates, histories, clusterer; where users are divided again,
-                           who belongs where, and what is known of each user
+    state.json             step, number of updates, digest of the data, histories, clusterer; where
+                           users are divided again, who belongs where, and what is known of each user
     manifest.json          size and SHA-256 of every other file
 
 Every random number of a run comes from a generator keyed by (seed, purpose, step), and the place in
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step-(\d{6,})")
 
 _STATE = (
-    "normalizer", "histories", "people", "batch",
+    "data", "normalizer", "histories", "people", "batch",
     "clusterer", "assignment_version", "assignment", "policy_version",
 )  # fmt: skip
 """What a run that goes on reads of state.json, and cannot do without."""

@@ -317,6 +317,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = {
             **self.collector.state_dict(self._unused_batch()),
+            "data": self._parts.data_digest,
             "clusterer": self.members.state_dict(),
             "assignment_version": self.members.division.version,
             "assignment": self.members.division.to_json() if self.collector.people else None,
