@@ -337,10 +337,7 @@ class Reference:
                 for group in by(batch, "group").values():
                     yield from self._two_way(group, history)
             case "shrinkage" | "auto":
-                for cluster, rollouts in by(batch, "cluster").items():
-                    read = history[cluster]
-                    if read is not None:
-                        yield from self._mixed(rollouts, read, own[cluster])
+                yield from self._mixed(batch, history, own)
             case other:
                 raise NotImplementedError(f"the oracle does not know {other}")
 
@@ -395,18 +392,53 @@ class Reference:
             yield rollout, deviation / self._divisor(read)
 
     def _mixed(
-        self, rollouts: list[Rollout], read: Moments, own: Moments
+        self,
+        batch: list[Rollout],
+        history: dict[Hashable, Moments | None],
+        own: dict[Hashable, Moments],
     ) -> Iterable[tuple[Rollout, float]]:
         """`shrinkage` and `auto`: a baseline between the cluster's mean and the part's.
 
         r - b is `stretch` times the deviation within the part, plus `weight` times that of the part
-        from the cluster, and so its mean square is known from how variance divides into the two.
+        from the cluster, and so its mean square is known from how variance divides into the two:
+        `left` in units of the cluster's variance.
         """
+        found: list[tuple[Rollout, Fraction, Moments, Fraction]] = []
+        for cluster, rollouts in by(batch, "cluster").items():
+            read = history[cluster]
+            if read is None:
+                continue
+            squares = self._squares_within(cluster)
+            within_share = squares / own[cluster].m2 if own[cluster].m2 > 0 else Fraction(1)
+            for rollout, weight, stretch, other in self._baselines(rollouts, own[cluster]):
+                baseline = weight * read.mean + (1 - weight) * other
+                left = stretch**2 * within_share + weight**2 * (1 - within_share)
+                found.append((rollout, rollout.reward - baseline, read, left))
+
+        def mean_left(*clusters: Hashable) -> Fraction:
+            pairs = [
+                (rollout.weight, left)
+                for rollout, _, _, left in found
+                if rollout.cluster in clusters
+            ]
+            mean = moments(pairs)
+            return mean.mean if mean.count > 0 else Fraction(1)
+
+        of_all = mean_left(*history)
+        of_clusters = {cluster: mean_left(cluster) for cluster in history}
+        for rollout, deviation, read, left in found:
+            of_cluster = of_clusters[rollout.cluster]
+            relative = left / of_cluster if of_cluster > 0 else Fraction(1)
+            yield rollout, float(deviation) / self._divisor(read, float(relative * of_all))
+
+    def _baselines(
+        self, rollouts: list[Rollout], own: Moments
+    ) -> Iterable[tuple[Rollout, Fraction, Fraction, Fraction]]:
+        """For each rollout of a cluster: how much of the cluster's mean its baseline has, `stretch`, and
+        the mean within the part that is mixed in."""
         cluster = rollouts[0].cluster
         within, between = self._components(cluster, own)
         slope = self._slope(cluster, own)
-        squares = self._squares_within(cluster)
-        within_share = squares / own.m2 if own.m2 > 0 else Fraction(1)
         for part in by(rollouts, "group").values():
             among, mean = moments_of(part), mean_weight(part)
             for rollout in part:
@@ -421,9 +453,7 @@ class Reference:
                     if others is not None:
                         weight, other = slope, others
                         stretch += (1 - slope) * mean / (among.count - mean)
-                baseline = weight * read.mean + (1 - weight) * other
-                share = stretch**2 * within_share + weight**2 * (1 - within_share)
-                yield rollout, float(rollout.reward - baseline) / self._divisor(read, float(share))
+                yield rollout, weight, stretch, other
 
     def _squares_within(self, cluster: Hashable) -> Fraction:
         return sum(

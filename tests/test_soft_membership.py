@@ -169,30 +169,35 @@ def columns_of(groups: list[Group]) -> dict[str, np.ndarray]:
 def test_an_advantage_is_the_weighted_mean_of_what_its_clusters_make_of_it(
     name: str, order: str
 ) -> None:
-    """Each cluster has an oracle of its own here, which sees its users' groups with their weights."""
+    """The oracle is told a rollout once for each of its user's clusters, with the weight in it, and so a
+    group once for each, which are not compared with each other."""
     random = np.random.default_rng(3)
     normalizer = ClusterNormalizer(name, order=order)
-    clusters: list[ClusterId] = [0, "b", 2]
-    oracles = {cluster: Reference(name, order=order) for cluster in clusters}
+    oracle = Reference(name, order=order)
     for _ in range(6):
         groups = step(random)
         columns = columns_of(groups)
         rewards = np.concatenate([group.rewards for group in groups])
         found = Entries.of(groups, rewards, USERS).advantages(normalizer, columns)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        told = [
+            (place, cluster, weight)
+            for place, rollout in enumerate(rollouts)
+            for cluster, weight in USERS[rollout.prompt.example.user].items()
+        ]
+        places, clusters, weights = map(list, zip(*told, strict=True))
+        made = oracle(
+            rewards[places],
+            clusters,
+            [(rollouts[place].group_id, cluster) for place, cluster, _ in told],
+            weights=weights,
+            score_norms=columns["score_norms"][places],
+        )
         expected = np.zeros(len(rollouts))
-        for cluster, oracle in oracles.items():
-            weights = np.array([USERS[r.prompt.example.user].get(cluster, 0) for r in rollouts])
-            own = np.flatnonzero(weights)
-            numbers = [rollouts[place].group_id for place in own]
-            norms = columns["score_norms"][own]
-            made = oracle(
-                rewards[own], [cluster] * len(own), numbers, weights=weights[own], score_norms=norms
-            )
-            expected[own] += weights[own] * made
+        np.add.at(expected, places, np.array(weights) * made)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
         for cluster, history in normalizer.snapshot().items():
-            wanted = oracles[cluster].history(cluster)
+            wanted = oracle.history(cluster)
             assert history.count == pytest.approx(float(wanted.count), rel=1e-12)
             assert history.mean == pytest.approx(float(wanted.mean), rel=1e-12)
 

@@ -334,6 +334,33 @@ impl Oracle {
             let rollouts = batch.iter().filter(|rollout| rollout.group == group);
             stats(&rollouts.map(|r| (r.reward, r.weight * r.length)).collect::<Vec<_>>())
         };
+        let slopes = |&Rollout { weight, cluster, group, .. }: &Rollout| {
+            let its = |other: &Rollout| other.group == group && other.cluster == cluster;
+            let part = among(&its);
+            let squares: f64 =
+                batch.iter().filter(|other| its(other)).map(|other| other.weight.powi(2)).sum();
+            match estimator.name {
+                _ if part.n == 0.0 => (1.0, 1.0),
+                "shrinkage" => (1.0, prompts(&summed[cluster], part.n, squares)),
+                _ if part.n - weight <= 0.0 => (1.0, 1.0),
+                _ => {
+                    let lambda = slope(&summed[cluster]);
+                    (1.0 + (1.0 - lambda) * weight / (part.n - weight), lambda)
+                }
+            }
+        };
+        // How large r - b is in units of sigma_p, squared.
+        let square = |rollout: &Rollout| {
+            let (c, l) = slopes(rollout);
+            let (m2, within) = (summed[rollout.cluster].own.m2, summed[rollout.cluster].parts[2]);
+            let q = if m2 > 0.0 { (within / m2).min(1.0) } else { 1.0 };
+            c * c * q + l * l * (1.0 - q)
+        };
+        let mean_square = |wanted: &dyn Fn(&Rollout) -> bool| {
+            let rollouts = batch.iter().filter(|r| known(r.cluster) && wanted(r));
+            let squares = stats(&rollouts.map(|r| (square(r), r.weight)).collect::<Vec<_>>());
+            if squares.n > 0.0 { squares.mean } else { 1.0 }
+        };
         let of_one = |rollout: &Rollout| {
             let &Rollout { reward, weight, cluster, group, .. } = rollout;
             let whole = among(&|other| other.group == group);
@@ -375,29 +402,17 @@ impl Oracle {
                 }
                 "shrinkage" | "auto" => {
                     let part = among(&|other| other.group == group && other.cluster == cluster);
-                    let squares: f64 = batch
-                        .iter()
-                        .filter(|other| other.group == group && other.cluster == cluster)
-                        .map(|other| other.weight * other.weight)
-                        .sum();
-                    let (c, l) = match estimator.name {
-                        _ if part.n == 0.0 => (1.0, 1.0),
-                        "shrinkage" => (1.0, prompts(&summed[cluster], part.n, squares)),
-                        _ if part.n - weight <= 0.0 => (1.0, 1.0),
-                        _ => {
-                            let lambda = slope(&summed[cluster]);
-                            (1.0 + (1.0 - lambda) * weight / (part.n - weight), lambda)
-                        }
-                    };
-                    let (m2, within) = (summed[cluster].own.m2, summed[cluster].parts[2]);
-                    let q = if m2 > 0.0 { (within / m2).min(1.0) } else { 1.0 };
+                    let (c, l) = slopes(rollout);
                     let (d, m) = if part.n > 0.0 {
                         (reward - part.mean, part.mean - history.mean)
                     } else {
                         (0.0, reward - history.mean)
                     };
-                    let square = c * c * q + l * l * (1.0 - q);
-                    let scale = (history.sigma(ddof) * square.sqrt()).max(sigma_floor) + eps;
+                    let of_cluster = mean_square(&|other| other.cluster == cluster);
+                    let relative =
+                        if of_cluster > 0.0 { square(rollout) / of_cluster } else { 1.0 };
+                    let spread = (relative * mean_square(&|_| true)).sqrt();
+                    let scale = (history.sigma(ddof) * spread).max(sigma_floor) + eps;
                     ((c * d + l * m) / scale, c / scale)
                 }
                 other => unreachable!("the oracle does not know {other}"),

@@ -1,7 +1,6 @@
 //! Auto: between the cluster's history and the group, by what would have varied least.
 
-use crate::elements::Affine;
-use crate::estimators::{Baseline, Cell, Folded, Rule, Scale, leave_one_out};
+use crate::estimators::{Baseline, Cell, Folded, Rule, leave_one_out};
 use crate::moments::Moments;
 use crate::table::Triple;
 
@@ -10,8 +9,9 @@ use crate::table::Triple;
 const PRIOR_EVIDENCE: f64 = 16.0;
 
 /// `A = (r - b) / (s + eps)`, of the baseline `b = lambda_p mean_p + (1 - lambda_p) loo`, where loo is
-/// the mean of the other rewards of the group that belong to the cluster, and s the root mean square
-/// of r - b over the history.
+/// the mean of the other rewards of the group that belong to the cluster. `s = sigma_p e f / f_p`,
+/// where e is the root mean square of (r - b) / `sigma_p` over the history, f that of e over the
+/// rollouts of the call, and `f_p` over those of the cluster.
 ///
 /// `lambda_p` is the slope of the regression of `y = r - loo` on `x = mean_p - loo` over all samples so
 /// far, weighted by the squared norm of their scores, which makes the gradient's variance least. A
@@ -39,19 +39,17 @@ pub static RULE: Rule = Rule {
     needs_lengths: false,
     whitens: false,
     baseline: Some(Baseline::Regression(evidence)),
-    maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
+    maps: |folded, scale, maps| folded.blend(scale, maps, |cell| slopes(folded, cell)),
 };
 
-fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
-    let Some(factor) = leave_one_out(cell.moments, cell.weight) else {
-        return folded.blend(cell, 1.0, 1.0, scale);
-    };
-    let cluster = cell.cluster;
-    let [xx, xy, yy] = folded.baselines[cluster];
-    let ridge = PRIOR_EVIDENCE * yy / folded.own[cluster].count;
+/// What of the deviation within the part, and of the part's mean from the history's, is left.
+fn slopes(folded: &Folded, cell: &Cell<'_>) -> (f64, f64) {
+    let Some(factor) = leave_one_out(cell.moments, cell.weight) else { return (1.0, 1.0) };
+    let [xx, xy, yy] = folded.baselines[cell.cluster];
+    let ridge = PRIOR_EVIDENCE * yy / folded.own[cell.cluster].count;
     // No samples so far, or none that differed: 0 / 0.
     let lambda = if xx + ridge > 0.0 { ((xy + ridge) / (xx + ridge)).clamp(0.0, 1.0) } else { 1.0 };
-    folded.blend(cell, 1.0 + (1.0 - lambda) * (factor - 1.0), lambda, scale)
+    (1.0 + (1.0 - lambda) * (factor - 1.0), lambda)
 }
 
 /// What a cell adds to the regression of its cluster, whose history was `before`; `scored` are its

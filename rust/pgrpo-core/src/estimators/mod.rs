@@ -174,29 +174,84 @@ impl Folded {
         &self.groups[cell.group]
     }
 
-    /// `(own * d + between * m) / (s + eps)`, of d = r - mean of the part and m = mean of the part -
-    /// `mean_p`; s is the root mean square of the numerator over the history, if its parts were like
-    /// this one: `s² = sigma_p² (own² q + between² (1 - q))`, where q is the share of the history's
-    /// squared deviations that lies within parts. With 1 and 1 this is [`pgrpo`].
-    fn blend(&self, cell: &Cell<'_>, own: f64, between: f64, scale: &Scale) -> Affine {
-        let history = self.history(cell);
-        if !scale.is_known(history) {
-            return Affine::default();
+    /// Appends the maps `(own d + between m) / (s + eps)` of all cells, of d = r - mean of the part and
+    /// m = mean of the part - `mean_p`. `slopes` gives own and between of a cell; with 1 and 1 for all
+    /// of them this is [`pgrpo`].
+    ///
+    /// The numerator has the mean square `e² sigma_p²` over the history, had all its parts been like
+    /// this one: `e² = own² q + between² (1 - q)`, where q is the share of the history's squared
+    /// deviations that lies within parts. With f and `f_p`, the root mean squares of e over the rollouts
+    /// of the call and over those of the cluster,
+    ///
+    /// `s = max(sigma_p e f / f_p, sigma_floor)`.
+    ///
+    /// So the surer parts of a cluster weigh more, and clusters weigh alike: were it `sigma_p e`, a
+    /// cluster whose answers are nearly settled, of whose squares hardly any lie within parts, would
+    /// make the few that are left as large as all of another's.
+    fn blend(
+        &self,
+        scale: &Scale,
+        maps: &mut Vec<Affine>,
+        slopes: impl Fn(&Cell<'_>) -> (f64, f64),
+    ) {
+        let slopes = |cell: &Cell<'_>| {
+            if cell.moments.count > 0.0 { slopes(cell) } else { (1.0, 1.0) }
+        };
+        let square = |cell: &Cell<'_>| {
+            let (own, between) = slopes(cell);
+            let (m2, [_, _, within]) = (self.own[cell.cluster].m2, self.parts[cell.cluster]);
+            let share = if m2 > 0.0 { (within / m2).min(1.0) } else { 1.0 };
+            // Exactly 1, without any rounding, where both slopes are 1.
+            between * between + (own * own - between * between) * share
+        };
+        let mut of_clusters = vec![Mean::default(); self.histories.len()];
+        let mut of_all = Mean::default();
+        for cell in self.cells().filter(|cell| scale.is_known(self.history(cell))) {
+            let (value, count) = (square(&cell), cell.moments.count);
+            of_clusters[cell.cluster].add(value, count);
+            of_all.add(value, count);
         }
-        let part = cell.moments;
-        if part.count == 0.0 {
-            return centered(history, 1.0 / (scale.sigma(history) + scale.eps));
-        }
-        let (m2, [_, _, within]) = (self.own[cell.cluster].m2, self.parts[cell.cluster]);
-        let share = if m2 > 0.0 { (within / m2).min(1.0) } else { 1.0 };
-        let square = own * own * share + between * between * (1.0 - share);
-        let sigma = (history.sigma(scale.ddof) * square.sqrt()).max(scale.sigma_floor);
-        let gap = (part.origin - history.origin) + (part.offset - history.offset);
-        Affine {
-            origin: part.origin,
-            offset: part.offset - between / own * gap,
-            scale: own / (sigma + scale.eps),
-        }
+        maps.extend(self.cells().map(|cell| {
+            let (history, part) = (self.history(&cell), cell.moments);
+            if !scale.is_known(history) {
+                return Affine::default();
+            }
+            let of_cluster = of_clusters[cell.cluster].value();
+            let spread = if of_cluster > 0.0 {
+                (square(&cell) / of_cluster * of_all.value()).sqrt()
+            } else {
+                of_all.value().sqrt()
+            };
+            let sigma = (history.sigma(scale.ddof) * spread).max(scale.sigma_floor);
+            if part.count == 0.0 {
+                return centered(history, 1.0 / (sigma + scale.eps));
+            }
+            let (own, between) = slopes(&cell);
+            let gap = (part.origin - history.origin) + (part.offset - history.offset);
+            Affine {
+                origin: part.origin,
+                offset: part.offset - between / own * gap,
+                scale: own / (sigma + scale.eps),
+            }
+        }));
+    }
+}
+
+/// A weighted mean; 1 of nothing.
+#[derive(Clone, Copy, Default)]
+struct Mean {
+    sum: f64,
+    count: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64, count: f64) {
+        self.sum += value * count;
+        self.count += count;
+    }
+
+    fn value(self) -> f64 {
+        if self.count > 0.0 { self.sum / self.count } else { 1.0 }
     }
 }
 

@@ -1,14 +1,13 @@
 //! Shrinkage: between the cluster's history and the group, by how much prompts differ.
 
-use crate::elements::Affine;
-use crate::estimators::{Cell, Folded, Rule, Scale};
+use crate::estimators::{Cell, Folded, Rule};
 use crate::moments::Moments;
 use crate::table::Triple;
 
 /// `A = (r - b) / (s + eps)`, of the baseline `b = w mean_G + (1 - w) mean_p`, `w = G / (G + k)`, where k
-/// is the variance within groups over that between groups of the cluster, both running, and s the
-/// root mean square of r - b over the history. Only the part of a group that belongs to the cluster
-/// counts as G.
+/// is the variance within groups over that between groups of the cluster, both running. `s = sigma_p e f / f_p`,
+/// where e is the root mean square of (r - b) / `sigma_p` over the history, f that of e over the
+/// rollouts of the call, and `f_p` over those of the cluster. Only the part of a group that belongs to the cluster counts as G.
 ///
 /// The variances are those of one-way random effects: with a parts of sizes `n_g`, N samples, and
 /// sums of squares SSW within and SSB between, `MSW = SSW / (N - a)` and
@@ -34,14 +33,14 @@ pub static RULE: Rule = Rule {
     needs_lengths: false,
     whitens: false,
     baseline: None,
-    maps: |folded, scale, maps| maps.extend(folded.cells().map(|cell| map(folded, &cell, scale))),
+    maps: |folded, scale, maps| {
+        folded.blend(scale, maps, |cell| (1.0, weight_of_history(folded, cell)));
+    },
 };
 
-fn map(folded: &Folded, cell: &Cell<'_>, scale: &Scale) -> Affine {
-    let cluster = cell.cluster;
+fn weight_of_history(folded: &Folded, cell: &Cell<'_>) -> f64 {
     let size = cell.moments.count / cell.weight.max(f64::MIN_POSITIVE);
-    let between = prompt_weight(&folded.own[cluster], folded.parts[cluster], size);
-    folded.blend(cell, 1.0, between, scale)
+    prompt_weight(&folded.own[cell.cluster], folded.parts[cell.cluster], size)
 }
 
 /// `1 - w = MSW / (MSW + G tau²)` for a part of G samples.
